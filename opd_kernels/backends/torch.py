@@ -1,0 +1,125 @@
+"""The epilogues in plain PyTorch: the definition that every other backend is tested against.
+
+A chunk holds raw products hidden @ weight.T, [n, v]. `update` only reads it, so that the one-pass
+order can call `gradient_` on the same chunk afterwards. Both walk in blocks of rows, which bounds
+their temporaries and keeps them in cache.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from opd_kernels.backends.state import RowState
+from opd_kernels.head import Head
+
+_BLOCK_ELEMENTS = 1 << 19
+
+
+def update(chunk: Tensor, first_id: int, head: Head, state: RowState) -> None:
+    """Take the logits of columns [first_id, first_id + v) into the state of their rows."""
+    for rows in _row_blocks(chunk):
+        logits = head.logits(head.scores(chunk[rows], first_id))
+        if state.selects:
+            _update_topk(logits, first_id, state.rows(rows))
+        else:
+            _update_given(logits, first_id, state.rows(rows))
+
+
+def gradient_(
+    chunk: Tensor,
+    first_id: int,
+    head: Head,
+    ids: Tensor,
+    dvalues: Tensor,
+    tail: Tensor,
+    dtail: Tensor,
+) -> None:
+    """Overwrite a raw chunk [n, v] with the loss's gradient wrt it.
+
+    dL/dz is dvalues [n, K] on S and dtail [n] * exp(z - tail [n]) off S; dL/draw follows by the
+    chain rule.
+    """
+    for rows in _row_blocks(chunk):
+        scores = head.scores(chunk[rows], first_id)
+        logits = head.logits(scores)
+        tail_rows = tail[rows, None]
+        # A row whose tail is -inf has no mass off S, and -inf - -inf would be NaN.
+        shift = tail_rows.masked_fill(tail_rows == -torch.inf, torch.inf)
+        dlogits = _with_spare_column((logits - shift).exp().mul_(dtail[rows, None]))
+        dlogits.scatter_(1, _columns(ids[rows], first_id, logits.shape[1]), dvalues[rows])
+        torch.mul(dlogits[:, :-1], head.derivative(scores), out=chunk[rows])
+
+
+def _row_blocks(chunk: Tensor) -> Iterator[slice]:
+    rows = max(1, _BLOCK_ELEMENTS // max(1, chunk.shape[1]))
+    for first in range(0, chunk.shape[0], rows):
+        yield slice(first, min(first + rows, chunk.shape[0]))
+
+
+def _columns(ids: Tensor, first_id: int, columns: int) -> Tensor:
+    """The chunk's column of each id [n, K]; ids outside it go to the spare column behind it."""
+    column = ids - first_id
+    return column.masked_fill((column < 0) | (column >= columns), columns)
+
+
+def _with_spare_column(block: Tensor) -> Tensor:
+    """A copy [n, v + 1] of a block [n, v]; scatters that miss the chunk land in the last column."""
+    return torch.nn.functional.pad(block, (0, 1), value=-torch.inf)
+
+
+def _update_given(logits: Tensor, first_id: int, state: RowState) -> None:
+    columns = _columns(state.ids, first_id, logits.shape[1])
+    padded = _with_spare_column(logits)
+    # The spare column is -inf, and a slot that was filled by an earlier chunk misses this one.
+    state.values.copy_(torch.maximum(state.values, padded.gather(1, columns)))
+    _absorb(padded.scatter_(1, columns, -torch.inf), state)
+
+
+def _update_topk(logits: Tensor, first_id: int, state: RowState) -> None:
+    k = state.values.shape[1]
+    values, columns = _topk_lower_id_first(logits, min(k, logits.shape[1]))
+    _absorb(logits.scatter_(1, columns, -torch.inf), state)
+    # Earlier chunks hold lower ids and come first, so the stable sort keeps ties by the lower id. A
+    # -inf logit never displaces an empty slot: it has no mass, so it has no place in S.
+    candidates = torch.cat([state.values, values], dim=1)
+    candidate_ids = torch.cat([state.ids, columns + first_id], dim=1)
+    candidates, order = candidates.sort(dim=1, descending=True, stable=True)
+    state.values.copy_(candidates[:, :k])
+    state.ids.copy_(candidate_ids.gather(1, order[:, :k]))
+    _absorb(candidates[:, k:].clone(), state)
+
+
+def _topk_lower_id_first(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """torch.topk leaves open which of several equal logits it returns; here the lower ids."""
+    values, columns = logits.topk(k, dim=1)
+    columns = columns.sort(dim=1).values
+    values, order = logits.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    columns = columns.gather(1, order)
+    threshold = values[:, -1:]
+    ties_left_out = (logits == threshold).sum(1) > (values == threshold).sum(1)
+    ties_left_out &= threshold[:, 0] != -torch.inf
+    if ties_left_out.any():
+        in_order = logits[ties_left_out].sort(dim=1, descending=True, stable=True)
+        columns[ties_left_out] = in_order.indices[:, :k]
+    return values, columns
+
+
+def _absorb(block: Tensor, state: RowState) -> None:
+    """Take a block [n, v] of logits outside S into the tail; destroys the block."""
+    if block.shape[1] == 0:
+        return
+    peak = torch.maximum(state.max, block.amax(1))
+    shift = peak.masked_fill(peak == -torch.inf, 0.0)
+    gap = state.max - shift
+    decay = gap.exp()
+    block.sub_(shift[:, None])
+    if state.moment is not None:
+        weights = block.exp()
+        moment = weights.mul(block.masked_fill_(weights == 0, 0.0)).sum(1)
+        carried = state.moment + state.sum * gap.masked_fill(decay == 0, 0.0)
+        state.moment.copy_(moment + decay * carried)
+    else:
+        weights = block.exp_()
+    state.sum.mul_(decay).add_(weights.sum(1))
+    state.max.copy_(peak)

@@ -1,0 +1,64 @@
+"""How much of the logits lives at a time, from the shape and a memory budget.
+
+Two costs decide. In the one-pass order every token chunk reads and writes the whole [V, D] gradient
+of the weight, so a chunk must hold enough rows to pay for that; below that, recomputing the logits
+is cheaper. In the recompute order every vocabulary chunk reads and writes the [N, D] gradient of
+the hidden states, so a chunk must hold enough columns. The measurements are in docs/log.md.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+MIN_COLUMNS = 4096
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Limits:
+    budget: int  # bytes of logits that may live at a time, unless the user sets chunk_bytes
+    recompute_chunk: int  # bytes past which a recompute chunk buys nothing
+    one_pass_rows: int  # rows below which one_pass loses to recompute
+
+
+_LIMITS = {
+    "cpu": _Limits(budget=192 * _MIB, recompute_chunk=32 * _MIB, one_pass_rows=256),
+    "cuda": _Limits(budget=1536 * _MIB, recompute_chunk=256 * _MIB, one_pass_rows=2048),
+}
+
+
+def _limits(device: torch.device) -> _Limits:
+    return _LIMITS["cpu" if device.type == "cpu" else "cuda"]
+
+
+def _even_size(total: int, most: int) -> int:
+    """The size of equal pieces of `total`, none over `most`."""
+    pieces = -(-total // max(1, min(most, total)))
+    return -(-total // pieces)
+
+
+def recompute_sizes(
+    tokens: int, vocab: int, itemsize: int, device: torch.device, chunk_bytes: int | None
+) -> tuple[int, int]:
+    """Rows and columns of a logits chunk in the recompute order."""
+    limits = _limits(device)
+    budget = min(chunk_bytes or limits.budget, max(limits.recompute_chunk, 0)) // itemsize
+    columns = _even_size(vocab, max(MIN_COLUMNS, budget // max(tokens, 1)))
+    rows = _even_size(tokens, max(1, budget // columns))
+    return rows, columns
+
+
+def one_pass_rows(
+    tokens: int, vocab: int, itemsize: int, device: torch.device, chunk_bytes: int | None
+) -> int:
+    """Rows of a logits chunk in the one-pass order: as many as the budget holds, at least one."""
+    budget = chunk_bytes or _limits(device).budget
+    return _even_size(tokens, max(1, budget // (vocab * itemsize)))
+
+
+def prefers_one_pass(
+    tokens: int, vocab: int, itemsize: int, device: torch.device, chunk_bytes: int | None
+) -> bool:
+    """Whether the budget holds enough rows for one_pass to beat recompute."""
+    rows = one_pass_rows(tokens, vocab, itemsize, device, chunk_bytes)
+    return rows >= min(tokens, _limits(device).one_pass_rows)

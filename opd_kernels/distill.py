@@ -1,0 +1,367 @@
+"""distillation_loss: from two LazyLogits to a scalar, in either order of walking."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from opd_kernels.chunking import prefers_one_pass
+from opd_kernels.divergences import reverse_kl
+from opd_kernels.head import accumulator_dtype
+from opd_kernels.lazy_logits import LazyLogits
+from opd_kernels.loss_functions import OnePassLoss, RecomputedFullLoss
+from opd_kernels.one_pass import LossOptions, Objective, WalkResult, per_token_loss, walk
+from opd_kernels.sparse_logits import SparseLogits
+from opd_kernels.supports import Missing, Recomputed, Served, Support, align
+
+
+class DistillationOutput(NamedTuple):
+    """The loss, and what it was computed from, detached, for logging.
+
+    A token whose weight is 0 is not computed under compact=True: its loss is 0, its slots are empty
+    (id -1) and its tail 0.
+    """
+
+    loss: Tensor  # scalar; [...] with reduction="none"
+    per_token: Tensor  # [...] unweighted
+    student: SparseLogits  # on the support
+    teacher: SparseLogits  # on the same ids
+
+
+def distillation_loss(
+    student: LazyLogits,
+    teacher: LazyLogits | SparseLogits,
+    *,
+    k: int = 20,
+    support: Support | Tensor = "student",
+    objective: Objective = reverse_kl,
+    token_weights: Tensor | None = None,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    method: str = "auto",
+    missing: Missing = "error",
+    entropy: bool = False,
+    compact: bool = True,
+    chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> DistillationOutput:
+    """Distil teacher into student without ever holding the [N, V] logits.
+
+    The teacher never gets a gradient. If the two vocabularies differ in size, both are cut to the
+    smaller: the larger one is taken to be padded.
+
+    Args:
+        student: hidden [..., D].
+        teacher: LazyLogits with the same leading shape, of any width, or SparseLogits [..., K] from
+            a server.
+        k: size of the support.
+        support: "student" or "teacher" (whose top-K is S), "union", "intersection", "full" (all of
+            V), or integer ids [..., K].
+        objective: a function (student, teacher) -> loss per token [...] of SparseLogits: a
+            divergence, a functools.partial of one, or your own. It is differentiated with respect
+            to the student only.
+        token_weights: [...] weight of each token's loss, default 1; they get no gradient.
+        reduction: "mean" = sum(w * loss) / denominator, "sum", or "none" (recompute only,
+            unweighted).
+        denominator: what "mean" divides by, default sum(token_weights). Pass the global number of
+            tokens under gradient accumulation or several ranks.
+        method: "one_pass" (token chunks [c, V], gradient during forward, no recomputation),
+            "recompute" (vocabulary chunks [N, v], smallest memory), or "auto" by the cost model of
+            chunking.py.
+        missing: for a served teacher without a value on S: "error", or "drop" the slot from S.
+        entropy: also fill the entropy of student and teacher (of the whole rows), from the same
+            pass.
+        compact: leave out tokens of weight 0 before the first matrix product (synchronises with the
+            device).
+        chunk_bytes: most memory for the student's logits at a time; default by the device.
+        backend: "auto", or a name of available_backends().
+
+    Returns:
+        DistillationOutput(loss, per_token, student, teacher); all but loss are detached.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it and the remedy.
+    """
+    _check_arguments(student, teacher, support, token_weights, reduction, method, missing)
+    student, teacher = _same_vocabulary(student, teacher)
+    leading = student.hidden.shape[:-1]
+    student = student.flat()
+    teacher = teacher.flat() if isinstance(teacher, LazyLogits) else _flat_answer(teacher, leading)
+    ids = support.reshape(-1, support.shape[-1]) if isinstance(support, Tensor) else support
+    weights = None if token_weights is None else token_weights.detach().reshape(-1)
+    kept = None
+    if compact and weights is not None:
+        kept = weights.nonzero()[:, 0]
+        if kept.numel() == weights.numel():
+            kept = None
+        else:
+            student, weights = student[kept], weights[kept]
+            teacher = (
+                teacher[kept] if isinstance(teacher, LazyLogits) else teacher.map(lambda t: t[kept])
+            )
+            ids = ids[kept] if isinstance(ids, Tensor) else ids
+    options = LossOptions(k, ids, objective, missing, entropy, chunk_bytes, backend)
+    with torch.autocast(student.hidden.device.type, enabled=False):
+        output = _flat_loss(student, teacher, options, weights, reduction, denominator, method)
+    return _restore(output, kept, leading)
+
+
+class TopKDistillationLoss(nn.Module):
+    """distillation_loss as a module: its options are fixed at construction.
+
+    Args:
+        options: the keyword arguments of distillation_loss but token_weights and denominator.
+    """
+
+    def __init__(
+        self,
+        *,
+        k: int = 20,
+        support: Support = "student",
+        objective: Objective = reverse_kl,
+        reduction: str = "mean",
+        method: str = "auto",
+        missing: Missing = "error",
+        entropy: bool = False,
+        compact: bool = True,
+        chunk_bytes: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.options = {
+            name: value for name, value in locals().items() if name not in ("self", "__class__")
+        }
+
+    def forward(
+        self,
+        student: LazyLogits,
+        teacher: LazyLogits | SparseLogits,
+        token_weights: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> DistillationOutput:
+        """As distillation_loss."""
+        return distillation_loss(
+            student, teacher, token_weights=token_weights, denominator=denominator, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _flat_loss(
+    student: LazyLogits,
+    teacher: LazyLogits | SparseLogits,
+    options: LossOptions,
+    weights: Tensor | None,
+    reduction: str,
+    denominator: float | Tensor | None,
+    method: str,
+) -> DistillationOutput:
+    if reduction == "mean" and denominator is None:
+        tokens = student.hidden.shape[0]
+        denominator = float(tokens) if weights is None else weights.sum()
+    if reduction != "mean":
+        denominator = None
+
+    def reduce(per_token: Tensor) -> Tensor:
+        if reduction == "none":
+            return per_token
+        weighted = per_token
+        if weights is not None:
+            weighted = (per_token * weights).masked_fill(weights == 0, 0.0)
+        return _divide(weighted.sum(), denominator)
+
+    if _resolve_method(student, options, reduction, method) == "one_pass":
+        return _one_pass(student, teacher, options, weights, reduce, denominator)
+    return _recompute(student, teacher, options, reduce)
+
+
+def _one_pass(
+    student: LazyLogits,
+    teacher: LazyLogits | SparseLogits,
+    options: LossOptions,
+    weights: Tensor | None,
+    reduce: Callable[[Tensor], Tensor],
+    denominator: float | Tensor | None,
+) -> DistillationOutput:
+    if not student.requires_grad:
+        result = walk(student, teacher, options, None, (False, False, False))
+        return DistillationOutput(
+            reduce(result.per_token), result.per_token, result.student, result.teacher
+        )
+
+    def run(needs: tuple[bool, bool, bool]) -> WalkResult:
+        upstream = student.hidden.new_ones(
+            student.hidden.shape[0], dtype=accumulator_dtype(student.hidden, student.weight)
+        )
+        return walk(
+            student, teacher, options, upstream if weights is None else upstream * weights, needs
+        )
+
+    results: list[WalkResult] = []
+    loss = OnePassLoss.apply(
+        student.hidden,
+        student.weight,
+        student.bias,
+        student,
+        run,
+        reduce,
+        lambda gradient: _divide(gradient, denominator),
+        results,
+    )
+    result = results[0]
+    return DistillationOutput(loss, result.per_token, result.student, result.teacher)
+
+
+def _recompute(
+    student: LazyLogits,
+    teacher: LazyLogits | SparseLogits,
+    options: LossOptions,
+    reduce: Callable[[Tensor], Tensor],
+) -> DistillationOutput:
+    if isinstance(options.support, str) and options.support == "full":
+
+        def run(upstream: Tensor | None, needs: tuple[bool, bool, bool]) -> WalkResult:
+            return walk(student, teacher, options, upstream, needs)
+
+        results: list[WalkResult] = []
+        per_token = RecomputedFullLoss.apply(
+            student.hidden, student.weight, student.bias, student, run, results
+        )
+        s, t = results[0].student, results[0].teacher
+    else:
+        source = Recomputed(student, options.entropy, options.chunk_bytes, options.backend)
+        target: Recomputed | Served
+        if isinstance(teacher, SparseLogits):
+            target = Served(teacher)
+        else:
+            target = replace(source, logits=teacher.detach())
+        s, t = align(source, target, options.support, options.k, options.missing)
+        per_token = per_token_loss(options.objective, s, t.detach())
+    return DistillationOutput(reduce(per_token), per_token.detach(), s.detach(), t.detach())
+
+
+def _divide(total: Tensor, denominator: float | Tensor | None) -> Tensor:
+    """total / denominator, and 0 where the denominator is 0; decided on the device."""
+    if denominator is None:
+        return total
+    divisor = torch.as_tensor(denominator, dtype=total.dtype, device=total.device)
+    return torch.where(
+        divisor == 0, torch.zeros_like(total), total / divisor.masked_fill(divisor == 0, 1.0)
+    )
+
+
+def _resolve_method(student: LazyLogits, options: LossOptions, reduction: str, method: str) -> str:
+    if method != "auto":
+        return method
+    if reduction == "none":
+        return "recompute"
+    dtype = accumulator_dtype(student.hidden, student.weight)
+    chunks = 2 if isinstance(options.support, str) and options.support == "full" else 1
+    fits = prefers_one_pass(
+        student.hidden.shape[0],
+        student.head.vocab_size,
+        dtype.itemsize * chunks,
+        student.hidden.device,
+        options.chunk_bytes,
+    )
+    return "one_pass" if fits else "recompute"
+
+
+def _same_vocabulary(
+    student: LazyLogits, teacher: LazyLogits | SparseLogits
+) -> tuple[LazyLogits, LazyLogits | SparseLogits]:
+    if isinstance(teacher, SparseLogits):
+        return student, teacher
+    vocab_size = min(student.head.vocab_size, teacher.head.vocab_size)
+    return replace(student, vocab_size=vocab_size), replace(teacher, vocab_size=vocab_size)
+
+
+def _flat_answer(teacher: SparseLogits, leading: torch.Size) -> SparseLogits:
+    dims = len(leading)
+    return teacher.map(lambda tensor: tensor.reshape(-1, *tensor.shape[dims:]))
+
+
+def _restore(
+    output: DistillationOutput, kept: Tensor | None, leading: torch.Size
+) -> DistillationOutput:
+    """Back from the kept tokens to the caller's leading shape."""
+
+    def spread(tensor: Tensor, empty: float) -> Tensor:
+        if kept is not None:
+            full = tensor.new_full((leading.numel(), *tensor.shape[1:]), empty)
+            tensor = full.index_copy(0, kept, tensor)
+        return tensor.reshape(*leading, *tensor.shape[1:])
+
+    def spread_sparse(sparse: SparseLogits) -> SparseLogits:
+        return SparseLogits(
+            spread(sparse.values, -torch.inf),
+            spread(sparse.ids, -1),
+            None if sparse.tail is None else spread(sparse.tail, 0.0),
+            sparse.vocab_size,
+            sparse.temperature,
+            None if sparse.entropy is None else spread(sparse.entropy, 0.0),
+        )
+
+    loss = output.loss if output.loss.dim() == 0 else spread(output.loss, 0.0)
+    student, teacher = spread_sparse(output.student), spread_sparse(output.teacher)
+    return DistillationOutput(loss, spread(output.per_token, 0.0), student, teacher)
+
+
+def _check_arguments(
+    student: LazyLogits,
+    teacher: LazyLogits | SparseLogits,
+    support: Support | Tensor,
+    token_weights: Tensor | None,
+    reduction: str,
+    method: str,
+    missing: str,
+) -> None:
+    if not isinstance(student, LazyLogits):
+        raise TypeError(f"student: expected LazyLogits, got {type(student).__name__}")
+    if not isinstance(teacher, (LazyLogits, SparseLogits)):
+        raise TypeError(
+            "teacher: expected LazyLogits, or SparseLogits from a server, got "
+            f"{type(teacher).__name__}"
+        )
+    leading = student.hidden.shape[:-1]
+    theirs = (teacher.hidden if isinstance(teacher, LazyLogits) else teacher.values).shape[:-1]
+    if theirs != leading:
+        raise ValueError(
+            f"teacher: expected the student's leading shape {tuple(leading)}, got {tuple(theirs)}; "
+            "select the same "
+            "completion tokens from both, for example student[mask] and teacher[teacher_mask]"
+        )
+    choices = {"reduction": (reduction, ("mean", "sum", "none")),
+               "method": (method, ("auto", "one_pass", "recompute")),
+               "missing": (missing, get_args(Missing))}  # fmt: skip
+    if not isinstance(support, Tensor):
+        choices["support"] = (support, get_args(Support))
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
+    if reduction == "none" and method == "one_pass":
+        raise ValueError(
+            "reduction: 'none' has a gradient only once the caller weighs the tokens, which "
+            "one_pass cannot wait "
+            "for; use method='recompute' or 'auto'"
+        )
+    if isinstance(support, str) and support == "full" and isinstance(teacher, SparseLogits):
+        raise ValueError(
+            "support: 'full' needs the teacher's whole distribution, got a server's SparseLogits; "
+            "use "
+            "support='teacher' with tail='bucket'"
+        )
+    if token_weights is not None:
+        if token_weights.shape != leading:
+            raise ValueError(
+                f"token_weights: expected the leading shape {tuple(leading)}, got "
+                f"{tuple(token_weights.shape)}"
+            )
+        if token_weights.device != student.hidden.device:
+            raise ValueError(
+                f"token_weights: expected device {student.hidden.device}, got "
+                f"{token_weights.device}; move them"
+            )

@@ -1,0 +1,193 @@
+"""Objectives: pure functions of two SparseLogits on the same support, [..., K] -> [...] in nats.
+
+Letters as in the equations: p is the student, q the teacher, S the support, P and Q its mass under
+each, c_k = log p_k - log q_k and m = sum_S p_k c_k. Gradients are with respect to the student's
+final logits z; the teacher never gets one. `tail` says what becomes of the mass outside S:
+
+    "drop"         it is left out: the divergence is cut to S
+    "bucket"       it is one more outcome, with probability exp(log_tail)
+    "renormalize"  p and q are renormalised on S; a row with fewer than two live slots has loss 0
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from opd_kernels.sparse_logits import SparseLogits
+
+Tail = Literal["drop", "bucket", "renormalize"]
+
+
+def reverse_kl(
+    student: SparseLogits,
+    teacher: SparseLogits,
+    *,
+    stop_gradient: bool = True,
+    tail: Tail = "drop",
+) -> Tensor:
+    """Reverse KL(p || q) on S: sum_S p_k (log p_k - log q_k).
+
+    With stop_gradient (arXiv 2605.11182), log p is detached inside the sum and the gradient is
+    p_j (c_j [j in S] - m), which vanishes only at p = q on S. Without it the gradient has the
+    further term p_j ([j in S] - P), which drives the student's mass out of S until P = Q / e. With
+    tail="bucket" or "renormalize" the two are the same.
+
+    Args:
+        student, teacher: SparseLogits on the same ids, vocabulary and temperature.
+        stop_gradient: detach log p (not p) inside the sum.
+        tail: what becomes of the mass outside S.
+
+    Returns:
+        [...] the loss of each row.
+
+    Raises:
+        ValueError: the two do not match, tail is unknown, or tail="renormalize" with K = 1.
+    """
+    bins = _bins(student, teacher, tail)
+    log_p = bins.log_p.detach() if stop_gradient else bins.log_p
+    return bins.sum(_expectation(bins.log_p, log_p - bins.log_q))
+
+
+def forward_kl(student: SparseLogits, teacher: SparseLogits, *, tail: Tail = "drop") -> Tensor:
+    """Forward KL(q || p) on S: sum_S q_k (log q_k - log p_k). Its gradient is p_j Q - q_j [j in S].
+
+    Args, Returns and Raises as in reverse_kl.
+    """
+    bins = _bins(student, teacher, tail)
+    return bins.sum(_expectation(bins.log_q, bins.log_q - bins.log_p))
+
+
+def jsd(
+    student: SparseLogits, teacher: SparseLogits, *, beta: float = 0.5, tail: Tail = "drop"
+) -> Tensor:
+    """Generalised Jensen-Shannon divergence beta KL(q || M) + (1 - beta) KL(p || M), M = (1 - beta)
+    p + beta q.
+
+    As in GKD (arXiv 2306.13649): beta = 0 stands for the forward KL and beta = 1 for the reverse
+    KL, its limits after division by beta or 1 - beta. The gradient is p_j (w_j [j in S] - sum_S p_k
+    w_k) with w = (1 - beta) log(p / M), so there is no bias for a stop-gradient to remove.
+
+    Args:
+        beta: weight of the teacher in the mixture, 0 to 1.
+
+    Other arguments, Returns and Raises as in reverse_kl; beta outside [0, 1] raises ValueError.
+    """
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta: expected 0 (forward KL) to 1 (reverse KL), got {beta}")
+    if beta == 0.0:
+        return forward_kl(student, teacher, tail=tail)
+    if beta == 1.0:
+        return reverse_kl(student, teacher, tail=tail)
+    bins = _bins(student, teacher, tail)
+    log_m = torch.logaddexp(bins.log_p + math.log1p(-beta), bins.log_q + math.log(beta))
+    from_teacher = _expectation(bins.log_q, bins.log_q - log_m)
+    from_student = _expectation(bins.log_p, bins.log_p - log_m)
+    return bins.sum(beta * from_teacher + (1.0 - beta) * from_student)
+
+
+def policy_gradient(student: SparseLogits, teacher: SparseLogits) -> Tensor:
+    """The score-function estimate log p(y) * sg(log p(y) - log q(y)) for sampled tokens y, S = {y}.
+
+    Its gradient is unbiased for the full reverse KL of that token, given its prefix, when y was
+    sampled from p itself: at the same temperature and without top-p or top-k truncation (REINFORCE,
+        Williams 1992). Its
+    value is not a divergence. The log-ratio alone, backpropagated, has expected gradient 0.
+
+    Args:
+        student, teacher: SparseLogits with K = 1, gathered at the sampled ids.
+
+    Returns:
+        [...] the surrogate loss of each row, 0 where the slot is empty.
+
+    Raises:
+        ValueError: K is not 1, or the two do not match.
+    """
+    if student.values.shape[-1] != 1:
+        raise ValueError(
+            "student: expected K = 1, the sampled token of each row, got K = "
+            f"{student.values.shape[-1]}; "
+            "pass the sampled ids as support"
+        )
+    bins = _bins(student, teacher, "drop")
+    return bins.sum(bins.log_p * (bins.log_p - bins.log_q).detach())
+
+
+@dataclass(frozen=True)
+class _Bins:
+    """Two distributions over the same bins, safe to differentiate: dead bins hold zeros."""
+
+    log_p: Tensor  # [..., B]
+    log_q: Tensor  # [..., B], detached
+    live: Tensor  # [..., B] False where both are empty
+
+    def sum(self, terms: Tensor) -> Tensor:
+        return terms.masked_fill(~self.live, 0.0).sum(-1)
+
+
+def _expectation(log_weight: Tensor, term: Tensor) -> Tensor:
+    """exp(log_weight) * term, where a weight of 0 makes 0 of an infinite term."""
+    weight = log_weight.exp()
+    return weight * term.masked_fill(weight == 0, 0.0)
+
+
+def _bins(student: SparseLogits, teacher: SparseLogits, tail: Tail) -> _Bins:
+    if tail not in ("drop", "bucket", "renormalize"):
+        raise ValueError(f"tail: expected 'drop', 'bucket' or 'renormalize', got {tail!r}")
+    _check_pair(student, teacher)
+    teacher = teacher.detach()
+    if tail == "renormalize":
+        return _renormalized(student.values, teacher.values)
+    log_p, log_q = student.log_probs, teacher.log_probs
+    if tail == "bucket":
+        log_p = torch.cat([log_p, student.log_tail[..., None]], dim=-1)
+        log_q = torch.cat([log_q, teacher.log_tail[..., None]], dim=-1)
+    return _masked(log_p, log_q)
+
+
+def _masked(log_p: Tensor, log_q: Tensor) -> _Bins:
+    live = (log_p != -torch.inf) | (log_q != -torch.inf)
+    return _Bins(log_p.masked_fill(~live, 0.0), log_q.masked_fill(~live, 0.0), live)
+
+
+def _renormalized(values_p: Tensor, values_q: Tensor) -> _Bins:
+    if values_p.shape[-1] < 2:
+        raise ValueError(
+            "tail: 'renormalize' needs K >= 2, got K = 1: one outcome renormalised has probability "
+            "1 and no "
+            "gradient; use a larger K, or tail='bucket'"
+        )
+    live = (values_p != -torch.inf) | (values_q != -torch.inf)
+    live &= live.sum(-1, keepdim=True) >= 2
+    # Rows without two live slots get zeros before the logsumexp, whose gradient at all -inf is NaN.
+    enough = live.any(-1, keepdim=True)
+    log_p = values_p.masked_fill(~enough, 0.0).log_softmax(-1)
+    log_q = values_q.masked_fill(~enough, 0.0).log_softmax(-1)
+    return _Bins(log_p.masked_fill(~live, 0.0), log_q.masked_fill(~live, 0.0), live)
+
+
+def _check_pair(student: SparseLogits, teacher: SparseLogits) -> None:
+    for name in ("vocab_size", "temperature"):
+        ours, theirs = getattr(student, name), getattr(teacher, name)
+        if ours != theirs:
+            raise ValueError(
+                f"{name}: expected the same of student and teacher, got {ours} and {theirs}; pass "
+                f"{name}= to "
+                "both LazyLogits"
+            )
+    if student.values.shape != teacher.values.shape:
+        raise ValueError(
+            "teacher: expected the student's shape [..., K] = "
+            f"{tuple(student.values.shape)}, got {tuple(teacher.values.shape)}; gather it at "
+            "student.ids"
+        )
+    if student.ids is teacher.ids or torch.compiler.is_compiling():
+        return
+    if not torch.equal(student.ids, teacher.ids):
+        raise ValueError(
+            "teacher: expected its values at the student's ids, got other ids; use "
+            "teacher.gather(student.ids), "
+            "not its own topk"
+        )

@@ -1,0 +1,66 @@
+"""Sums of the three gradients of a head over the chunks of a walk."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opd_kernels import matmul
+from opd_kernels.head import Head, accumulator_dtype
+from opd_kernels.lazy_logits import LazyLogits
+from opd_kernels.sparse import sparse_gradients
+from opd_kernels.sparse_logits import SparseLogits
+
+
+@dataclass
+class Gradients:
+    """Accumulators for the gradients that are needed, in the accumulator's dtype."""
+
+    dhidden: Tensor | None  # [N, D]
+    dweight: Tensor | None  # [V_padded, D]
+    dbias: Tensor | None  # [V_padded]
+    dweight_is_zero: bool = True
+
+    @classmethod
+    def zeros(cls, student: LazyLogits, needs: tuple[bool, bool, bool]) -> "Gradients":
+        dtype = accumulator_dtype(student.hidden, student.weight)
+        operands = (student.hidden, student.weight, student.bias)
+        dhidden, dweight, dbias = (
+            torch.zeros_like(t, dtype=dtype) if need and t is not None else None
+            for t, need in zip(operands, needs, strict=True)
+        )
+        return cls(dhidden, dweight, dbias)
+
+    def add_dense(self, rows: slice, dlogits: Tensor, hidden: Tensor, head: Head) -> None:
+        """Add the two matrix products of a gradient chunk [c, V]."""
+        vocab = head.vocab_size
+        if self.dhidden is not None:
+            matmul.add_hidden_gradient_(self.dhidden[rows], dlogits, head.rows(0, vocab))
+        if self.dweight is not None:
+            matmul.add_weight_gradient_(self.dweight[:vocab], dlogits, hidden, self.dweight_is_zero)
+            self.dweight_is_zero = False
+        if self.dbias is not None:
+            self.dbias[:vocab] += dlogits.sum(0)
+
+    def add_sparse(
+        self, rows: slice, hidden: Tensor, head: Head, leaf: SparseLogits, dvalues: Tensor
+    ) -> None:
+        """Add the gradient of a loss that never used the tail: no pass over the vocabulary."""
+        dhidden = None if self.dhidden is None else self.dhidden[rows]
+        sparse_gradients(
+            hidden, head, leaf.ids, leaf.values, dvalues, dhidden, self.dweight, self.dbias
+        )
+        self.dweight_is_zero = False
+
+    def scaled(self, factor: Tensor | None, student: LazyLogits) -> tuple[Tensor | None, ...]:
+        """The gradients times a scalar, each in its operand's dtype; consumes the sums."""
+        results = []
+        for total, operand in (
+            (self.dhidden, student.hidden),
+            (self.dweight, student.weight),
+            (self.dbias, student.bias),
+        ):
+            if total is not None and operand is not None:
+                total = (total if factor is None else total.mul_(factor)).to(operand.dtype)
+            results.append(total)
+        return tuple(results)

@@ -1,0 +1,311 @@
+"""LazyLogits: hidden states and the head that would turn them into logits, until somebody asks."""
+
+from dataclasses import InitVar, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_kernels.head import Head, accumulator_dtype
+from opd_kernels.linear import linear_gather, linear_topk
+from opd_kernels.sparse_logits import SparseLogits
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class LazyLogits:
+    """The logits z = softcap(scale * (hidden @ weight.T + bias)) / temperature, not yet computed.
+
+    Logits, tails and losses are float32 whatever the operands hold (float64 from float64 operands),
+    and gradients come back in each operand's own dtype. Under autocast the operands are cast to its
+    dtype first.
+
+    Args:
+        hidden: [..., D] the head's input.
+        weight: [V_padded, D] the head's weight.
+        bias: [V_padded] or None.
+        softcap: cap of softcap * tanh(x / softcap), as in Gemma 2, or None.
+        scale: factor on the product, as in Cohere and Granite.
+        temperature: divisor of the final logits; the loss and its gradient carry the same factor.
+        vocab_size: V, the number of leading rows of weight that are tokens; default all. The rest
+            is padding.
+        check_finite: look for NaN and inf in hidden now and name the rows (synchronises with the
+            device).
+
+    Raises:
+        TypeError: an operand is not a floating tensor.
+        ValueError: shapes, devices or options do not fit; the message names the argument and the
+        remedy.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+    temperature: float = 1.0
+    vocab_size: int | None = None
+    check_finite: InitVar[bool] = False
+
+    def __post_init__(self, check_finite: bool) -> None:
+        _check_operands(self.hidden, self.weight, self.bias)
+        if self.vocab_size is None:
+            object.__setattr__(self, "vocab_size", self.weight.shape[0])
+        _check_options(self)
+        if check_finite:
+            _check_finite(self.hidden)
+
+    @property
+    def shape(self) -> torch.Size:
+        """The leading dimensions and V: the shape that materialize() would return."""
+        return torch.Size((*self.hidden.shape[:-1], self._vocab))
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a loss of these logits has a gradient."""
+        operands = (self.hidden, self.weight, self.bias)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+
+    def __getitem__(self, index: Any) -> "LazyLogits":
+        """Select rows: an index of the leading dimensions, such as a mask of tokens."""
+        return replace(self, hidden=self.hidden[index])
+
+    def detach(self) -> "LazyLogits":
+        """The same logits without gradient, as a teacher's."""
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
+
+    def topk(
+        self,
+        k: int,
+        *,
+        entropy: bool = False,
+        chunk_bytes: int | None = None,
+        backend: str = "auto",
+    ) -> SparseLogits:
+        """The k largest logits of each row and the logsumexp of the rest, in one pass over the
+        vocabulary.
+
+        Ties go to the lower id. A logit of -inf never enters S; such a slot stays empty.
+        Differentiable through values and tail.
+
+        Args:
+            k: K, from 1 to V.
+            entropy: also give the row's entropy, from the same pass, detached.
+            chunk_bytes: most memory for logits at a time; default by the device.
+            backend: "auto", or a name of available_backends().
+
+        Raises:
+            ValueError: k is out of range, or the backend is missing.
+        """
+        _check_k(k, self._vocab)
+        flat = self.flat()
+        values, ids, tail, row_entropy = linear_topk(
+            flat.hidden, flat.weight, flat.bias, k, *self._scalars(), entropy, chunk_bytes, backend
+        )
+        return self._sparse(values, ids, tail, row_entropy if entropy else None, k)
+
+    def gather(
+        self,
+        ids: Tensor,
+        *,
+        tail: bool = True,
+        entropy: bool = False,
+        chunk_bytes: int | None = None,
+        backend: str = "auto",
+    ) -> SparseLogits:
+        """The logits at given ids and the logsumexp of the rest, in one pass over the vocabulary.
+
+        Args:
+            ids: [..., K] integer token ids; one outside [0, V) is an empty slot, a repeated one
+                counts once.
+            tail: False computes N * K dot products only, for losses that renormalise on S.
+            entropy: also give the row's entropy, detached; needs tail=True.
+            chunk_bytes, backend: as in topk.
+
+        Raises:
+            ValueError: ids do not fit hidden or are not integers; entropy without tail.
+        """
+        _check_gather(ids, self.hidden, tail, entropy)
+        flat = self.flat()
+        flat_ids = ids.reshape(-1, ids.shape[-1])
+        values, row_tail, row_entropy = linear_gather(
+            flat.hidden,
+            flat.weight,
+            flat.bias,
+            flat_ids,
+            *self._scalars(),
+            tail,
+            entropy,
+            chunk_bytes,
+            backend,
+        )
+        sparse = self._sparse(
+            values,
+            flat_ids,
+            row_tail if tail else None,
+            row_entropy if entropy else None,
+            ids.shape[-1],
+        )
+        # Keep the caller's own tensor: `teacher.gather(s.ids).ids is s.ids` proves the supports
+        # equal.
+        return replace(sparse, ids=ids)
+
+    def log_prob(
+        self,
+        targets: Tensor,
+        *,
+        ignore_index: int = -100,
+        chunk_bytes: int | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """log p(target) of each row, [...]: minus the cross-entropy, without the logits.
+
+        Args:
+            targets: [...] integer token ids. `ignore_index` gives 0 and no gradient; any other id
+                outside [0, V) gives -inf.
+            ignore_index: the target that stands for no target.
+            chunk_bytes, backend: as in topk.
+        """
+        sparse = self.gather(targets[..., None], chunk_bytes=chunk_bytes, backend=backend)
+        return sparse.log_probs[..., 0].masked_fill(targets == ignore_index, 0.0)
+
+    def materialize(self) -> Tensor:
+        """The full logits [..., V], which this package exists to avoid: for tests."""
+        flat = self.flat()
+        dtype = accumulator_dtype(flat.hidden, flat.weight)
+        with torch.autocast(flat.hidden.device.type, enabled=False):
+            raw = flat.hidden.to(dtype) @ flat.weight[: self._vocab].to(dtype).t()
+            return flat.head.logits(flat.head.scores(raw, 0)).reshape(self.shape)
+
+    def flat(self) -> "LazyLogits":
+        """The same logits with hidden as [N, D]; under autocast all operands in its dtype."""
+        hidden, weight, bias = (
+            self.hidden.reshape(-1, self.hidden.shape[-1]),
+            self.weight,
+            self.bias,
+        )
+        device_type = hidden.device.type
+        if (
+            torch.is_autocast_enabled(device_type)
+            and accumulator_dtype(hidden, weight) != torch.float64
+        ):
+            dtype = torch.get_autocast_dtype(device_type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        return replace(self, hidden=hidden, weight=weight, bias=bias)
+
+    @property
+    def head(self) -> Head:
+        """The operands without the hidden states, for the driver."""
+        return Head(self.weight, self.bias, *self._scalars())
+
+    @property
+    def _vocab(self) -> int:
+        assert self.vocab_size is not None  # __post_init__ set it
+        return self.vocab_size
+
+    def _scalars(self) -> tuple[float | None, float, float, int]:
+        softcap = None if self.softcap is None else float(self.softcap)
+        return softcap, float(self.scale), float(self.temperature), self._vocab
+
+    def _sparse(
+        self, values: Tensor, ids: Tensor, tail: Tensor | None, entropy: Tensor | None, k: int
+    ) -> SparseLogits:
+        leading = self.hidden.shape[:-1]
+        return SparseLogits(
+            values.reshape(*leading, k),
+            ids.reshape(*leading, k),
+            None if tail is None else tail.reshape(leading),
+            self._vocab,
+            float(self.temperature),
+            None if entropy is None else entropy.detach().reshape(leading),
+        )
+
+
+def _check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    operands = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, operand in operands.items():
+        if not isinstance(operand, Tensor) or operand.dtype not in _FLOATING:
+            got = operand.dtype if isinstance(operand, Tensor) else type(operand).__name__
+            raise TypeError(
+                f"{name}: expected a tensor of float16, bfloat16, float32 or float64, got {got}; "
+                "cast or "
+                "dequantise it first"
+            )
+        if operand.device != hidden.device:
+            raise ValueError(
+                f"{name}: expected device {hidden.device}, as hidden's, got {operand.device}; move "
+                "one of them"
+            )
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "hidden, weight: expected [..., D] and [V, D] with the same D, got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}; pass lm_head.weight as it is, not "
+            "transposed"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias: expected shape [V] = {tuple(weight.shape[:1])}, got {tuple(bias.shape)}"
+        )
+
+
+def _check_options(logits: LazyLogits) -> None:
+    rows = logits.weight.shape[0]
+    if logits.vocab_size is None or not 1 <= logits.vocab_size <= rows:
+        raise ValueError(
+            f"vocab_size: expected 1 to {rows}, the rows of weight, got {logits.vocab_size}; it "
+            "counts the "
+            "tokens, without the padding"
+        )
+    if logits.softcap is not None and not 0 < logits.softcap < float("inf"):
+        raise ValueError(f"softcap: expected a positive number or None, got {logits.softcap}")
+    if not 0 < logits.temperature < float("inf"):
+        raise ValueError(
+            f"temperature: expected a positive number, got {logits.temperature}; greedy sampling "
+            "has no "
+            "distribution to distil"
+        )
+    if not abs(logits.scale) < float("inf"):
+        raise ValueError(f"scale: expected a finite number, got {logits.scale}")
+
+
+def _check_finite(hidden: Tensor) -> None:
+    bad = ~torch.isfinite(hidden).all(-1)
+    if bad.any():
+        rows = [tuple(row) if len(row) > 1 else row[0] for row in bad.nonzero().tolist()]
+        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        raise ValueError(
+            f"hidden: expected finite numbers, got NaN or inf in {len(rows)} row(s): {shown}; look "
+            "for an "
+            "overflow in the model's forward pass"
+        )
+
+
+def _check_k(k: int, vocab_size: int) -> None:
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k: expected an int, got {type(k).__name__}")
+    if not 1 <= k <= vocab_size:
+        raise ValueError(
+            f"k: expected 1 to {vocab_size}, the vocabulary, got {k}; for the exact divergence "
+            "over "
+            'all of it use support="full"'
+        )
+
+
+def _check_gather(ids: Tensor, hidden: Tensor, tail: bool, entropy: bool) -> None:
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise TypeError(f"ids: expected an integer tensor, got {ids.dtype}; token ids are int64")
+    if ids.device != hidden.device:
+        raise ValueError(
+            f"ids: expected device {hidden.device}, as hidden's, got {ids.device}; move them"
+        )
+    if ids.dim() < 1 or ids.shape[:-1] != hidden.shape[:-1] or ids.shape[-1] < 1:
+        raise ValueError(
+            f"ids: expected [..., K] with K >= 1 and the leading shape of hidden, "
+            f"{tuple(hidden.shape[:-1])}, got {tuple(ids.shape)}; add a last dimension for one id "
+            "a row"
+        )
+    if entropy and not tail:
+        raise ValueError("entropy: it needs a pass over the vocabulary; gather with tail=True")

@@ -1,0 +1,287 @@
+"""The one-pass order: chunks of tokens, loss and gradient while a chunk's logits are there.
+
+A chunk of the student's logits [c, V] is computed once, reduced to SparseLogits, and overwritten
+with the loss's gradient: one forward and two backward matrix products, no recomputation. The
+objective is any callable; PyTorch differentiates it on the chunk's small tensors. With
+support="full" the teacher's chunk lies beside the student's and the objective sees S = everything,
+a few rows at a time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_kernels import matmul
+from opd_kernels.backends import Epilogues, RowState, select_backend
+from opd_kernels.chunking import one_pass_rows
+from opd_kernels.gradients import Gradients
+from opd_kernels.head import Head, accumulator_dtype
+from opd_kernels.lazy_logits import LazyLogits
+from opd_kernels.sparse import canonical_ids
+from opd_kernels.sparse_logits import SparseLogits
+from opd_kernels.supports import Recomputed, Served, align
+
+Objective = Callable[[SparseLogits, SparseLogits], Tensor]
+
+# The objective's temporaries under support="full": about a dozen tensors of [rows, V].
+_DENSE_BLOCK_BYTES = 2 << 20
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What distillation_loss was asked for, checked."""
+
+    k: int
+    support: str | Tensor  # ids are [N, K]
+    objective: Objective
+    missing: str
+    entropy: bool
+    chunk_bytes: int | None
+    backend: str
+
+
+@dataclass
+class _LogitsChunk:
+    """A chunk of raw products [c, V] as a source of SparseLogits; the last made is the leaf."""
+
+    raw: Tensor
+    head: Head
+    epilogues: Epilogues
+    entropy: bool
+    leaf: SparseLogits | None = None
+
+    def topk(self, k: int) -> SparseLogits:
+        return self._reduce(RowState.for_topk(self.raw.shape[0], k, self.entropy, like=self.raw))
+
+    def gather(self, ids: Tensor) -> SparseLogits:
+        canonical = canonical_ids(ids, self.head.vocab_size)
+        sparse = self._reduce(RowState.for_ids(canonical, self.entropy, like=self.raw))
+        return replace(sparse, ids=ids)
+
+    def _reduce(self, state: RowState) -> SparseLogits:
+        self.epilogues.update(self.raw, 0, self.head, state)
+        entropy = state.entropy() if self.entropy else None
+        self.leaf = SparseLogits(
+            state.values.requires_grad_(),
+            state.ids,
+            state.tail().requires_grad_(),
+            self.head.vocab_size,
+            self.head.temperature,
+            entropy,
+        )
+        return self.leaf
+
+
+@dataclass(frozen=True)
+class WalkResult:
+    """The loss [N] and both models on S, detached; and the gradients, if any were needed."""
+
+    per_token: Tensor
+    student: SparseLogits
+    teacher: SparseLogits
+    gradients: Gradients | None
+
+
+def walk(
+    student: LazyLogits,
+    teacher: LazyLogits | SparseLogits,
+    options: LossOptions,
+    upstream: Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> WalkResult:
+    """The loss of each token of student [N, D] and, given dL/dper_token [N], the gradients."""
+    walker = _Walker.plan(student, teacher, options, upstream, needs)
+    pieces = [walker.chunk(rows) for rows in walker.rows_of()]
+    losses, students, teachers = zip(*pieces, strict=True)
+    return WalkResult(
+        torch.cat(losses), _concatenate(students), _concatenate(teachers), walker.gradients
+    )
+
+
+def _concatenate(pieces: tuple[SparseLogits, ...]) -> SparseLogits:
+    first = pieces[0]
+
+    def joined(name: str) -> Any:
+        tensors = [getattr(piece, name) for piece in pieces]
+        return None if tensors[0] is None else torch.cat(tensors)
+
+    names = ("values", "ids", "tail", "entropy")
+    return replace(first, **{name: joined(name) for name in names})
+
+
+@dataclass
+class _Walker:
+    student: LazyLogits
+    teacher: LazyLogits | SparseLogits
+    options: LossOptions
+    upstream: Tensor | None
+    gradients: Gradients | None
+    hidden: Tensor  # [N, D] in the accumulator's dtype
+    head: Head
+    epilogues: Epilogues
+    buffer: Tensor  # [c, V]
+    teacher_buffer: Tensor | None  # [c, V] for support="full"
+
+    @classmethod
+    def plan(
+        cls,
+        student: LazyLogits,
+        teacher: LazyLogits | SparseLogits,
+        options: LossOptions,
+        upstream: Tensor | None,
+        needs: tuple[bool, bool, bool],
+    ) -> "_Walker":
+        head = student.head
+        hidden = student.hidden.to(accumulator_dtype(student.hidden, student.weight))
+        full = options.support == "full" if isinstance(options.support, str) else False
+        itemsize = hidden.element_size() * (2 if full else 1)
+        rows = one_pass_rows(
+            hidden.shape[0], head.vocab_size, itemsize, hidden.device, options.chunk_bytes
+        )
+        teacher_buffer = None
+        if full:
+            assert isinstance(teacher, LazyLogits)  # distillation_loss refuses a server here
+            teacher_dtype = accumulator_dtype(teacher.hidden, teacher.weight)
+            teacher_buffer = hidden.new_empty((rows, head.vocab_size), dtype=teacher_dtype)
+        return cls(
+            student,
+            teacher,
+            options,
+            upstream,
+            None if upstream is None else Gradients.zeros(student, needs),
+            hidden,
+            head,
+            select_backend(options.backend, hidden.device),
+            hidden.new_empty((rows, head.vocab_size)),
+            teacher_buffer,
+        )
+
+    def rows_of(self) -> list[slice]:
+        tokens, rows = self.hidden.shape[0], self.buffer.shape[0]
+        return [slice(first, min(first + rows, tokens)) for first in range(0, tokens, rows)] or [
+            slice(0, 0)
+        ]
+
+    def chunk(self, rows: slice) -> tuple[Tensor, SparseLogits, SparseLogits]:
+        count = rows.stop - rows.start
+        raw = self.buffer[:count]
+        matmul.project(self.hidden[rows], self.head.rows(0, self.head.vocab_size), raw)
+        logits = _LogitsChunk(raw, self.head, self.epilogues, self.options.entropy)
+        if self.teacher_buffer is not None:
+            return self._full_chunk(rows, logits)
+        return self._support_chunk(rows, logits)
+
+    def _support_chunk(
+        self, rows: slice, logits: _LogitsChunk
+    ) -> tuple[Tensor, SparseLogits, SparseLogits]:
+        options = self.options
+        support = options.support if isinstance(options.support, str) else options.support[rows]
+        with torch.enable_grad():
+            s, t = align(logits, self._teacher_rows(rows), support, options.k, options.missing)
+            per_token = per_token_loss(options.objective, s, t.detach())
+        if self.gradients is not None and per_token.requires_grad:
+            assert self.upstream is not None
+            assert logits.leaf is not None
+            leaf = logits.leaf
+            tail = leaf.lse_outside
+            dvalues, dtail = torch.autograd.grad(
+                per_token, (leaf.values, tail), self.upstream[rows], allow_unused=True
+            )
+            hidden = self.hidden[rows]
+            if dvalues is None:
+                dvalues = torch.zeros_like(leaf.values)
+            if dtail is None:
+                self.gradients.add_sparse(rows, hidden, self.head, leaf, dvalues)
+            else:
+                self.epilogues.gradient_(
+                    logits.raw, 0, self.head, leaf.ids, dvalues, tail.detach(), dtail
+                )
+                self.gradients.add_dense(rows, logits.raw, hidden, self.head)
+        return per_token.detach(), s.detach(), t.detach()
+
+    def _teacher_rows(self, rows: slice) -> Recomputed | Served:
+        if isinstance(self.teacher, SparseLogits):
+            return Served(self.teacher.map(lambda tensor: tensor[rows]))
+        options = self.options
+        return Recomputed(
+            self.teacher[rows].detach(), options.entropy, options.chunk_bytes, options.backend
+        )
+
+    def _full_chunk(
+        self, rows: slice, logits: _LogitsChunk
+    ) -> tuple[Tensor, SparseLogits, SparseLogits]:
+        assert isinstance(self.teacher, LazyLogits)
+        assert self.teacher_buffer is not None
+        teacher = self.teacher[rows].detach()
+        teacher_head = teacher.head
+        teacher_raw = self.teacher_buffer[: rows.stop - rows.start]
+        matmul.project(
+            teacher.hidden.to(teacher_raw.dtype),
+            teacher_head.rows(0, teacher_head.vocab_size),
+            teacher_raw,
+        )
+        teacher_logits = _LogitsChunk(
+            teacher_raw, teacher_head, self.epilogues, self.options.entropy
+        )
+        s = logits.topk(self.options.k).detach()
+        t = teacher_logits.gather(s.ids).detach()
+        per_token = torch.cat(
+            [
+                self._dense_block(logits.raw, teacher_raw, teacher_head, first, rows.start)
+                for first in range(0, logits.raw.shape[0], self._dense_rows())
+            ]
+            or [logits.raw.new_zeros(0)]
+        )
+        if self.gradients is not None:
+            self.gradients.add_dense(rows, logits.raw, self.hidden[rows], self.head)
+        return per_token, s, t
+
+    def _dense_rows(self) -> int:
+        return max(1, _DENSE_BLOCK_BYTES // (self.head.vocab_size * self.hidden.element_size()))
+
+    def _dense_block(
+        self, raw: Tensor, teacher_raw: Tensor, teacher_head: Head, first: int, first_token: int
+    ) -> Tensor:
+        """Loss of a few rows [r, V]; overwrites raw with its gradient if one is needed."""
+        block = slice(first, min(first + self._dense_rows(), raw.shape[0]))
+        leaf = raw[block].detach().requires_grad_(self.gradients is not None)
+        ids = torch.arange(self.head.vocab_size, device=raw.device).expand(leaf.shape)
+        with torch.enable_grad():
+            s = _everything(_logits(leaf, self.head), ids, self.head)
+            t = _everything(_logits(teacher_raw[block], teacher_head).detach(), ids, teacher_head)
+            per_token = per_token_loss(self.options.objective, s, t)
+        if self.gradients is not None:
+            assert self.upstream is not None
+            upstream = self.upstream[first_token + block.start : first_token + block.stop]
+            raw[block] = (
+                torch.autograd.grad(per_token, leaf, upstream)[0]
+                if per_token.requires_grad
+                else 0.0
+            )
+        return per_token.detach()
+
+
+def _logits(raw: Tensor, head: Head) -> Tensor:
+    return head.logits(head.scores(raw, 0))
+
+
+def _everything(logits: Tensor, ids: Tensor, head: Head) -> SparseLogits:
+    tail = logits.detach().new_full(logits.shape[:-1], -torch.inf)
+    return SparseLogits(logits, ids, tail, head.vocab_size, head.temperature)
+
+
+def per_token_loss(objective: Objective, student: SparseLogits, teacher: SparseLogits) -> Tensor:
+    """objective(student, teacher), checked: one loss per row."""
+    loss = objective(student, teacher)
+    rows = student.values.shape[:-1]
+    if not isinstance(loss, Tensor) or loss.shape != rows:
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"objective: expected a loss per row, a tensor of shape {tuple(rows)}, got {got}; do "
+            "not reduce "
+            "in it, distillation_loss does"
+        )
+    return loss

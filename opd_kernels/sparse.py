@@ -1,0 +1,85 @@
+"""The head at N * K entries only: for losses that need no pass over the vocabulary.
+
+`gather(ids, tail=False)` computes N * K dot products. A loss that never used the tail has a
+gradient on S alone, so dhidden and dweight are gathers and scatters of N * K rows of the weight.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from opd_kernels.head import Head
+
+_BLOCK_BYTES = 16 << 20
+
+
+def canonical_ids(ids: Tensor, vocab_size: int) -> Tensor:
+    """ids [..., K] with -1 for those outside [0, vocab_size) and repeats of earlier ones."""
+    ids = ids.to(torch.int64)
+    ids = ids.masked_fill((ids < 0) | (ids >= vocab_size), -1)
+    in_order, order = ids.sort(dim=-1, stable=True)
+    repeats = torch.zeros_like(ids, dtype=torch.bool)
+    repeats[..., 1:] = in_order[..., 1:] == in_order[..., :-1]
+    return ids.masked_fill(torch.zeros_like(repeats).scatter_(-1, order, repeats), -1)
+
+
+def gather_logits(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
+    """Final logits at canonical ids [N, K], -inf in empty slots; in the dtype of hidden [N, D]."""
+    return head.logits(_scores(hidden, head, ids)).masked_fill_(ids < 0, -torch.inf)
+
+
+def sparse_gradients(
+    hidden: Tensor,
+    head: Head,
+    ids: Tensor,
+    values: Tensor,
+    dvalues: Tensor,
+    dhidden: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    """Add the gradient through the logits `values` [N, K] at ids [N, K] to the three sums."""
+    safe_ids = ids.clamp_min(0)
+    derivative = head.derivative(values if head.softcap is None else _scores(hidden, head, ids))
+    draw = (dvalues * derivative).masked_fill_((values == -torch.inf) | (ids < 0), 0.0)
+    if dbias is not None:
+        add_rows_(dbias[:, None], safe_ids.reshape(-1), draw.reshape(-1, 1))
+    for rows in _row_blocks(ids, hidden):
+        if dhidden is not None:
+            weight = _weight_rows(head, ids[rows], hidden)
+            dhidden[rows] += torch.bmm(draw[rows, None, :], weight)[:, 0]
+        if dweight is not None:
+            contributions = draw[rows, :, None] * hidden[rows, None, :]
+            add_rows_(dweight, safe_ids[rows].reshape(-1), contributions.flatten(0, 1))
+
+
+def add_rows_(out: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """out[ids[i]] += rows[i], in a fixed order of summation, so that two runs are bitwise equal."""
+    if out.device.type == "cpu":
+        out.index_add_(0, ids, rows)
+    else:
+        # On CUDA index_add_ uses atomics, an accumulating index_put_ sorts.
+        out.index_put_((ids,), rows, accumulate=True)
+
+
+def _scores(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
+    """hidden @ weight.T + bias at ids [N, K]; whatever row 0 of the weight gives in empty slots."""
+    scores = hidden.new_empty(ids.shape)
+    for rows in _row_blocks(ids, hidden):
+        weight = _weight_rows(head, ids[rows], hidden)
+        scores[rows] = torch.bmm(weight, hidden[rows, :, None])[..., 0]
+    if head.bias is not None:
+        scores += head.bias.to(hidden.dtype)[ids.clamp_min(0)]
+    return scores
+
+
+def _weight_rows(head: Head, ids: Tensor, hidden: Tensor) -> Tensor:
+    return head.weight[ids.clamp_min(0)].to(hidden.dtype)
+
+
+def _row_blocks(ids: Tensor, hidden: Tensor) -> Iterator[slice]:
+    bytes_per_row = max(1, ids.shape[1] * hidden.shape[1] * hidden.element_size())
+    rows = max(1, _BLOCK_BYTES // bytes_per_row)
+    for first in range(0, ids.shape[0], rows):
+        yield slice(first, min(first + rows, ids.shape[0]))

@@ -1,0 +1,160 @@
+"""SparseLogits: what is kept of a row of logits, and what can be read off it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from opd_kernels.sparse import canonical_ids
+
+
+@dataclass(frozen=True)
+class SparseLogits:
+    """The final logits of each row on a support S of K ids, and the logsumexp of all the others.
+
+    Made by LazyLogits.topk and LazyLogits.gather, or by `from_log_probs` from a server's answer. An
+    empty slot has the value -inf: its id is outside [0, vocab_size), repeats an earlier slot's, or
+    has no mass.
+
+    Attributes:
+        values: [..., K] logits on S, float32 (float64 from float64 operands).
+        ids: [..., K] int64 token ids.
+        tail: [...] logsumexp of the logits outside S, -inf where S is everything; None from
+            gather(tail=False).
+        vocab_size: V, the number of tokens that the row's distribution covers.
+        temperature: what the logits were divided by.
+        entropy: [...] entropy of the whole row in nats, detached; None unless it was asked for.
+    """
+
+    values: Tensor
+    ids: Tensor
+    tail: Tensor | None
+    vocab_size: int
+    temperature: float = 1.0
+    entropy: Tensor | None = None
+
+    @classmethod
+    def from_log_probs(
+        cls, log_probs: Tensor, ids: Tensor, *, vocab_size: int, temperature: float = 1.0
+    ) -> "SparseLogits":
+        """SparseLogits of log-probabilities that are already normalised, such as a server's.
+
+        The tail can only be formed as 1 - sum(p) here, which rounding can push to zero or below. So
+        the mass is clamped to leave at least float32's rounding unit, and no gradient goes through
+        the tail.
+
+        Args:
+            log_probs: [..., K] log-probabilities, -inf in empty slots.
+            ids: [..., K] integer token ids; one outside [0, vocab_size) or repeated is an empty
+                slot.
+            vocab_size: V of the distribution, as the student's.
+            temperature: the temperature at which the log-probabilities hold.
+
+        Raises:
+            ValueError: the shapes differ, the ids are not integers, or a row's mass exceeds 1.
+        """
+        _check_ids(ids, log_probs.shape)
+        values = log_probs if log_probs.dtype == torch.float64 else log_probs.float()
+        values = values.masked_fill(canonical_ids(ids, vocab_size) < 0, -torch.inf)
+        mass = values.detach().double().exp().sum(-1)
+        if mass.numel() and not (mass < 1.01).all():
+            raise ValueError(
+                "log_probs: expected each row's probabilities to sum to at most 1, got "
+                f"{mass.max():.4g}; "
+                "pass natural-log probabilities, each token once"
+            )
+        tail = torch.log1p(-mass.clamp_max(1 - 2.0**-24)).to(values.dtype)
+        return cls(values, ids.long(), tail, vocab_size, temperature)
+
+    @property
+    def lse(self) -> Tensor:
+        """[...] logsumexp of the whole row."""
+        return self._tail_with(self.values)
+
+    @property
+    def log_probs(self) -> Tensor:
+        """[..., K] log-probabilities on S, -inf in empty slots."""
+        return self.values - self.lse[..., None]
+
+    @property
+    def log_tail(self) -> Tensor:
+        """[...] log of the probability outside S."""
+        return self.lse_outside - self.lse
+
+    @property
+    def mass(self) -> Tensor:
+        """[...] probability of S."""
+        return self.log_probs.exp().sum(-1)
+
+    def overlap(self, other: "SparseLogits") -> Tensor:
+        """[...] share of this support's live ids that the other's holds, as in overlap@K."""
+        live = self.values != -torch.inf
+        shared = (self._matches(other) >= 0) & live
+        return shared.sum(-1) / live.sum(-1).clamp_min(1)
+
+    def at(self, ids: Tensor) -> "SparseLogits":
+        """The same rows on other ids [..., K'], -inf where absent; the rest joins the tail."""
+        blank = torch.zeros_like(ids, dtype=self.values.dtype)
+        wanted = replace(self, values=blank, ids=canonical_ids(ids, self.vocab_size))
+        slot = wanted._matches(self)
+        values = self.values.gather(-1, slot.clamp_min(0)).masked_fill(slot < 0, -torch.inf)
+        not_wanted = self.values.masked_fill(self._matches(wanted) >= 0, -torch.inf)
+        return replace(self, values=values, ids=ids, tail=self._tail_with(not_wanted))
+
+    def keep(self, mask: Tensor) -> "SparseLogits":
+        """The same rows with the slots where mask [..., K] is False moved into the tail."""
+        dropped = self.values.masked_fill(mask, -torch.inf)
+        kept = self.values.masked_fill(~mask, -torch.inf)
+        return replace(self, values=kept, tail=self._tail_with(dropped))
+
+    def detach(self) -> "SparseLogits":
+        """The same tensors, cut from the graph."""
+        return self.map(Tensor.detach)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "SparseLogits":
+        """Apply a function of the leading dimensions, such as an index, to every tensor."""
+        return replace(
+            self,
+            values=function(self.values),
+            ids=function(self.ids),
+            tail=None if self.tail is None else function(self.tail),
+            entropy=None if self.entropy is None else function(self.entropy),
+        )
+
+    @property
+    def lse_outside(self) -> Tensor:
+        """[...] the tail, or an error that says why there is none."""
+        if self.tail is None:
+            raise ValueError(
+                "tail: these SparseLogits have none, since they come from gather(tail=False); "
+                "gather with "
+                "tail=True, or use an objective that renormalises on S"
+            )
+        return self.tail
+
+    def _tail_with(self, values: Tensor) -> Tensor:
+        """logsumexp of the tail and values [..., K]; -inf, with gradient 0, where all are -inf."""
+        everything = torch.cat([values, self.lse_outside[..., None]], dim=-1)
+        nothing = (everything == -torch.inf).all(-1, keepdim=True)
+        lse = everything.masked_fill(nothing, 0.0).logsumexp(-1)
+        return lse.masked_fill(nothing[..., 0], -torch.inf)
+
+    def _matches(self, other: "SparseLogits") -> Tensor:
+        """[..., K] the slot of `other` that holds each of these ids with a value, else -1."""
+        keys = other.ids.masked_fill(other.values == -torch.inf, -1)
+        in_order, order = keys.sort(dim=-1, stable=True)
+        position = torch.searchsorted(in_order, self.ids.contiguous()).clamp_max(keys.shape[-1] - 1)
+        found = (in_order.gather(-1, position) == self.ids) & (self.ids >= 0)
+        return order.gather(-1, position).masked_fill(~found, -1)
+
+
+def _check_ids(ids: Tensor, shape: torch.Size) -> None:
+    if ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64, torch.complex128):
+        raise ValueError(
+            f"ids: expected an integer dtype, got {ids.dtype}; pass token ids as int64"
+        )
+    if ids.shape != shape:
+        raise ValueError(
+            f"ids: expected the shape of the values, {tuple(shape)}, got {tuple(ids.shape)}"
+        )

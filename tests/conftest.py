@@ -1,0 +1,21 @@
+"""Fixtures of all tests: fixed seeds, poisoned uninitialised memory, and the backends to try."""
+
+import pytest
+import torch
+
+from opd_kernels import available_backends
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    torch.manual_seed(0)
+    # torch.empty is filled with NaN, so that a result that reads unwritten memory shows.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=available_backends())
+def backend(request):
+    """Every installed backend; the operator tests run on each."""
+    return request.param

@@ -1,0 +1,62 @@
+"""Full-logits definitions in eager PyTorch that share no code with the package."""
+
+import torch
+
+from opd_kernels import LazyLogits
+
+
+def make_logits(
+    tokens=11, dim=7, vocab=53, padded=3, dtype=torch.float64, requires_grad=True, **options
+):
+    """Random LazyLogits with every option on unless it is passed; gradients on all operands."""
+    options = {"softcap": 3.0, "scale": 0.7, "temperature": 0.8} | options
+    leading = tokens if isinstance(tokens, tuple) else (tokens,)
+    with_bias = options.pop("with_bias", True)
+
+    def operand(*shape):
+        return torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_(requires_grad)
+
+    return LazyLogits(
+        operand(*leading, dim),
+        operand(vocab + padded, dim),
+        operand(vocab + padded) if with_bias else None,
+        vocab_size=vocab,
+        **options,
+    )
+
+
+def full_logits(logits, dtype=torch.float64):
+    """z [..., V] by the definition, in one dtype throughout."""
+    raw = logits.hidden.to(dtype) @ logits.weight[: logits.vocab_size].to(dtype).T
+    if logits.bias is not None:
+        raw = raw + logits.bias[: logits.vocab_size].to(dtype)
+    raw = logits.scale * raw
+    if logits.softcap is not None:
+        raw = logits.softcap * torch.tanh(raw / logits.softcap)
+    return raw / logits.temperature
+
+
+def sorted_by_logit(z, k):
+    """The ids of the k largest logits of each row, ties by the lower id: [..., k]."""
+    return z.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def outside_lse(z, ids):
+    """logsumexp of each row without the given ids."""
+    columns = ids.masked_fill(ids < 0, z.shape[-1])
+    on_support = torch.zeros(*z.shape[:-1], z.shape[-1] + 1, dtype=torch.bool)
+    on_support.scatter_(-1, columns, True)
+    return z.masked_fill(on_support[..., :-1], -torch.inf).logsumexp(-1)
+
+
+def operands(logits):
+    return [t for t in (logits.hidden, logits.weight, logits.bias) if t is not None]
+
+
+def gradients(loss, logits):
+    """dhidden, dweight and dbias of a scalar; zeros where an operand was not used."""
+    grads = torch.autograd.grad(loss, operands(logits), allow_unused=True)
+    return [
+        torch.zeros_like(t) if g is None else g
+        for g, t in zip(grads, operands(logits), strict=True)
+    ]

@@ -1,0 +1,395 @@
+"""The two operators against full logits, on every backend."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.testing import assert_close
+
+from opd_kernels import LazyLogits
+from opd_kernels.linear import linear_gather, linear_topk
+from tests.reference import (
+    full_logits,
+    gradients,
+    make_logits,
+    operands,
+    outside_lse,
+    sorted_by_logit,
+)
+
+OPTIONS = [
+    {},
+    {"softcap": None},
+    {"with_bias": False},
+    {"with_bias": False, "softcap": None, "scale": 1.0, "temperature": 1.0},
+    {"padded": 0, "scale": -2.5},
+    {"temperature": 3.0, "softcap": 0.5},
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def exact(actual, expected):
+    assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+
+
+def random_ids(logits, k, empty=True):
+    """Distinct ids per row, with some empty slots and repeats mixed in."""
+    rows = logits.hidden.shape[:-1].numel()
+    ids = torch.stack([torch.randperm(logits.vocab_size)[:k] for _ in range(rows)])
+    if empty:
+        ids[::2, 1] = -1
+        ids[::3, 2] = logits.vocab_size + 1
+        ids[1::2, k - 1] = ids[1::2, 0]
+    return ids.reshape(*logits.hidden.shape[:-1], k)
+
+
+def live_ids(ids, vocab):
+    """The same ids with -1 for what the operators must treat as empty; row by row, in Python."""
+    result = ids.clone()
+    for row in result.reshape(-1, ids.shape[-1]):
+        seen = set()
+        for slot, token in enumerate(row.tolist()):
+            if token in seen or not 0 <= token < vocab:
+                row[slot] = -1
+            seen.add(token)
+    return result
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("k", [1, 5, 53])
+def test_topk_equals_full_logits(backend, options, k):
+    logits = make_logits(**options)
+    z = full_logits(logits)
+    s = logits.topk(k, entropy=True, backend=backend)
+    assert torch.equal(s.ids, sorted_by_logit(z, k))
+    exact(s.values, z.gather(-1, s.ids))
+    exact(s.tail, outside_lse(z, s.ids))
+    exact(s.entropy, torch.distributions.Categorical(logits=z).entropy())
+    exact(s.lse, z.logsumexp(-1))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gather_equals_full_logits(backend, options):
+    logits = make_logits(**options)
+    z, ids = full_logits(logits), random_ids(logits, 6)
+    live = live_ids(ids, logits.vocab_size)
+    expected = z.gather(-1, live.clamp_min(0)).masked_fill(live < 0, -torch.inf)
+    g = logits.gather(ids, entropy=True, backend=backend)
+    exact(g.values, expected)
+    exact(g.tail, outside_lse(z, live))
+    exact(g.entropy, torch.distributions.Categorical(logits=z).entropy())
+    assert g.ids is ids
+    without_tail = logits.gather(ids, tail=False, backend=backend)
+    exact(without_tail.values, expected)
+    assert without_tail.tail is None
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    ("operator", "uses"),
+    [(o, u) for o in ("topk", "gather") for u in ("values", "tail", "both")]
+    + [("gather_no_tail", "values")],
+)
+def test_gradients_equal_full_logits(backend, options, operator, uses):
+    logits = make_logits(**options)
+    ids = random_ids(logits, 6)
+    if operator == "topk":
+        s = logits.topk(6, backend=backend)
+        ids = s.ids
+    elif operator == "gather":
+        s = logits.gather(ids, backend=backend)
+    else:
+        s = logits.gather(ids, tail=False, backend=backend)
+    z, live = full_logits(logits), live_ids(ids, logits.vocab_size)
+    wv, wt = torch.randn_like(s.values), torch.randn(s.values.shape[0], dtype=torch.float64)
+    loss, expected = s.values.new_zeros(()), z.new_zeros(())
+    if uses != "tail":
+        loss = loss + (s.values * wv)[live >= 0].sum()
+        expected = expected + (z.gather(-1, live.clamp_min(0)) * wv)[live >= 0].sum()
+    if uses != "values":
+        loss = loss + (s.tail * wt).sum()
+        expected = expected + (outside_lse(z, live) * wt).sum()
+    for actual, reference in zip(gradients(loss, logits), gradients(expected, logits), strict=True):
+        exact(actual, reference)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("operator", ["topk", "gather", "gather_no_tail"])
+def test_gradcheck(backend, options, operator):
+    logits = make_logits(tokens=4, dim=3, vocab=13, **options)
+    ids = random_ids(logits, 4)
+
+    def run(*tensors):
+        inputs = LazyLogits(
+            tensors[0],
+            tensors[1],
+            tensors[2] if len(tensors) > 2 else None,
+            logits.softcap,
+            logits.scale,
+            logits.temperature,
+            logits.vocab_size,
+        )
+        if operator == "topk":
+            s = inputs.topk(4, backend=backend)
+            return s.values, s.tail
+        s = inputs.gather(ids, tail=operator == "gather", backend=backend)
+        values = s.values[s.values != -torch.inf]
+        return (values,) if s.tail is None else (values, s.tail)
+
+    assert gradcheck(run, operands(logits), atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_opcheck(dtype, with_bias):
+    logits = make_logits(tokens=5, dim=3, vocab=13, dtype=dtype, with_bias=with_bias)
+    head = (logits.hidden, logits.weight, logits.bias)
+    scalars = (logits.softcap, logits.scale, logits.temperature, logits.vocab_size)
+    torch.library.opcheck(linear_topk, (*head, 4, *scalars, True, None, "torch"))
+    torch.library.opcheck(linear_topk, (*head, 4, *scalars, False, 64, "torch"))
+    ids = random_ids(logits, 4)
+    torch.library.opcheck(linear_gather, (*head, ids, *scalars, True, True, None, "torch"))
+    torch.library.opcheck(linear_gather, (*head, ids, *scalars, False, False, None, "torch"))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 8 * 53 * 2, 8 * 4096 * 3, None])
+def test_chunk_sizes_do_not_matter(backend, chunk_bytes):
+    logits = make_logits(tokens=9, vocab=9001, dim=5)
+    results = []
+    for size in (chunk_bytes, 1 << 30):
+        s = logits.topk(7, chunk_bytes=size, entropy=True, backend=backend)
+        loss = (s.log_probs * torch.arange(7)).sum() + s.log_tail.sum()
+        results.append([s.values, s.ids, s.tail, s.entropy, *gradients(loss, logits)])
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS[:4])
+def test_error_is_at_most_twice_that_of_same_dtype_pytorch(backend, dtype, options):
+    """STYLE's tolerance rule, at fixed ids; the loss weighs every output."""
+    logits = make_logits(tokens=64, dim=96, vocab=1500, dtype=dtype, **options)
+    ids = sorted_by_logit(full_logits(logits), 20)
+    weights = torch.randn(64, 20, dtype=torch.float64)
+
+    def loss_of(values, tail):
+        return (values * weights.to(values.dtype)).sum() + tail.sum()
+
+    s = logits.gather(ids, backend=backend)
+    ours = [s.values, s.tail, *gradients(loss_of(s.values, s.tail), logits)]
+
+    def eager(inputs, compute_dtype):
+        z = full_logits(inputs, compute_dtype)
+        values, tail = z.gather(-1, ids), outside_lse(z, ids)
+        return [values, tail, *gradients(loss_of(values, tail), inputs)]
+
+    wide = LazyLogits(
+        logits.hidden.detach().double().requires_grad_(),
+        logits.weight.detach().double().requires_grad_(),
+        None if logits.bias is None else logits.bias.detach().double().requires_grad_(),
+        logits.softcap,
+        logits.scale,
+        logits.temperature,
+        logits.vocab_size,
+    )
+    reference = eager(wide, torch.float64)
+    for actual, same_dtype, expected in zip(ours, eager(logits, dtype), reference, strict=True):
+        error = (actual.double() - expected).abs().max()
+        peer = (same_dtype.double() - expected).abs().max()
+        assert error <= 2 * peer
+
+
+def test_ties_go_to_the_lower_id(backend):
+    hidden = torch.eye(4, dtype=torch.float32)
+    weight = torch.randint(0, 3, (9000, 4)).float()
+    logits = LazyLogits(hidden, weight)
+    for chunk_bytes in (1, None):
+        s = logits.topk(50, chunk_bytes=chunk_bytes, backend=backend)
+        assert torch.equal(s.ids, sorted_by_logit(hidden @ weight.T, 50))
+
+
+def test_all_logits_equal(backend):
+    logits = LazyLogits(torch.zeros(3, 4), torch.randn(100, 4))
+    s = logits.topk(5, entropy=True, backend=backend)
+    assert torch.equal(s.ids, torch.arange(5).expand(3, 5))
+    assert_close(s.tail, torch.full((3,), 95.0).log())
+    assert_close(s.entropy, torch.full((3,), 100.0).log())
+
+
+def test_minus_infinity_never_enters_the_support(backend):
+    bias = torch.zeros(50, dtype=torch.float64)
+    bias[3:] = -torch.inf
+    hidden = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    logits = LazyLogits(hidden, torch.randn(50, 6, dtype=torch.float64), bias)
+    s = logits.topk(5, entropy=True, backend=backend)
+    assert torch.equal(s.ids[:, 3:], torch.full((4, 2), -1))
+    assert torch.equal(s.tail, torch.full((4,), -torch.inf, dtype=torch.float64))
+    z = full_logits(logits)[:, :3]
+    exact(s.entropy, torch.distributions.Categorical(logits=z).entropy())
+    weights = torch.randn(3, dtype=torch.float64)
+    actual = torch.autograd.grad((s.log_probs[:, :3].exp() * weights).sum(), hidden)[0]
+    probs = z.softmax(-1).gather(-1, s.ids[:, :3])
+    exact(actual, torch.autograd.grad((probs * weights).sum(), hidden)[0])
+
+
+@pytest.mark.parametrize("tail", [True, False])
+def test_repeated_and_empty_slots_get_no_gradient(backend, tail):
+    logits = make_logits(tokens=2)
+    ids = torch.tensor([[4, 4, -1, 60], [7, 8, 7, 7]])
+    values = logits.gather(ids, tail=tail, backend=backend).values
+    live = torch.tensor([[True, False, False, False], [True, True, False, False]])
+    assert torch.equal(values != -torch.inf, live)
+    dvalues = torch.ones_like(values)
+    actual = torch.autograd.grad(values, operands(logits), dvalues)
+    z = full_logits(logits)
+    expected = torch.autograd.grad(z[0, 4] + z[1, 7] + z[1, 8], operands(logits))
+    for a, e in zip(actual, expected, strict=True):
+        exact(a, e)
+
+
+def test_leading_dimensions_and_no_tokens(backend):
+    logits = make_logits(tokens=(2, 3))
+    flat = LazyLogits(
+        logits.hidden.reshape(6, -1), logits.weight, logits.bias, 3.0, 0.7, 0.8, logits.vocab_size
+    )
+    s, f = (
+        logits.topk(4, entropy=True, backend=backend),
+        flat.topk(4, entropy=True, backend=backend),
+    )
+    for name in ("values", "ids", "tail", "entropy"):
+        assert torch.equal(getattr(s, name).reshape(getattr(f, name).shape), getattr(f, name))
+    one_row = logits[0, 1].topk(4, backend=backend)
+    exact(one_row.values, s.values[0, 1])
+    empty = logits[:, :0]
+    e = empty.topk(4, entropy=True, backend=backend)
+    assert e.values.shape == (2, 0, 4)
+    assert e.entropy.shape == (2, 0)
+    grads = torch.autograd.grad(e.values.sum() + e.tail.sum(), operands(logits))
+    assert all((g == 0).all() for g in grads)
+    assert empty.gather(e.ids, backend=backend).values.shape == (2, 0, 4)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+def test_frozen_operands(backend, frozen):
+    logits = make_logits()
+    trained = {name: getattr(logits, name) for name in ("hidden", "weight", "bias")}
+    loss = logits.topk(5, backend=backend).tail.sum()
+    expected = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+    trained.pop(frozen).requires_grad_(False)
+    actual = torch.autograd.grad(logits.topk(5, backend=backend).tail.sum(), list(trained.values()))
+    for name, gradient in zip(trained, actual, strict=True):
+        exact(gradient, expected[name])
+
+
+def test_mixed_dtypes_promote_and_gradients_keep_theirs(backend):
+    hidden = torch.randn(5, 8, dtype=torch.float32, requires_grad=True)
+    weight = torch.randn(40, 8).bfloat16().requires_grad_()
+    s = LazyLogits(hidden, weight).topk(4, backend=backend)
+    reference = LazyLogits(hidden, weight.float()).topk(4, backend=backend)
+    assert s.values.dtype == torch.float32
+    assert_close(s.values, reference.values, rtol=1e-6, atol=1e-6)
+    dhidden, dweight = torch.autograd.grad(s.tail.sum(), (hidden, weight))
+    assert dhidden.dtype == torch.float32
+    assert dweight.dtype == torch.bfloat16
+    wide = LazyLogits(hidden, weight.double()).topk(4, backend=backend)
+    assert wide.values.dtype == torch.float64
+
+
+def test_autocast_casts_operands_and_stays_out_of_the_driver(backend):
+    hidden = torch.randn(5, 8, requires_grad=True)
+    weight = torch.randn(40, 8, requires_grad=True)
+    expected = LazyLogits(hidden.bfloat16(), weight.bfloat16()).topk(4, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        s = LazyLogits(hidden, weight).topk(4, backend=backend)
+        grads = torch.autograd.grad(s.tail.sum(), (hidden, weight))
+    assert torch.equal(s.values, expected.values)
+    assert torch.equal(s.tail, expected.tail)
+    assert s.tail.dtype == torch.float32
+    for ours, theirs in zip(
+        grads, torch.autograd.grad(expected.tail.sum(), (hidden, weight)), strict=True
+    ):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs)
+
+
+def test_small_tail_is_exact(backend):
+    """1 - sum(p) in float32 would lose a tail of 1e-9 altogether; the accumulated one keeps it."""
+    hidden = torch.ones(3, 1)
+    weight = torch.full((1000, 1), -12.0)
+    weight[:2] = 16.0
+    s = LazyLogits(hidden, weight).topk(2, backend=backend)
+    expected = torch.log(torch.tensor(998.0)) - 12.0
+    assert_close(s.tail, expected.expand(3), rtol=1e-6, atol=0)
+    assert_close(
+        s.log_tail, (expected - 16.0 - torch.log(torch.tensor(2.0))).expand(3), rtol=1e-6, atol=0
+    )
+
+
+def test_entropy_of_a_peaked_row_is_right_to_float32(backend):
+    """lse - E[z] at |z| = 50 would be off by 4e-6, a quarter of this entropy."""
+    hidden, weight = torch.ones(1, 1), torch.tensor([[50.0], [36.0], [35.0]])
+    actual = LazyLogits(hidden, weight).topk(1, entropy=True, backend=backend).entropy
+    expected = torch.distributions.Categorical(logits=weight.T.double()).entropy()
+    assert_close(actual.double(), expected, rtol=0, atol=torch.finfo(torch.float32).eps)
+
+
+def test_two_runs_are_bitwise_equal(backend):
+    logits = make_logits(tokens=70, vocab=3000, dtype=torch.float32)
+    results = []
+    for _ in range(2):
+        s = logits.topk(9, entropy=True, backend=backend)
+        results.append(
+            [s.values, s.tail, s.entropy, *gradients(s.tail.sum() + s.values.sum(), logits)]
+        )
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_log_prob_is_minus_the_cross_entropy(backend):
+    logits = make_logits(tokens=(3, 4))
+    targets = torch.randint(0, logits.vocab_size, (3, 4))
+    targets[1, 2] = -100
+    actual = logits.log_prob(targets, backend=backend)
+    z = full_logits(logits)
+    expected = torch.nn.functional.cross_entropy(
+        z.reshape(12, -1), targets.reshape(-1), reduction="none"
+    ).reshape(3, 4)
+    exact(-actual, expected)
+    for a, e in zip(
+        gradients(-actual.sum(), logits), gradients(expected.sum(), logits), strict=True
+    ):
+        exact(a, e)
+    assert logits.log_prob(torch.full((3, 4), 60), backend=backend).max() == -torch.inf
+
+
+def test_materialize_equals_full_logits():
+    logits = make_logits(tokens=(2, 3))
+    exact(logits.materialize(), full_logits(logits))
+    for a, e in zip(
+        gradients(logits.materialize().square().sum(), logits),
+        gradients(full_logits(logits).square().sum(), logits),
+        strict=True,
+    ):
+        exact(a, e)
+
+
+def test_a_double_backward_raises(backend):
+    logits = make_logits()
+    tail = logits.topk(5, backend=backend).tail.sum()
+    (dhidden,) = torch.autograd.grad(tail, logits.hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        dhidden.sum().backward()
+
+
+def test_a_loss_without_tail_makes_no_pass_over_the_vocabulary(backend, monkeypatch):
+    logits = make_logits()
+    s = logits.topk(5, backend=backend)
+    expected = gradients(full_logits(logits).gather(-1, s.ids).sum(), logits)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the vocabulary was walked")
+
+    monkeypatch.setattr("opd_kernels.linear.backpropagate", refuse)
+    for actual, e in zip(gradients(s.values.sum(), logits), expected, strict=True):
+        exact(actual, e)
+    monkeypatch.setattr("opd_kernels.linear.reduce_logits", refuse)
+    assert logits.gather(s.ids, tail=False, backend=backend).tail is None
