@@ -31,7 +31,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 bench: $(VENV)/installed
-	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks memory
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -33,16 +33,26 @@ def _limits(device: torch.device) -> _Limits:
 
 def _even_size(total: int, most: int) -> int:
     """The size of equal pieces of `total`, none over `most`."""
-    pieces = -(-total // max(1, min(most, total)))
-    return -(-total // pieces)
+    pieces = -(-total // max(1, most))
+    return -(-total // max(1, pieces))
+
+
+def _budget(device: torch.device, chunk_bytes: int | None) -> int:
+    if chunk_bytes is None:
+        return _limits(device).budget
+    if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < 1:
+        raise ValueError(
+            f"chunk_bytes: expected a positive number of bytes or None, got {chunk_bytes!r}; it "
+            "bounds the memory for logits that live at a time"
+        )
+    return chunk_bytes
 
 
 def recompute_sizes(
     tokens: int, vocab: int, itemsize: int, device: torch.device, chunk_bytes: int | None
 ) -> tuple[int, int]:
     """Rows and columns of a logits chunk in the recompute order."""
-    limits = _limits(device)
-    budget = min(chunk_bytes or limits.budget, max(limits.recompute_chunk, 0)) // itemsize
+    budget = min(_budget(device, chunk_bytes), _limits(device).recompute_chunk) // itemsize
     columns = _even_size(vocab, max(MIN_COLUMNS, budget // max(tokens, 1)))
     rows = _even_size(tokens, max(1, budget // columns))
     return rows, columns
@@ -51,9 +61,8 @@ def recompute_sizes(
 def one_pass_rows(
     tokens: int, vocab: int, itemsize: int, device: torch.device, chunk_bytes: int | None
 ) -> int:
-    """Rows of a logits chunk in the one-pass order: as many as the budget holds, at least one."""
-    budget = chunk_bytes or _limits(device).budget
-    return _even_size(tokens, max(1, budget // (vocab * itemsize)))
+    """Rows of a logits chunk in the one-pass order: as many as the budget holds, or one."""
+    return _even_size(tokens, _budget(device, chunk_bytes) // (vocab * itemsize))
 
 
 def prefers_one_pass(

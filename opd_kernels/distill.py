@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from opd_kernels.chunking import prefers_one_pass
 from opd_kernels.divergences import reverse_kl
 from opd_kernels.head import accumulator_dtype
-from opd_kernels.lazy_logits import LazyLogits
+from opd_kernels.lazy_logits import LazyLogits, check_ids, check_k
 from opd_kernels.loss_functions import OnePassLoss, RecomputedFullLoss
 from opd_kernels.one_pass import LossOptions, Objective, WalkResult, per_token_loss, walk
 from opd_kernels.sparse_logits import SparseLogits
@@ -86,6 +86,10 @@ def distillation_loss(
     """
     _check_arguments(student, teacher, support, token_weights, reduction, method, missing)
     student, teacher = _same_vocabulary(student, teacher)
+    if isinstance(support, Tensor):
+        check_ids(support, student.hidden)
+    elif support != "full":
+        check_k(k, student.head.vocab_size)
     leading = student.hidden.shape[:-1]
     student = student.flat()
     teacher = teacher.flat() if isinstance(teacher, LazyLogits) else _flat_answer(teacher, leading)

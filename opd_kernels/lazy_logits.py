@@ -99,7 +99,7 @@ class LazyLogits:
         Raises:
             ValueError: k is out of range, or the backend is missing.
         """
-        _check_k(k, self._vocab)
+        check_k(k, self._vocab)
         flat = self.flat()
         values, ids, tail, row_entropy = linear_topk(
             flat.hidden, flat.weight, flat.bias, k, *self._scalars(), entropy, chunk_bytes, backend
@@ -127,7 +127,9 @@ class LazyLogits:
         Raises:
             ValueError: ids do not fit hidden or are not integers; entropy without tail.
         """
-        _check_gather(ids, self.hidden, tail, entropy)
+        check_ids(ids, self.hidden)
+        if entropy and not tail:
+            raise ValueError("entropy: it needs a pass over the vocabulary; gather with tail=True")
         flat = self.flat()
         flat_ids = ids.reshape(-1, ids.shape[-1])
         values, row_tail, row_entropy = linear_gather(
@@ -283,7 +285,8 @@ def _check_finite(hidden: Tensor) -> None:
         )
 
 
-def _check_k(k: int, vocab_size: int) -> None:
+def check_k(k: int, vocab_size: int) -> None:
+    """Raise if no support of k ids fits the vocabulary."""
     if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"k: expected an int, got {type(k).__name__}")
     if not 1 <= k <= vocab_size:
@@ -294,7 +297,8 @@ def _check_k(k: int, vocab_size: int) -> None:
         )
 
 
-def _check_gather(ids: Tensor, hidden: Tensor, tail: bool, entropy: bool) -> None:
+def check_ids(ids: Tensor, hidden: Tensor) -> None:
+    """Raise if ids [..., K] are no support for hidden [..., D]."""
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise TypeError(f"ids: expected an integer tensor, got {ids.dtype}; token ids are int64")
     if ids.device != hidden.device:
@@ -307,5 +311,3 @@ def _check_gather(ids: Tensor, hidden: Tensor, tail: bool, entropy: bool) -> Non
             f"{tuple(hidden.shape[:-1])}, got {tuple(ids.shape)}; add a last dimension for one id "
             "a row"
         )
-    if entropy and not tail:
-        raise ValueError("entropy: it needs a pass over the vocabulary; gather with tail=True")

@@ -161,9 +161,8 @@ class _Walker:
 
     def rows_of(self) -> list[slice]:
         tokens, rows = self.hidden.shape[0], self.buffer.shape[0]
-        return [slice(first, min(first + rows, tokens)) for first in range(0, tokens, rows)] or [
-            slice(0, 0)
-        ]
+        starts = range(0, tokens, rows) if tokens else [0]
+        return [slice(first, min(first + rows, tokens)) for first in starts]
 
     def chunk(self, rows: slice) -> tuple[Tensor, SparseLogits, SparseLogits]:
         count = rows.stop - rows.start
@@ -226,7 +225,7 @@ class _Walker:
         teacher_logits = _LogitsChunk(
             teacher_raw, teacher_head, self.epilogues, self.options.entropy
         )
-        s = logits.topk(self.options.k).detach()
+        s = logits.topk(min(self.options.k, self.head.vocab_size)).detach()
         t = teacher_logits.gather(s.ids).detach()
         per_token = torch.cat(
             [

@@ -1,5 +1,7 @@
 """Full-logits definitions in eager PyTorch that share no code with the package."""
 
+from dataclasses import replace
+
 import torch
 
 from opd_kernels import LazyLogits
@@ -60,3 +62,10 @@ def gradients(loss, logits):
         torch.zeros_like(t) if g is None else g
         for g, t in zip(grads, operands(logits), strict=True)
     ]
+
+
+def in_float64(logits):
+    """The same operands as float64 leaves."""
+    wide = [None if t is None else t.detach().double().requires_grad_()
+            for t in (logits.hidden, logits.weight, logits.bias)]  # fmt: skip
+    return replace(logits, hidden=wide[0], weight=wide[1], bias=wide[2])

@@ -1,5 +1,6 @@
 """The objectives against DESIGN's gradient table, the named traps, and the closed forms."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -152,7 +153,7 @@ def test_trap_detaching_the_weight_gives_a_gradient_without_the_teacher():
 
 
 def test_trap_a_sampled_log_ratio_as_a_loss_has_expected_gradient_zero():
-    """And policy_gradient, summed over every sample weighted by p, is the full reverse KL's gradient."""
+    """And the expectation of policy_gradient's is the full reverse KL's gradient."""
 
     def expected_gradient(objective):
         z, zt, _ = problem(rows=1)
@@ -208,15 +209,14 @@ def test_trap_empty_slots_are_masked_not_nan(objective, tail):
     fewer = ids[:, [0, 2, 4]]
     expected = objective(sparse(z, fewer), sparse(zt, fewer), tail=tail)
     assert_close(loss, expected, rtol=1e-12, atol=1e-13)
-    actual, reference = (
-        torch.autograd.grad(x.sum(), z, retain_graph=True)[0] for x in (loss, expected)
-    )
+    actual = torch.autograd.grad(loss.sum(), z, retain_graph=True)[0]
+    reference = torch.autograd.grad(expected.sum(), z)[0]
     assert_close(actual, reference, rtol=1e-10, atol=1e-15)
 
 
 def test_trap_temperature_scales_loss_and_gradient_alike():
-    """The loss is the KL at temperature T, and its gradient wrt the untempered logits has 1 / T, no T^2."""
-    z, zt, ids = problem()
+    """The loss is the KL at temperature T; its gradient wrt untempered logits has 1 / T, no T^2."""
+    z, zt, _ = problem()
     temperature = 2.5
     p = (z / temperature).softmax(-1)
     q = (zt / temperature).softmax(-1)
@@ -226,9 +226,9 @@ def test_trap_temperature_scales_loss_and_gradient_alike():
     assert_close(torch.autograd.grad(loss.sum(), z)[0], reference, rtol=1e-10, atol=1e-15)
 
 
-def minimise(objective, zt, ids, steps=4000):
+def minimise(objective, zt, ids, steps=1500):
     z = torch.zeros_like(zt, requires_grad=True)
-    optimiser = torch.optim.Adam([z], lr=0.02)
+    optimiser = torch.optim.Adam([z], lr=0.05)
     teacher = sparse(zt, ids)
     for _ in range(steps):
         optimiser.zero_grad()
@@ -249,7 +249,7 @@ def test_closed_forms_of_the_optimum_on_a_fixed_support():
 
 
 def test_closed_forms_of_self_distillation_over_several_teachers():
-    """Reverse KL ends at the normalised geometric mean, with residual -log Z; forward at the mean."""
+    """Reverse KL ends at the normalised geometric mean, residual -log Z; forward at the mean."""
     teachers = torch.randn(3, 9, dtype=torch.float64)
     whole = torch.arange(9)[None]
 
@@ -270,7 +270,7 @@ def test_closed_forms_of_self_distillation_over_several_teachers():
 
 
 def test_stop_gradient_keeps_the_mass_on_the_support_where_its_absence_loses_it():
-    """The paper's collapse in miniature: V = 50, K = 5, gradient descent with S selected anew each step."""
+    """The paper's collapse in miniature: gradient descent on one row, S selected anew each step."""
 
     def final_mass(stop_gradient):
         generator = torch.Generator().manual_seed(3)
@@ -302,13 +302,13 @@ def test_the_teacher_gets_no_gradient():
 
 @pytest.mark.parametrize("tail_mass", [1e-8, 1e-6, 1e-3])
 def test_bucket_gradient_at_a_tiny_tail(tail_mass):
-    """float32 values and an accumulated tail give what float64 gives, to 1e-4; 1 - sum(p) would not."""
+    """With an accumulated tail float32 gives what float64 gives; 1 - sum(p) would not."""
     z = torch.tensor([[2.0, 1.0, 0.5, 0.0]], dtype=torch.float64)
     zt = torch.tensor([[1.0, 2.0, 0.0, 0.5]], dtype=torch.float64)
     ids = torch.arange(4)[None]
     results = []
     for dtype in (torch.float32, torch.float64):
-        values = z.to(dtype).requires_grad_()
+        values = z.to(dtype, copy=True).requires_grad_()
         tail = (z.logsumexp(-1) + torch.tensor(tail_mass).double().log()).to(dtype).requires_grad_()
         t_tail = (zt.logsumexp(-1) + torch.tensor(tail_mass * 30).double().log()).to(dtype)
         s = SparseLogits(values, ids, tail, 1000)
@@ -337,8 +337,6 @@ def test_policy_gradient_wants_one_sampled_token():
     ],
 )
 def test_mismatched_pairs_raise(change, message):
-    from dataclasses import replace
-
     z, zt, ids = problem()
     with pytest.raises(ValueError, match=message):
         reverse_kl(sparse(z, ids), replace(sparse(zt, ids), **change))

@@ -10,6 +10,7 @@ from opd_kernels.linear import linear_gather, linear_topk
 from tests.reference import (
     full_logits,
     gradients,
+    in_float64,
     make_logits,
     operands,
     outside_lse,
@@ -182,16 +183,7 @@ def test_error_is_at_most_twice_that_of_same_dtype_pytorch(backend, dtype, optio
         values, tail = z.gather(-1, ids), outside_lse(z, ids)
         return [values, tail, *gradients(loss_of(values, tail), inputs)]
 
-    wide = LazyLogits(
-        logits.hidden.detach().double().requires_grad_(),
-        logits.weight.detach().double().requires_grad_(),
-        None if logits.bias is None else logits.bias.detach().double().requires_grad_(),
-        logits.softcap,
-        logits.scale,
-        logits.temperature,
-        logits.vocab_size,
-    )
-    reference = eager(wide, torch.float64)
+    reference = eager(in_float64(logits), torch.float64)
     for actual, same_dtype, expected in zip(ours, eager(logits, dtype), reference, strict=True):
         error = (actual.double() - expected).abs().max()
         peer = (same_dtype.double() - expected).abs().max()

@@ -90,7 +90,7 @@ def test_from_log_probs_of_a_server():
 
 
 def test_from_log_probs_guards_the_tail():
-    """A row whose float32 probabilities sum to 1 or just above keeps a finite log tail, without gradient."""
+    """A row whose float32 mass is 1 or just above keeps a finite tail, without gradient."""
     log_p = torch.tensor([[0.0, -40.0], [1e-7, -30.0]], requires_grad=True)
     ids = torch.tensor([[3, 4], [3, 4]])
     s = SparseLogits.from_log_probs(log_p, ids, vocab_size=10)
@@ -106,7 +106,7 @@ def test_from_log_probs_refuses_what_is_no_distribution():
         SparseLogits.from_log_probs(torch.zeros(1, 2), ids, vocab_size=5)
     with pytest.raises(ValueError, match="sum to at most 1, got nan"):
         SparseLogits.from_log_probs(torch.full((1, 2), torch.nan), ids, vocab_size=5)
-    with pytest.raises(ValueError, match="ids: expected an integer dtype, got torch.float32"):
+    with pytest.raises(ValueError, match=r"ids: expected an integer dtype, got torch\.float32"):
         SparseLogits.from_log_probs(torch.zeros(1, 2), ids.float(), vocab_size=5)
     with pytest.raises(
         ValueError, match=r"ids: expected the shape of the values, \(1, 3\), got \(1, 2\)"
