@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from opd_kernels import LazyLogits
 
@@ -18,7 +19,7 @@ def good():
             ValueError,
             "pass lm_head.weight as it is, not transposed",
         ),
-        ({"weight": torch.randn(20)}, ValueError, r"\[V, D\] with the same D, got \(2, 3, 8\)"),
+        ({"weight": torch.randn(20)}, ValueError, r"with the same D, got \(2, 3, 8\)"),
         ({"bias": torch.randn(8)}, ValueError, r"bias: expected shape \[V\] = \(20,\), got \(8,\)"),
         (
             {"hidden": torch.zeros(2, 8, dtype=torch.long)},
@@ -105,7 +106,7 @@ def test_indexing_detaching_and_shape():
     logits = LazyLogits(**good(), vocab_size=18)
     assert logits.shape == (2, 3, 18)
     mask = torch.tensor([[True, False, True], [False, False, True]])
-    assert torch.equal(logits[mask].materialize(), logits.materialize()[mask])
+    assert_close(logits[mask].materialize(), logits.materialize()[mask])
     trained = LazyLogits(logits.hidden, logits.weight.requires_grad_())
     assert trained.requires_grad
     assert not trained.detach().requires_grad

@@ -1,0 +1,285 @@
+"""LazyLogits of any Hugging Face causal language model, with the model's own head options.
+
+The call goes through the outermost module, so that DDP and FSDP see the forward pass: calling the
+decoder below them would leave gradients unsynchronised, silently. Inside, the head's forward is
+replaced for one call by one that keeps its input and weight and returns a few probe numbers in
+place of logits. What the model makes of the probes shows its scale and softcap, for every
+architecture alike; a model that does anything else to its logits is refused.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from opd_kernels.lazy_logits import LazyLogits
+
+T = TypeVar("T")
+
+# Powers of two, so that a scale shows exactly; the last is large enough to saturate any softcap.
+_PROBES = (0.5, -0.5, 2.0, -2.0, 16.0, -16.0, 2.0**20)
+
+
+def lazy_logits(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    **model_kwargs: Any,
+) -> LazyLogits:
+    """LazyLogits whose materialize() equals model(input_ids, attention_mask).logits / temperature.
+
+    The loss is computed by the caller, after the forward pass. Under FSDP, where the weight is
+    whole only during the forward pass, use call_with_lazy_logits.
+
+    Args:
+        model: a causal language model of transformers, bare or wrapped in DDP, torch.compile or
+            PEFT.
+        input_ids: [B, T] token ids.
+        attention_mask: [B, T] 1 for tokens, 0 for padding.
+        temperature: as LazyLogits'.
+        vocab_size: as LazyLogits'; default all rows of the head.
+        **model_kwargs: passed to the model, for example position_ids.
+
+    Returns:
+        LazyLogits with hidden [B, T, D]; gradients flow into the decoder, the head and any LoRA on
+        it.
+
+    Raises:
+        TypeError: model is not a causal language model of transformers.
+        ValueError: the head is not a plain weight, or the model does more to its logits than scale
+        and cap them.
+    """
+    return call_with_lazy_logits(
+        model,
+        lambda logits: logits,
+        input_ids,
+        attention_mask,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        **model_kwargs,
+    )
+
+
+def call_with_lazy_logits(
+    model: nn.Module,
+    function: Callable[[LazyLogits], T],
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    **model_kwargs: Any,
+) -> T:
+    """function(lazy_logits), run inside the outermost module's forward, whose output its result
+    becomes.
+
+    Args and Raises as in lazy_logits.
+
+    Args:
+        function: computes the whole loss from LazyLogits; runs under the model's autocast.
+
+    Returns:
+        What function returned.
+    """
+    causal_lm = _causal_lm(model)
+    bare_forward = causal_lm.forward
+
+    def forward(*args: Any, **kwargs: Any) -> T:
+        capture = _forward_without_head(causal_lm, bare_forward, *args, **kwargs)
+        logits = capture.lazy_logits(causal_lm, temperature, vocab_size)
+        with torch.autocast(logits.hidden.device.type, *capture.autocast):
+            return function(logits)
+
+    with _replaced_forward(causal_lm, forward):
+        return model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            return_dict=True,
+            **model_kwargs,
+        )
+
+
+@dataclass
+class _Capture:
+    """What the head was given, and what the model made of the probes that it returned."""
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    answers: Tensor | None = None
+    calls: int = 0
+    autocast: tuple[torch.dtype, bool] = (torch.bfloat16, False)
+
+    def lazy_logits(
+        self, model: PreTrainedModel, temperature: float, vocab_size: int | None
+    ) -> LazyLogits:
+        name = type(model).__name__
+        if self.calls != 1 or self.hidden is None or self.weight is None or self.answers is None:
+            raise ValueError(
+                f"model: expected {name} to call its output embeddings once per forward pass, got "
+                f"{self.calls} calls; its logits cannot be computed lazily"
+            )
+        scale, softcap = _scale_and_softcap(self.answers, name)
+        return LazyLogits(
+            self.hidden, self.weight, self.bias, softcap, scale, temperature, vocab_size
+        )
+
+
+def _forward_without_head(
+    model: PreTrainedModel, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> _Capture:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(
+            f"model: {type(model).__name__} has no output embeddings; pass a model with a "
+            "language-model head"
+        )
+    capture = _Capture()
+
+    def keep_input(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        capture.calls += 1
+        capture.hidden = hidden
+        capture.weight, capture.bias = _weight_and_bias(head)
+        device_type = hidden.device.type
+        capture.autocast = (
+            torch.get_autocast_dtype(device_type),
+            torch.is_autocast_enabled(device_type),
+        )
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        probes = torch.tensor(_PROBES, dtype=dtype, device=hidden.device)
+        return probes.repeat(*hidden.shape[:-1], 1)
+
+    with _replaced_forward(head, keep_input):
+        logits = forward(*args, **kwargs).logits
+    if logits.shape[-1] != len(_PROBES):
+        raise ValueError(
+            f"model: {type(model).__name__} computes logits without calling its output embeddings; "
+            "they "
+            "cannot be computed lazily"
+        )
+    capture.answers = logits.reshape(-1, len(_PROBES))[0].detach().double()
+    return capture
+
+
+def _scale_and_softcap(answers: Tensor, name: str) -> tuple[float, float | None]:
+    """Which scale * x, or softcap * tanh(x / softcap), turns the probes into the answers."""
+    probes = torch.tensor(_PROBES, dtype=torch.float64, device=answers.device)
+    scale = float(answers[-1] / probes[-1])
+    if torch.allclose(answers, scale * probes, rtol=1e-6, atol=0):
+        return scale, None
+    softcap = float(answers[-1])
+    if softcap > 0 and torch.allclose(answers, softcap * torch.tanh(probes / softcap), rtol=1e-5):
+        return 1.0, softcap
+    raise ValueError(
+        f"model: expected {name} to scale or softcap its logits at most, but it maps {_PROBES} to "
+        f"{tuple(round(x, 4) for x in answers.tolist())}; build LazyLogits from its hidden states "
+        "by hand"
+    )
+
+
+def _weight_and_bias(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight [V, D] and bias [V] that the head applies now, LoRA merged; differentiable."""
+    if "peft" in sys.modules:
+        from peft.tuners.lora import Linear as LoraLinear
+        from peft.utils.other import ModulesToSaveWrapper
+
+        if isinstance(head, ModulesToSaveWrapper):
+            return _plain_weight(
+                head.original_module
+                if head.disable_adapters
+                else head.modules_to_save[head.active_adapters[0]]
+            )
+        if isinstance(head, LoraLinear):
+            return _merged_lora(head)
+    return _plain_weight(head)
+
+
+def _plain_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        raise ValueError(
+            f"model: expected the head to be an nn.Linear, got {type(head).__name__}; dequantise "
+            "it, for "
+            "example by keeping lm_head out of the quantisation"
+        )
+    for name, tensor in (("weight", head.weight), ("bias", head.bias)):
+        if tensor is None:
+            continue
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"model: the head's {name} is offloaded (on the meta device); keep lm_head on the "
+                "device"
+            )
+        if type(tensor.data) is not Tensor:
+            raise ValueError(
+                f"model: expected the head's {name} to be a whole plain tensor, got "
+                f"{type(tensor.data).__name__}; gather or dequantise it first"
+            )
+    return head.weight, head.bias
+
+
+def _merged_lora(head: Any) -> tuple[Tensor, Tensor | None]:
+    weight, bias = _plain_weight(head.get_base_layer())
+    if head.disable_adapters or head.merged:
+        return weight, bias
+    for adapter in head.active_adapters:
+        if adapter not in head.lora_A:
+            continue
+        dropout = head.lora_dropout[adapter]
+        for reason, found in (
+            (
+                f"{type(dropout).__name__} before it",
+                not isinstance(dropout, nn.Identity) and head.training,
+            ),
+            ("a LoRA variant", adapter in head.lora_variant),
+            ("a LoRA bias", head.lora_bias[adapter]),
+        ):
+            if found:
+                raise ValueError(
+                    f"model: LoRA adapter {adapter!r} on the head has {reason}, so it cannot be "
+                    "merged into "
+                    "the weight; use plain LoRA without dropout there, or leave the head out of it"
+                )
+        weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
+    return weight, bias
+
+
+def _causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside DDP, torch.compile or PEFT."""
+    inner: Any = model
+    while not isinstance(inner, PreTrainedModel):
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif isinstance(inner, torch._dynamo.OptimizedModule):
+            inner = inner._orig_mod
+        elif "peft" in sys.modules and isinstance(inner, sys.modules["peft"].PeftModel):
+            inner = inner.get_base_model()
+        else:
+            raise TypeError(
+                "model: expected a causal language model of transformers, bare or in DDP, "
+                "torch.compile or "
+                f"PEFT, got {type(inner).__name__}"
+            )
+    return inner
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give one module instance another forward for a while."""
+    own = module.__dict__.get("forward")  # accelerate, for example, puts one there
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
