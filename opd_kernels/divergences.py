@@ -22,11 +22,7 @@ Tail = Literal["drop", "bucket", "renormalize"]
 
 
 def reverse_kl(
-    student: SparseLogits,
-    teacher: SparseLogits,
-    *,
-    stop_gradient: bool = True,
-    tail: Tail = "drop",
+    student: SparseLogits, teacher: SparseLogits, *, stop_gradient: bool = True, tail: Tail = "drop"
 ) -> Tensor:
     """Reverse KL(p || q) on S: sum_S p_k (log p_k - log q_k).
 

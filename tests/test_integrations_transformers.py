@@ -100,11 +100,7 @@ def with_lora(targets, **options):
 
 @pytest.mark.parametrize(
     ("targets", "options"),
-    [
-        (["q_proj"], {}),
-        (["q_proj", "lm_head"], {}),
-        (["q_proj"], {"modules_to_save": ["lm_head"]}),
-    ],
+    [(["q_proj"], {}), (["q_proj", "lm_head"], {}), (["q_proj"], {"modules_to_save": ["lm_head"]})],
 )
 def test_peft_heads(targets, options):
     model, (ids, mask) = with_lora(targets, **options), tiny_batch()

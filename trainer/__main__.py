@@ -1,13 +1,12 @@
 """python -m trainer distill RECIPE.yaml [--key value ...], or opd-train: run a recipe."""
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
-from trainer.checkpoint import METRICS, claim_output_directory
+from trainer.checkpoint import METRICS, claim_output_directory, publish
 from trainer.config import DistillationConfig, load_config
-from trainer.data import load_prompts
+from trainer.data import Prompt, load_prompts
 from trainer.distillation import OnPolicyDistillationTrainer
 from trainer.evaluation import SAMPLES, Evaluation
 from trainer.models import check_same_tokenizer, load_model, load_tokenizer, with_lora
@@ -24,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments, overrides = parser.parse_known_args(argv)
     try:
         distill(load_config(arguments.recipe, overrides))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -38,31 +37,29 @@ def distill(config: DistillationConfig) -> None:
     teacher = load_teacher(config, student)
     context = min(m.config.max_position_embeddings for m in (student, teacher.model))
     prompts = load_prompts(config.train_data, config, tokenizer, context)
-    evaluation = None
+    held_out: list[Prompt] = []
     if config.eval_data is not None:
         held_out = load_prompts(config.eval_data, config, tokenizer, context)
-        evaluation = Evaluation(config, held_out, teacher, tokenizer)
+    evaluation = Evaluation(config, held_out, teacher, tokenizer)
     trainer = OnPolicyDistillationTrainer(student, config, teacher, tokenizer, prompts, evaluation)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if evaluation is not None:
-        trainer.evaluate()
+    trainer.evaluate()
     finish(trainer)
 
 
 def finish(trainer: OnPolicyDistillationTrainer) -> None:
     """Save the student and what there is to look at."""
     run = Path(trainer.args.output_dir)
-    trainer.save_model(str(run / ".model"))
+    trainer.save_model(f"{run}/.model")
     if not trainer.is_world_process_zero():
         return
-    shutil.rmtree(run / "model", ignore_errors=True)
-    (run / ".model").rename(run / "model")
+    publish(run / ".model", run / "model")
     plot_curves(run / METRICS, run / "curves.png")
-    if trainer.evaluation is not None:
+    if trainer.evaluation.prompts:
         table = before_after(run / METRICS, run / SAMPLES)
         (run / "report.md").write_text(table, encoding="utf-8")
         print(f"\n{table}")
-    print(f"student: {run / 'model'}   curves: {run / 'curves.png'}   log: {run / METRICS}")
+    print(f"student: {run}/model   curves: {run}/curves.png   log: {run}/{METRICS}")
 
 
 if __name__ == "__main__":

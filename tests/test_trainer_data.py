@@ -1,0 +1,120 @@
+"""Prompts: what both models see, and what every mistake in the data says."""
+
+import json
+
+import pandas
+import pytest
+
+from tests.tiny_run import tiny_tokenizer, write_model, write_recipe
+from trainer.config import load_config
+from trainer.data import load_prompts
+from trainer.models import check_same_tokenizer, load_model, load_tokenizer
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Loads rows as a .jsonl under a recipe with changes."""
+
+    def load(rows, chat=True, context_length=256, suffix="jsonl", **changes):
+        config = load_config(write_recipe(tmp_path, **changes), [])
+        source = tmp_path / f"rows.{suffix}"
+        if suffix == "parquet":
+            pandas.DataFrame(rows).to_parquet(source)
+        elif isinstance(rows, str):
+            source.write_text(rows)
+        else:
+            source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tokenizer = tiny_tokenizer(chat)
+        prompts = load_prompts(str(source), config, tokenizer, context_length)
+        decode = tokenizer.decode
+        return [(decode(p.student_ids), decode(p.teacher_ids)) for p in prompts]
+
+    return load
+
+
+USER = [{"role": "user", "content": "hi"}]
+SYSTEM = [{"role": "system", "content": "old"}]
+TURNS = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "context", "student", "teacher"),
+    [
+        ("hi", "be brief", "u:hi/a:", "s:be brief/u:hi/a:"),
+        (USER, "be brief", "u:hi/a:", "s:be brief/u:hi/a:"),
+        ("hi", TURNS, "u:hi/a:", "u:x/a:y/u:hi/a:"),
+        (SYSTEM + USER, "new", "s:old/u:hi/a:", "s:new\n\nold/u:hi/a:"),
+        (SYSTEM + USER, TURNS, "s:old/u:hi/a:", "u:x/a:y/s:old/u:hi/a:"),
+    ],
+)
+def test_the_teacher_alone_sees_the_privileged_context(load, prompt, context, student, teacher):
+    rows = [{"prompt": prompt}, {"prompt": prompt, "privileged_context": "own"}]
+    first, second = load(rows, privileged_context=context)
+    assert tuple(text.replace(" ", "") for text in first) == (
+        student.replace(" ", ""),
+        teacher.replace(" ", ""),
+    )
+    assert second[0].replace(" ", "") == student.replace(" ", "")
+    assert "own" in second[1].replace(" ", "")
+
+
+def test_without_a_chat_template_prompts_are_plain_text(load):
+    ((student, teacher),) = load([{"prompt": "hi"}], chat=False)
+    assert student.replace(" ", "") == "hi"
+    assert teacher.replace(" ", "") == "bebrief\n\nhi"
+    with pytest.raises(ValueError, match="row 1, prompt: messages need a chat template"):
+        load([{"prompt": USER}], chat=False)
+
+
+def test_parquet(load):
+    rows = [
+        {"prompt": "hi", "privileged_context": None},
+        {"prompt": "ho", "privileged_context": "x"},
+    ]
+    assert len(load(rows, suffix="parquet")) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt": \n', {}, "rows.jsonl, line 2: malformed JSON"),
+        ('{"prompt": "a"}\n[1]\n', {}, "rows.jsonl, row 2, row: .*got \\[1\\]"),
+        ([{"question": "a"}], {}, "row 1, prompt: field required, got {'question': 'a'}"),
+        ([{"prompt": "a"}, {"prompt": 3}], {}, "row 2, prompt: .*got {'prompt': 3}"),
+        ([{"prompt": [{"role": 1}]}], {}, "row 1, prompt: "),
+        ("", {}, "expected at least one prompt, got none"),
+        ([{"prompt": "a"}], {"privileged_context": None}, "row 1, privileged_context: missing"),
+        (
+            [{"prompt": "a"}, {"prompt": "a" * 250}],
+            {},
+            "row 2, prompt: with max_completion_length 6 it takes 272 tokens, but the context "
+            "holds 256",
+        ),
+    ],
+)
+def test_bad_rows_name_the_source_and_the_row(load, rows, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load(rows, **changes)
+
+
+def test_a_missing_file_is_named(load, tmp_path):
+    load([{"prompt": "a"}])
+    config = load_config(tmp_path / "recipe.yaml", [])
+    with pytest.raises(OSError, match="nowhere"):
+        load_prompts(str(tmp_path / "nowhere.jsonl"), config, tiny_tokenizer(), 256)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(tmp_path):
+    ours = load_tokenizer(str(write_model(tmp_path / "a")))
+    check_same_tokenizer(ours, load_tokenizer(str(tmp_path / "a")), "a")
+    swapped = tiny_tokenizer(characters="ba" + "cdefghijklmnopqrstuvwxyz")
+    theirs = load_tokenizer(str(write_model(tmp_path / "b", tokenizer=swapped)))
+    with pytest.raises(
+        ValueError, match=r"expected the student's tokenizer, but b gives \d+ tokens"
+    ):
+        check_same_tokenizer(ours, theirs, "b")
+
+
+def test_a_model_in_a_missing_package():
+    with pytest.raises(ValueError, match="package 'no_such_package' is missing"):
+        load_model("package:no_such_package/model.gguf", "float32")

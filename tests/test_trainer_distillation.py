@@ -1,0 +1,309 @@
+"""The trainer's step: what it does not depend on, what it logs, and whole runs of a tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from opd_kernels import reverse_kl
+from opd_kernels.integrations.transformers import lazy_logits
+from tests.tiny_run import write_model, write_recipe
+from trainer.__main__ import distill, main
+from trainer.config import load_config
+from trainer.data import Prompt, load_prompts
+from trainer.distillation import OnPolicyDistillationTrainer
+from trainer.evaluation import Evaluation
+from trainer.models import load_model, load_tokenizer, with_lora
+from trainer.rollout import Completion
+from trainer.teacher import load_teacher
+
+
+def make_trainer(folder, **changes):
+    config = load_config(write_recipe(folder, **changes), [])
+    Path(config.output_dir).mkdir(exist_ok=True)
+    tokenizer = load_tokenizer(config.model)
+    student = with_lora(load_model(config.model, config.dtype), config)
+    teacher = load_teacher(config, student)
+    prompts = load_prompts(config.train_data, config, tokenizer, 256)
+    evaluation = Evaluation(config, prompts[:2], teacher, tokenizer)
+    return OnPolicyDistillationTrainer(student, config, teacher, tokenizer, prompts, evaluation)
+
+
+def completions(count=6):
+    """Given completions of different lengths, so that nothing is left to sampling."""
+    generator = torch.Generator().manual_seed(5)
+
+    def ids(length):
+        return torch.randint(3, 97, (length,), generator=generator).tolist()
+
+    result = []
+    for i in range(count):
+        context = ids(3 + i)
+        prompt = Prompt("", context, [*ids(4), *context])
+        result.append(Completion(prompt, [*ids(1 + 2 * i % 7), 2], truncated=i % 2 == 0))
+    return result
+
+
+def gradient_of(trainer, batch):
+    trainer.model.zero_grad()
+    loss, sums = trainer.learn(trainer.model, batch)
+    gradients = {
+        n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None
+    }
+    return loss, gradients, sums
+
+
+def assert_same_step(actual, expected):
+    assert_close(actual[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert actual[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        scale = float(gradient.abs().max())
+        assert_close(actual[1][name], gradient, rtol=1e-4, atol=1e-5 * scale)
+    for name, total in expected[2].items():
+        assert actual[2][name] == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_a_step_does_not_depend_on_how_it_is_batched(tmp_path, aggregation):
+    """Not on the micro-batch split, the order of samples, or the padding for a neighbour."""
+    trainer = make_trainer(tmp_path, aggregation=aggregation, micro_batch_size=6)
+    batch = completions()
+    expected = gradient_of(trainer, batch)
+    for size in (1, 2, 4):
+        trainer.args.micro_batch_size = size
+        assert_same_step(gradient_of(trainer, batch), expected)
+    assert_same_step(gradient_of(trainer, batch[::-1]), expected)
+    trainer.args.micro_batch_size = 100
+    long = Prompt("", [7] * 90, [8] * 120)
+    padded = gradient_of(trainer, [*batch, Completion(long, [5], truncated=True)])
+    alone = gradient_of(trainer, [Completion(long, [5], truncated=True)])
+    unit = "tokens" if aggregation == "token" else "completions"
+    counts = [sums[unit] for _, _, sums in (expected, alone, padded)]
+    for name, gradient in padded[1].items():
+        combined = (counts[0] * expected[1][name] + counts[1] * alone[1][name]) / counts[2]
+        assert_close(gradient, combined, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_the_loss_is_that_of_completion_tokens_alone(tmp_path, aggregation):
+    """Against a loop over single sequences without padding or batching."""
+    trainer = make_trainer(tmp_path, aggregation=aggregation)
+    batch = completions()
+    loss, gradients, sums = gradient_of(trainer, batch)
+    per_completion = []
+    for c in batch:
+        ours = torch.tensor([c.prompt.student_ids + c.ids])
+        theirs = torch.tensor([c.prompt.teacher_ids + c.ids])
+        s = lazy_logits(trainer.model, ours)[0, len(c.prompt.student_ids) - 1 : -1].topk(8)
+        with torch.no_grad():
+            rows = lazy_logits(trainer.teacher.model, theirs)[0, len(c.prompt.teacher_ids) - 1 : -1]
+        per_completion.append(reverse_kl(s, rows.gather(s.ids), tail="bucket"))
+    expected = torch.cat(per_completion).mean()
+    if aggregation == "sequence":
+        expected = torch.stack([x.mean() for x in per_completion]).mean()
+    assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+    trainer.model.zero_grad()
+    expected.backward()
+    for name, parameter in trainer.model.named_parameters():
+        scale = float(parameter.grad.abs().max())
+        assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5 * scale)
+    assert sums["tokens"] == sum(len(c.ids) for c in batch)
+    assert (sums["completions"], sums["truncated"]) == (6, 3)
+
+
+def _worker(rank, folder, port):
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    trainer = make_trainer(Path(folder), output_dir=f"{folder}/rank{rank}")
+    model = trainer.accelerator.prepare(trainer.model)
+    batch = completions()
+    loss, _ = trainer.learn(model, batch[:2] if rank == 0 else batch[2:])
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
+    torch.save((trainer.accelerator.reduce(loss, "mean"), gradients), f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_learn_what_one_does(tmp_path):
+    """Unequal shares: 2 completions on one rank, 4 on the other."""
+    expected_loss, expected, _ = gradient_of(make_trainer(tmp_path), completions())
+    port = 20000 + os.getpid() % 20000
+    mp.spawn(_worker, (str(tmp_path), port), nprocs=2)
+    for rank in range(2):
+        loss, gradients = torch.load(tmp_path / f"rank{rank}.pt")
+        assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
+        for name, gradient in expected.items():
+            scale = float(gradient.abs().max())
+            assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * scale)
+
+
+def read_metrics(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line], lines
+
+
+def test_a_run_learns_and_leaves_everything_to_look_at(tmp_path, capsys):
+    config = load_config(write_recipe(tmp_path, max_steps=12, learning_rate=3e-3), [])
+    distill(config)
+    run = Path(config.output_dir)
+    steps, lines = read_metrics(run)
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    for name in (
+        "loss", "grad_norm", "learning_rate", "student_mass", "teacher_mass", "overlap",
+        "student_entropy", "teacher_entropy", "completion_length", "truncated", "tokens_per_second",
+    ):  # fmt: skip
+        assert all(isinstance(line[name], float | int) for line in steps), name
+    assert all(0 < line["student_mass"] <= 1 for line in steps)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    evaluations = [line for line in lines if "eval_reverse_kl" in line]
+    assert [line["step"] for line in evaluations] == [0, 12]
+    assert evaluations[1]["eval_reverse_kl"] < evaluations[0]["eval_reverse_kl"]
+    assert evaluations[0]["eval_score"] > 0
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    report = (run / "report.md").read_text()
+    assert "| reverse kl |" in report
+    assert "**tell 1**" in report
+    assert report in capsys.readouterr().out
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert {(row["step"], row["prompt"]) for row in samples} == {
+        (step, f"tell {i}") for step in (0, 12) for i in (1, 2)
+    }
+    trained = load_file(run / "model" / "model.safetensors")
+    initial = load_file(tmp_path / "model" / "model.safetensors")
+    assert any((trained[name] != initial[name]).any() for name in initial)
+    with pytest.raises(ValueError, match="holds another run; choose another directory, or go on"):
+        distill(config)
+
+
+@pytest.mark.parametrize(
+    ("objective", "support"),
+    [("reverse_kl", "full"), ("forward_kl", "teacher"), ("jsd", "union"), ("jsd", "intersection")],
+)
+def test_every_objective_and_support_runs(tmp_path, objective, support):
+    """From another model as teacher, without a privileged context."""
+    write_recipe(tmp_path)
+    write_model(tmp_path / "teacher", seed=9, name="qwen3")
+    config = load_config(
+        write_recipe(
+            tmp_path, teacher=str(tmp_path / "teacher"), privileged_context=None, eval_data=None,
+            scorer=None, objective=objective, support=support, max_steps=8, learning_rate=3e-3,
+        ), [],
+    )  # fmt: skip
+    distill(config)
+    steps, _ = read_metrics(Path(config.output_dir))
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert not (Path(config.output_dir) / "report.md").exists()
+
+
+def test_lora_trains_adapters_against_the_base_below_them(tmp_path):
+    trainer = make_trainer(tmp_path, lora_r=4, learning_rate=1e-2)
+    assert trainer.teacher.model is trainer.model
+    base = load_model(str(tmp_path / "model"), "float32")
+    batch = completions(2)
+    trainer.train()
+    ids = torch.tensor([batch[0].prompt.teacher_ids + batch[0].ids])
+    with trainer.teacher.active() as model, torch.no_grad():
+        teacher = lazy_logits(model, ids).materialize()
+    with torch.no_grad():
+        assert_close(teacher, lazy_logits(base, ids).materialize(), rtol=1e-5, atol=1e-5)
+        student = lazy_logits(trainer.model, ids).materialize()
+    assert (student - teacher).abs().max() > 1e-3
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    head = trainer.model.lm_head
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0] * torch.nan,))
+    sample = trainer.sampler.sample
+    trainer.sampler.sample = lambda model, prompts, *seed: _without(
+        hook, head, sample, model, prompts, seed
+    )
+    trainer.evaluation.prompts = []
+    trainer.train()
+    assert trainer.skipped_steps == 2
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name])
+    steps, _ = read_metrics(Path(trainer.args.output_dir))
+    assert steps[-1]["skipped_steps"] == 2
+
+
+def _without(hook, head, sample, model, prompts, seed):
+    """Sample with the poison off."""
+    poison = dict(head._forward_pre_hooks)
+    head._forward_pre_hooks.clear()
+    result = sample(model, prompts, *seed)
+    head._forward_pre_hooks.update(poison)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("changes", "warns"),
+    [
+        ({"tail": "drop", "k": 2}, True),
+        ({"tail": "bucket", "k": 2}, False),
+        ({"tail": "drop", "k": 97}, False),
+    ],
+)
+def test_a_drifting_support_is_warned_of_once(tmp_path, changes, warns):
+    trainer = make_trainer(tmp_path, max_steps=3, eval_on_start=False, **changes)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        trainer.train()
+    messages = [str(w.message) for w in caught if "less than 95 %" in str(w.message)]
+    assert len(messages) == int(warns)
+    assert all("tail: bucket, support: full, a larger k" in message for message in messages)
+
+
+def _losses(run):
+    steps, _ = read_metrics(run)
+    return {line["step"]: line["loss"] for line in steps}
+
+
+def test_a_run_killed_after_a_checkpoint_resumes_with_the_same_losses(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 7, "warmup_steps": 2}
+    recipe = write_recipe(tmp_path, **options)
+    main(["distill", str(recipe)])
+    expected = _losses(tmp_path / "run")
+    assert len(set(expected.values())) == 7
+    run = tmp_path / "killed"
+    command = [sys.executable, "-m", "trainer", "distill", str(recipe), "--output_dir", str(run)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoint-2").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    before = _losses(run)
+    assert len(before) < 7
+    main(["distill", str(recipe), "--output_dir", str(run), "--resume_from_checkpoint", "auto"])
+    resumed = _losses(run)
+    assert resumed.keys() == expected.keys()
+    assert resumed == pytest.approx(expected, rel=1e-6)
+    assert not (run / ".saving").exists() or not any((run / ".saving").iterdir())
+    final = [
+        load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "run", run)
+    ]
+    for name, tensor in final[0].items():
+        assert_close(final[1][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_resuming_from_nothing_says_so(tmp_path):
+    recipe = write_recipe(tmp_path)
+    for value in ("auto", "nowhere"):
+        with pytest.raises(SystemExit, match="resume_from_checkpoint: expected a checkpoint in"):
+            main(["distill", str(recipe), "--resume_from_checkpoint", value])

@@ -1,0 +1,75 @@
+"""A tiny model directory with a character tokenizer, data and a recipe: runs in seconds."""
+
+import json
+import string
+
+import yaml
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny_models import tiny_model
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+CHARACTERS = string.ascii_letters + string.digits + string.punctuation[:29] + " \n"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}/{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+def tiny_tokenizer(chat=True, characters=CHARACTERS):
+    """One token per character; pad is EOS, as in SmolLM2."""
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *characters])}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="</s>",
+        bos_token="<s>",
+        pad_token="</s>",
+        unk_token="<unk>",
+    )
+    tokenizer.chat_template = TEMPLATE if chat else None
+    return tokenizer
+
+
+def write_model(folder, seed=0, name="llama", tokenizer=None):
+    """Save a tiny model and its tokenizer; weights small enough for its samples to vary."""
+    model = tiny_model(name, seed=seed)
+    model.save_pretrained(folder)
+    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def write_recipe(folder, **changes):
+    """A recipe for self-distillation of a tiny model in a few steps, with its data beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "model").exists():
+        write_model(folder / "model")
+        prompts = [{"prompt": f"say {i}"} for i in range(12)]
+        (folder / "train.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+        (folder / "held_out.jsonl").write_text('{"prompt": "tell 1"}\n{"prompt": "tell 2"}\n')
+        (folder / "scorer.py").write_text("def length(text):\n    return len(text)\n")
+    recipe = {
+        "model": str(folder / "model"),
+        "teacher": "self",
+        "privileged_context": "be brief",
+        "train_data": str(folder / "train.jsonl"),
+        "eval_data": str(folder / "held_out.jsonl"),
+        "scorer": f"{folder}/scorer.py:length",
+        "output_dir": str(folder / "run"),
+        "k": 8,
+        "tail": "bucket",
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "micro_batch_size": 2,
+        "max_completion_length": 6,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    } | changes
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in recipe.items() if v is not None}))
+    return path
