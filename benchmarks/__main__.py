@@ -1,14 +1,15 @@
-"""python -m benchmarks memory: the benchmark suite's commands."""
+"""python -m benchmarks COMMAND: what the README's and the log's figures come from."""
 
 import argparse
 
-from benchmarks import memory
+from benchmarks import chunks, memory
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    memory.add_parser(commands)
+    for module in (memory, chunks):
+        module.add_parser(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -1,0 +1,48 @@
+"""Time of a forward and backward pass against the size of its logits chunk, in both orders.
+
+The constants of opd_kernels/chunking.py rest on this table. Rounds alternate over the settings and
+the median is shown, as a ratio to the first row.
+"""
+
+import argparse
+import statistics
+import time
+
+from tqdm import tqdm
+
+from benchmarks.memory import MIB, make_inputs
+from opd_kernels import distillation_loss
+from opd_kernels.chunking import one_pass_rows, recompute_sizes
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("chunks", help="time against the size of a logits chunk")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--dim", type=int, default=1024)
+    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--one-pass", type=int, nargs="+", default=[148, 74, 37, 19])
+    parser.add_argument("--recompute", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.set_defaults(run=main)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Print a Markdown table of the two orders at several chunk sizes (in MiB)."""
+    student, teacher = make_inputs(arguments.tokens, arguments.dim, arguments.vocab)
+    settings = [("one_pass", mib) for mib in arguments.one_pass]
+    settings += [("recompute", mib) for mib in arguments.recompute]
+    times: dict[tuple[str, int], list[float]] = {setting: [] for setting in settings}
+    for method, mib in tqdm(settings * arguments.rounds):
+        start = time.perf_counter()
+        distillation_loss(student, teacher, method=method, chunk_bytes=mib * MIB).loss.backward()
+        times[method, mib].append(time.perf_counter() - start)
+        student.hidden.grad = student.weight.grad = None
+    print(f"N = {arguments.tokens}, D = {arguments.dim}, V = {arguments.vocab}, float32, K = 20\n")
+    print("| order | chunk | seconds | ratio |\n|---|---|---|---|")
+    base = statistics.median(times[settings[0]])
+    for (method, mib), seconds in times.items():
+        shape = (arguments.tokens, arguments.vocab, 4, student.hidden.device, mib * MIB)
+        sizes = one_pass_rows(*shape) if method == "one_pass" else recompute_sizes(*shape)
+        chunk = f"{sizes} rows" if method == "one_pass" else f"{sizes[1]} columns"
+        median = statistics.median(seconds)
+        print(f"| {method} | {mib} MiB, {chunk} | {median:.1f} | {median / base:.2f} |")
