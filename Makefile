@@ -17,6 +17,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	touch $@
 
 demo: $(VENV)/installed
+	rm -rf runs/demo
 	$(BIN)/python -m trainer distill recipes/demo.yaml
 
 test: $(VENV)/installed lint

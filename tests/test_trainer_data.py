@@ -7,7 +7,7 @@ import pytest
 
 from tests.tiny_run import tiny_tokenizer, write_model, write_recipe
 from trainer.config import load_config
-from trainer.data import load_prompts
+from trainer.data import PromptReader
 from trainer.models import check_same_tokenizer, load_model, load_tokenizer
 
 
@@ -25,7 +25,8 @@ def load(tmp_path):
         else:
             source.write_text("".join(json.dumps(row) + "\n" for row in rows))
         tokenizer = tiny_tokenizer(chat)
-        prompts = load_prompts(str(source), config, tokenizer, context_length)
+        contexts = (context_length, context_length)
+        prompts = PromptReader(config, tokenizer, contexts).read(str(source))
         decode = tokenizer.decode
         return [(decode(p.student_ids), decode(p.teacher_ids)) for p in prompts]
 
@@ -82,12 +83,13 @@ def test_parquet(load):
         ([{"question": "a"}], {}, "row 1, prompt: field required, got {'question': 'a'}"),
         ([{"prompt": "a"}, {"prompt": 3}], {}, "row 2, prompt: .*got {'prompt': 3}"),
         ([{"prompt": [{"role": 1}]}], {}, "row 1, prompt: "),
-        ("", {}, "expected at least one prompt, got none"),
+        ("", {}, "line 1: malformed JSON"),
+        ([{"prompt": [{"content": "a"}]}], {}, "row 1, prompt: "),
         ([{"prompt": "a"}], {"privileged_context": None}, "row 1, privileged_context: missing"),
         (
             [{"prompt": "a"}, {"prompt": "a" * 250}],
             {},
-            "row 2, prompt: with max_completion_length 6 it takes 272 tokens, but the context "
+            "row 2, prompt: expected 1 to 250 tokens, the context of 256 without .*, got 255",
             "holds 256",
         ),
     ],
@@ -101,7 +103,7 @@ def test_a_missing_file_is_named(load, tmp_path):
     load([{"prompt": "a"}])
     config = load_config(tmp_path / "recipe.yaml", [])
     with pytest.raises(OSError, match="nowhere"):
-        load_prompts(str(tmp_path / "nowhere.jsonl"), config, tiny_tokenizer(), 256)
+        PromptReader(config, tiny_tokenizer(), (256, 256)).read(str(tmp_path / "nowhere.jsonl"))
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(tmp_path):

@@ -20,11 +20,11 @@ from opd_kernels.integrations.transformers import lazy_logits
 from tests.tiny_run import write_model, write_recipe
 from trainer.__main__ import distill, main
 from trainer.config import load_config
-from trainer.data import Prompt, load_prompts
+from trainer.data import Prompt, PromptReader
 from trainer.distillation import OnPolicyDistillationTrainer
 from trainer.evaluation import Evaluation
 from trainer.models import load_model, load_tokenizer, with_lora
-from trainer.rollout import Completion
+from trainer.rollout import Completion, Sampler
 from trainer.teacher import load_teacher
 
 
@@ -34,9 +34,10 @@ def make_trainer(folder, **changes):
     tokenizer = load_tokenizer(config.model)
     student = with_lora(load_model(config.model, config.dtype), config)
     teacher = load_teacher(config, student)
-    prompts = load_prompts(config.train_data, config, tokenizer, 256)
-    evaluation = Evaluation(config, prompts[:2], teacher, tokenizer)
-    return OnPolicyDistillationTrainer(student, config, teacher, tokenizer, prompts, evaluation)
+    prompts = PromptReader(config, tokenizer, (256, 256)).read(config.train_data)
+    sampler = Sampler(config, tokenizer, student, teacher.model)
+    evaluation = Evaluation(config, prompts[:2], teacher, sampler)
+    return OnPolicyDistillationTrainer(student, config, prompts, evaluation)
 
 
 def completions(count=6):
@@ -56,7 +57,9 @@ def completions(count=6):
 
 def gradient_of(trainer, batch):
     trainer.model.zero_grad()
-    loss, sums = trainer.learn(trainer.model, batch)
+    trainer.sums.clear()
+    loss = trainer.learn(trainer.model, batch)
+    sums = dict(trainer.sums)
     gradients = {
         n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None
     }
@@ -130,7 +133,7 @@ def _worker(rank, folder, port):
     trainer = make_trainer(Path(folder), output_dir=f"{folder}/rank{rank}")
     model = trainer.accelerator.prepare(trainer.model)
     batch = completions()
-    loss, _ = trainer.learn(model, batch[:2] if rank == 0 else batch[2:])
+    loss = trainer.learn(model, batch[:2] if rank == 0 else batch[2:])
     gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
     torch.save((trainer.accelerator.reduce(loss, "mean"), gradients), f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -175,15 +178,14 @@ def test_a_run_learns_and_leaves_everything_to_look_at(tmp_path, capsys):
     report = (run / "report.md").read_text()
     assert "| reverse kl |" in report
     assert "**tell 1**" in report
-    assert report in capsys.readouterr().out
-    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    assert {(row["step"], row["prompt"]) for row in samples} == {
-        (step, f"tell {i}") for step in (0, 12) for i in (1, 2)
-    }
+    assert report.strip() in capsys.readouterr().out
+    for step in (0, 12):
+        lines = (run / "samples" / f"step-{step}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["prompt"] for line in lines] == ["tell 1", "tell 2"]
     trained = load_file(run / "model" / "model.safetensors")
     initial = load_file(tmp_path / "model" / "model.safetensors")
     assert any((trained[name] != initial[name]).any() for name in initial)
-    with pytest.raises(ValueError, match="holds another run; choose another directory, or go on"):
+    with pytest.raises(ValueError, match="holds another run; choose another one$"):
         distill(config)
 
 
@@ -305,5 +307,54 @@ def test_a_run_killed_after_a_checkpoint_resumes_with_the_same_losses(tmp_path):
 def test_resuming_from_nothing_says_so(tmp_path):
     recipe = write_recipe(tmp_path)
     for value in ("auto", "nowhere"):
-        with pytest.raises(SystemExit, match="resume_from_checkpoint: expected a checkpoint in"):
+        with pytest.raises(SystemExit, match="resume_from_checkpoint: expected 'auto' or one of"):
             main(["distill", str(recipe), "--resume_from_checkpoint", value])
+
+
+def test_what_is_past_a_checkpoint_must_be_moved_away_to_resume_from_it(tmp_path):
+    recipe = write_recipe(tmp_path, save_strategy="steps", save_steps=2)
+    main(["distill", str(recipe)])
+    old, new = (tmp_path / "run" / f"checkpoint-{step}" for step in (2, 4))
+    with pytest.raises(SystemExit, match=r"checkpoint-2 is not the newest; move away"):
+        main(["distill", str(recipe), "--resume_from_checkpoint", str(old)])
+    assert old.exists()
+    assert new.exists()
+
+
+def test_evaluation_runs_once_where_steps_and_epochs_meet(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 3, "max_steps": 6}  # 3 steps an epoch
+    config = load_config(write_recipe(tmp_path, **options), [])
+    distill(config)
+    _, lines = read_metrics(Path(config.output_dir))
+    assert [line["step"] for line in lines if "eval_reverse_kl" in line] == [0, 3, 6]
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_under_bf16_student_teacher_and_rollout_run_in_the_same_precision(tmp_path, lora_r):
+    trainer = make_trainer(tmp_path, bf16=True, lora_r=lora_r, max_steps=1)
+    dtypes = set()
+    for model in {trainer.model, trainer.teacher.model}:
+        for name, module in model.named_modules():
+            if name.endswith("gate_proj"):
+                module.register_forward_hook(lambda _, __, output: dtypes.add(output.dtype))
+    trainer.train()
+    assert dtypes == {torch.bfloat16}
+
+
+def test_figures_cover_all_steps_since_the_last_line(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4, logging_steps=4, eval_on_start=False)
+    seen = []
+    add = trainer.sums.add_completions
+    trainer.sums.add_completions = lambda batch: (seen.extend(batch), add(batch))
+    trainer.train()
+    (line,), _ = read_metrics(Path(trainer.args.output_dir))
+    assert len(seen) == 16
+    expected = sum(len(c.ids) for c in seen) / 16
+    assert line["completion_length"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_digits_and_markup_survive_in_the_report(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.evaluation.Evaluation._texts", lambda self, c: ["007"] * len(c))
+    config = load_config(write_recipe(tmp_path, max_steps=1), [])
+    distill(config)
+    assert "- after: 007" in (Path(config.output_dir) / "report.md").read_text()

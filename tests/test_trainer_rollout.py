@@ -24,7 +24,7 @@ def sampler(tmp_path):
     config = load_config(write_recipe(tmp_path, max_completion_length=24), [])
     model = tiny_model("llama")
     model.generation_config.eos_token_id = [2, 11, 12, 13]
-    sampler = Sampler(config, model, tiny_tokenizer())
+    sampler = Sampler(config, tiny_tokenizer(), model)
     return sampler, model
 
 

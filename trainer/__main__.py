@@ -4,13 +4,16 @@ import argparse
 import sys
 from pathlib import Path
 
+from yaml import YAMLError
+
+from trainer import models
 from trainer.checkpoint import METRICS, claim_output_directory, publish
 from trainer.config import DistillationConfig, load_config
-from trainer.data import Prompt, load_prompts
+from trainer.data import PromptReader
 from trainer.distillation import OnPolicyDistillationTrainer
-from trainer.evaluation import SAMPLES, Evaluation
-from trainer.models import check_same_tokenizer, load_model, load_tokenizer, with_lora
+from trainer.evaluation import Evaluation
 from trainer.report import before_after, plot_curves
+from trainer.rollout import Sampler
 from trainer.teacher import load_teacher
 
 
@@ -23,42 +26,43 @@ def main(argv: list[str] | None = None) -> None:
     arguments, overrides = parser.parse_known_args(argv)
     try:
         distill(load_config(arguments.recipe, overrides))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, YAMLError) as error:
         sys.exit(f"error: {error}")
 
 
 def distill(config: DistillationConfig) -> None:
     """Run a recipe; everything is checked and tokenised before the first rollout."""
     checkpoint = claim_output_directory(config)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = models.load_tokenizer(config.model)
     if config.teacher != "self":
-        check_same_tokenizer(tokenizer, load_tokenizer(config.teacher), config.teacher)
-    student = with_lora(load_model(config.model, config.dtype), config)
+        models.check_same_tokenizer(
+            tokenizer, models.load_tokenizer(config.teacher), config.teacher
+        )
+    student = models.with_lora(models.load_model(config.model, config.dtype), config)
     teacher = load_teacher(config, student)
-    context = min(m.config.max_position_embeddings for m in (student, teacher.model))
-    prompts = load_prompts(config.train_data, config, tokenizer, context)
-    held_out: list[Prompt] = []
-    if config.eval_data is not None:
-        held_out = load_prompts(config.eval_data, config, tokenizer, context)
-    evaluation = Evaluation(config, held_out, teacher, tokenizer)
-    trainer = OnPolicyDistillationTrainer(student, config, teacher, tokenizer, prompts, evaluation)
+    contexts = models.context_length(student), models.context_length(teacher.model)
+    reader = PromptReader(config, tokenizer, contexts)
+    prompts = reader.read(config.train_data)
+    held_out = [] if config.eval_data is None else reader.read(config.eval_data)
+    sampler = Sampler(config, tokenizer, student, teacher.model)
+    evaluation = Evaluation(config, held_out, teacher, sampler)
+    trainer = OnPolicyDistillationTrainer(student, config, prompts, evaluation)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.evaluate()
+    if not any("eval_reverse_kl" in x for x in trainer.state.log_history[-2:]):
+        trainer.evaluate()
     finish(trainer)
 
 
 def finish(trainer: OnPolicyDistillationTrainer) -> None:
     """Save the student and what there is to look at."""
     run = Path(trainer.args.output_dir)
-    trainer.save_model(f"{run}/.model")
+    trainer.save_model(f"{run}/.saving")
     if not trainer.is_world_process_zero():
         return
-    publish(run / ".model", run / "model")
-    plot_curves(run / METRICS, run / "curves.png")
+    publish(run / ".saving", run / "model")
+    plot_curves(run)
     if trainer.evaluation.prompts:
-        table = before_after(run / METRICS, run / SAMPLES)
-        (run / "report.md").write_text(table, encoding="utf-8")
-        print(f"\n{table}")
+        print(f"\n{before_after(run)}")
     print(f"student: {run}/model   curves: {run}/curves.png   log: {run}/{METRICS}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
 from trainer.config import DistillationConfig
 
@@ -25,6 +25,9 @@ class DurableTrainer(Trainer):
         return f"{run}/.saving" if self._saving else run
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:  # what a kill left half written
+            shutil.rmtree(f"{self.args.output_dir}/.saving", ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         self._saving = True
         super()._save_checkpoint(model, trial)
         self._saving = False
@@ -49,20 +52,30 @@ def publish(staged: Path, final: Path) -> None:
     for path in filter(Path.is_file, staged.rglob("*")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        os.replace(final, staged.with_suffix(".old"))
     os.replace(staged, final)
+    shutil.rmtree(staged.with_suffix(".old"), ignore_errors=True)
 
 
 def claim_output_directory(config: DistillationConfig) -> str | None:
     """Make the run's directory, or find the checkpoint to resume from: "auto" takes the newest."""
     run, resume = Path(config.output_dir), config.resume_from_checkpoint
-    if resume is None and ((run / METRICS).exists() or any(run.glob("checkpoint-*"))):
-        raise ValueError(
-            f"output_dir: {run} holds another run; choose another directory, or go on with it by "
-            "--resume_from_checkpoint auto"
-        )
-    run.mkdir(parents=True, exist_ok=True)
-    checkpoint = get_last_checkpoint(run) if resume == "auto" else resume
-    if resume is not None and (checkpoint is None or not Path(checkpoint).is_dir()):
-        raise ValueError(f"resume_from_checkpoint: expected a checkpoint in {run}, got {resume!r}")
-    return checkpoint
+    steps = {
+        p.resolve(): int(p.name[11:]) for p in run.glob("checkpoint-*") if p.name[11:].isdigit()
+    }
+    if resume is None:
+        if steps or (run / METRICS).exists():
+            remedy = ", or --resume_from_checkpoint auto" if steps else ""
+            raise ValueError(f"output_dir: {run} holds another run; choose another one{remedy}")
+        run.mkdir(parents=True, exist_ok=True)
+        return None
+    newest = max(steps, key=lambda path: steps[path], default=None)
+    path = newest if resume == "auto" else Path(resume).resolve()
+    if path not in steps:
+        expected = f"expected 'auto' or one of {sorted(p.name for p in steps)} in {run}"
+        raise ValueError(f"resume_from_checkpoint: {expected}, got {resume!r}")
+    if path != newest:
+        remedy = f"move away what is past it, up to {newest}"
+        raise ValueError(f"resume_from_checkpoint: {resume} is not the newest; {remedy}")
+    return str(path)

@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
-Messages = list[dict[str, str]]
+Messages = list[Annotated[dict[Literal["role", "content"], str], Field(min_length=2)]]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=1)]
 
@@ -36,7 +36,6 @@ class DistillationConfig(TrainingArguments):
     lora_r: Annotated[int, Field(ge=0)] = 0  # rank of adapters on the student; 0 trains all weights
     lora_alpha: Count = 32
     lora_target_modules: str | list[str] = "all-linear"
-
     objective: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
     stop_gradient: bool = True
     tail: Literal["drop", "bucket", "renormalize"] = "drop"
@@ -44,12 +43,10 @@ class DistillationConfig(TrainingArguments):
     k: Count = 20
     support: Literal["student", "teacher", "union", "intersection", "full"] = "student"
     aggregation: Literal["token", "sequence"] = "token"  # what has the same weight
-
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # of samples and loss
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_completion_length: Count = 128
     micro_batch_size: Count = 8
-
     per_device_train_batch_size: Count = 16
     per_device_eval_batch_size: Count = 16
     gradient_accumulation_steps: int = 1
@@ -59,6 +56,8 @@ class DistillationConfig(TrainingArguments):
     remove_unused_columns: bool | None = False
     dataloader_pin_memory: bool = False
     eval_on_start: bool = True
+    use_cache: bool = True  # of the saved student
+    resume_from_checkpoint: str | None = None  # auto, or a checkpoint of output_dir
 
     def __post_init__(self) -> None:
         hints = get_type_hints(DistillationConfig, include_extras=True)
@@ -71,24 +70,25 @@ class DistillationConfig(TrainingArguments):
             except ValidationError as error:
                 reason = error.errors()[0]["msg"].lower()
                 raise ValueError(f"{name}: {reason}, got {value!r}") from None
-        if self.gradient_accumulation_steps != 1:
-            raise ValueError(
-                "gradient_accumulation_steps: expected 1, as a batch of prompts is a step, got "
-                f"{self.gradient_accumulation_steps}; split it in memory by micro_batch_size"
-            )
-        if self.load_best_model_at_end:
-            raise ValueError("load_best_model_at_end: expected false; pick a checkpoint by step")
-        if self.tail == "renormalize" and self.k < 2:
-            raise ValueError("k: expected at least 2 with tail: renormalize, got 1: no gradient")
         super().__post_init__()
+        best = self.load_best_model_at_end or self.metric_for_best_model
+        refused = {
+            "gradient_accumulation_steps: expected 1, as a batch of prompts is one step; split it "
+            "in memory by micro_batch_size": self.gradient_accumulation_steps != 1,
+            "metric_for_best_model: not supported; pick a checkpoint by its step": bool(best),
+            "k: expected at least 2 with tail: renormalize": self.tail == "renormalize"
+            and self.k < 2,
+            "dtype: expected float32 to train all weights, since 16 bits round their updates away; "
+            "for speed use bf16: true, or lora_r": self.dtype != "float32" and self.lora_r == 0,
+            "several GPUs: start one process for each by torchrun": self.n_gpu > 1,
+        }
+        for message in [message for message, wrong in refused.items() if wrong]:
+            raise ValueError(message)
 
 
 def load_config(recipe: Path, overrides: list[str]) -> DistillationConfig:
     """The config of a recipe file with `--key value` pairs on top; a bad key raises ValueError."""
-    try:
-        values = yaml.safe_load(recipe.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe: {recipe} is not valid YAML: {error}") from None
+    values = yaml.safe_load(recipe.read_text())
     if not isinstance(values, dict):
         raise ValueError(f"recipe: expected `key: value` lines in {recipe}, got {values!r:.80}")
     if len(overrides) % 2 or not all(key.startswith("--") for key in overrides[::2]):

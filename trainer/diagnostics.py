@@ -1,35 +1,44 @@
 """What a step logs beside its loss: sums over tokens that add up across micro-batches and ranks."""
 
-from collections import Counter
-from collections.abc import Mapping
-
 import torch
 
-from opd_kernels import DistillationOutput, LazyLogits
+from opd_kernels import DistillationOutput, LazyLogits, SparseLogits
 from trainer.rollout import Completion
 
 
-def completion_sums(completions: list[Completion]) -> Counter[str]:
-    """Counts of tokens, completions, and completions that were truncated."""
-    truncated = sum(c.truncated for c in completions)
-    tokens = sum(len(c.ids) for c in completions)
-    return Counter(tokens=tokens, completions=len(completions), truncated=truncated)
+class Sums(dict[str, float]):
+    """Totals by name; a name that was never added is 0."""
 
+    def __missing__(self, name: str) -> float:
+        return 0.0
 
-@torch.no_grad()
-def token_sums(output: DistillationOutput, teacher: LazyLogits, k: int) -> dict[str, float]:
-    """Sums over tokens: both models' mass on S, overlap of their top-K, entropies in nats."""
-    s, t = output.student, output.teacher
-    figures = {"student_mass": s.mass, "teacher_mass": t.mass}
-    figures["overlap"] = s.overlap(teacher.topk(min(k, t.vocab_size)))
-    if s.entropy is not None and t.entropy is not None:
-        figures |= {"student_entropy": s.entropy, "teacher_entropy": t.entropy}
-    return {name: float(figure.sum()) for name, figure in figures.items()}
+    def add(self, **values: float) -> None:
+        """Add to the totals."""
+        self.update({name: self[name] + value for name, value in values.items()})
 
+    def add_completions(self, completions: list[Completion]) -> None:
+        """Add the tokens, completions, and completions that were truncated."""
+        tokens, truncated = (
+            sum(len(c.ids) for c in completions),
+            sum(c.truncated for c in completions),
+        )
+        self.add(tokens=tokens, completions=len(completions), truncated=truncated)
 
-def means(sums: Mapping[str, float]) -> dict[str, float]:
-    """Per token, and per completion where that is the unit."""
-    counts = tokens, completions, truncated = "tokens", "completions", "truncated"
-    figures = {name: x / sums[tokens] for name, x in sums.items() if name not in counts}
-    figures["completion_length"] = sums[tokens] / sums[completions]
-    return figures | {truncated: sums[truncated] / sums[completions]}
+    @torch.no_grad()
+    def add_tokens(
+        self, output: DistillationOutput, student_top: SparseLogits, teacher: LazyLogits
+    ) -> None:
+        """Add both models' mass on S, the overlap of their top-K, and entropies in nats."""
+        s, t = output.student, output.teacher
+        overlap = student_top.overlap(teacher.topk(student_top.ids.shape[-1]))
+        figures = {"student_mass": s.mass, "teacher_mass": t.mass, "overlap": overlap}
+        if s.entropy is not None and t.entropy is not None:
+            figures |= {"student_entropy": s.entropy, "teacher_entropy": t.entropy}
+        self.add(**{name: float(figure.sum()) for name, figure in figures.items()})
+
+    def means(self) -> dict[str, float]:
+        """Per token, and per completion where that is the unit."""
+        counts = ("tokens", "completions", "truncated", "seconds")
+        figures = {name: x / self["tokens"] for name, x in self.items() if name not in counts}
+        figures["completion_length"] = self["tokens"] / self["completions"]
+        return figures | {"truncated": self["truncated"] / self["completions"]}

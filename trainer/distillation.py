@@ -6,73 +6,67 @@ the same tokens, and go down the divergence. transformers' Trainer does the rest
 
 import time
 import warnings
-from collections import Counter
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from opd_kernels import LazyLogits
 from trainer.checkpoint import DurableTrainer
 from trainer.config import DistillationConfig
 from trainer.data import Prompt
-from trainer.diagnostics import completion_sums, means, token_sums
+from trainer.diagnostics import Sums
 from trainer.evaluation import Evaluation
 from trainer.objective import DRIFT, build_loss, drifts
-from trainer.rollout import Completion, Sampler
-from trainer.teacher import Teacher, side_by_side
+from trainer.rollout import Completion
+from trainer.teacher import side_by_side
 
 
 class OnPolicyDistillationTrainer(DurableTrainer):
-    """Distils a teacher into a student, of transformers or PEFT, on the student's own samples."""
+    """Distils a teacher into a student, of transformers or PEFT, on the student's own samples.
+
+    The teacher and the sampler are those of the evaluation, which may hold no prompts.
+    """
 
     args: DistillationConfig
 
     def __init__(
-        self,
-        model: nn.Module,
-        args: DistillationConfig,
-        teacher: Teacher,
-        tokenizer: PreTrainedTokenizerBase,
-        train_prompts: list[Prompt],
-        evaluation: Evaluation,
+        self, model: nn.Module, args: DistillationConfig, data: list[Prompt], evaluation: Evaluation
     ) -> None:
-        data = {"train_dataset": train_prompts, "eval_dataset": evaluation.prompts}
+        options = {"processing_class": evaluation.sampler.tokenizer, "data_collator": list}
         super().__init__(
-            model=model, args=args, processing_class=tokenizer, data_collator=list, **data
+            model, args, train_dataset=data, eval_dataset=evaluation.prompts, **options
         )
-        self.teacher = teacher
         self.evaluation = evaluation
-        self.sampler = Sampler(args, model, tokenizer)
+        self.sampler, self.teacher = evaluation.sampler, evaluation.teacher
         self.loss = build_loss(args)
         self.skipped_steps = 0
-        self._figures: dict[str, float] = {}
-        teacher.model.to(args.device)
+        self.sums = Sums()  # of the steps since the last log line
+        self.teacher.model.to(args.device)
 
     def training_step(self, model: nn.Module, inputs: list[Prompt], *_: Any, **__: Any) -> Tensor:
         """One optimiser step's gradient: roll the prompts out, then learn from the completions."""
         start = time.perf_counter()
         seed = (self.args.seed, self.state.global_step, self.args.process_index)
-        loss, sums = self.learn(model, self.sampler.sample(self.model, inputs, *seed))
+        with self.accelerator.autocast():
+            completions = self.sampler.sample(self.model, inputs, *seed)
+        loss = self.learn(model, completions)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not torch.isfinite(nn.utils.get_total_norm(gradients)):
-            self.skipped_steps += 1  # a NaN would poison the optimiser's state
+        # NaN would poison the optimiser's state; under float16 the gradient scaler sees to it.
+        if not self.accelerator.scaler and not torch.isfinite(nn.utils.get_total_norm(gradients)):
+            self.skipped_steps += 1
             model.zero_grad(set_to_none=True)
-        self._note_step(sums, time.perf_counter() - start)
+        self.sums.add(seconds=time.perf_counter() - start)
         return loss
 
-    def learn(self, model: nn.Module, completions: list[Completion]) -> tuple[Tensor, Counter[str]]:
-        """Accumulate the gradient of the mean loss over all ranks' completions.
-
-        Returns the loss, scaled so that its mean over ranks is that mean, and this rank's sums.
-        """
+    def learn(self, model: nn.Module, completions: list[Completion]) -> Tensor:
+        """Accumulate the gradient of the mean loss over all ranks' completions; return the loss."""
         model.train()
-        sums = completion_sums(completions)
-        unit = "tokens" if self.args.aggregation == "token" else "completions"
-        own = torch.tensor(float(sums[unit]), device=self.args.device)
-        denominator = self.accelerator.reduce(own, "sum")
+        self.sums.add_completions(completions)
+        per_token = self.args.aggregation == "token"
+        own = float(sum(len(c.ids) for c in completions) if per_token else len(completions))
+        denominator = self.accelerator.reduce(torch.tensor(own, device=self.args.device), "sum")
         total = torch.zeros((), device=self.args.device)
         # Completions of similar length together, so that little is padded.
         order = sorted(completions, key=lambda c: -len(c.ids))
@@ -81,44 +75,46 @@ class OnPolicyDistillationTrainer(DurableTrainer):
             is_last = first + len(batch) == len(order)
             with nullcontext() if is_last else self.accelerator.no_sync(model):
                 # DDP averages the gradient over the ranks.
-                loss = self._loss(model, batch, denominator, sums) * self.accelerator.num_processes
+                loss = self._loss(model, batch, denominator) * self.accelerator.num_processes
                 self.accelerator.backward(loss)
             total += loss.detach()
-        return total, sums
+        return total
 
-    def _loss(
-        self, model: nn.Module, batch: list[Completion], denominator: Tensor, sums: Counter[str]
-    ) -> Tensor:
-        """A micro-batch's share of the mean loss; adds its figures to the sums."""
+    def _loss(self, model: nn.Module, batch: list[Completion], denominator: Tensor) -> Tensor:
+        """A micro-batch's share of the mean loss."""
         lengths = torch.tensor([len(c.ids) for c in batch], device=self.args.device)
         weights = torch.ones_like(lengths) if self.args.aggregation == "token" else 1.0 / lengths
         weights = weights.repeat_interleave(lengths)
 
         def loss_of(student: LazyLogits, teacher: LazyLogits) -> Tensor:
             output = self.loss(student, teacher, token_weights=weights, denominator=denominator)
-            sums.update(token_sums(output, teacher, self.args.k))
+            is_topk = self.args.support in ("student", "full")
+            top = output.student if is_topk else student.detach().topk(self.args.k)
+            self.sums.add_tokens(output, top, teacher)
             return output.loss
 
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             return side_by_side(model, self.teacher, batch, self.args.temperature, loss_of)
 
-    def _note_step(self, sums: Counter[str], seconds: float) -> None:
-        """Keep the step's figures over all ranks for the next log line; warn once of a drift."""
-        names = sorted(sums)
-        values = torch.tensor([float(sums[n]) for n in names], device=self.args.device)
-        total = dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
-        self._figures = means(total) | {"skipped_steps": self.skipped_steps}
-        self._figures["tokens_per_second"] = total["tokens"] / seconds
-        if drifts(self.args, self._figures["student_mass"]) and self.is_world_process_zero():
-            warnings.warn(DRIFT, stacklevel=2)  # shown once
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, a training step's loss with its figures."""
-        super().log(logs | self._figures if "loss" in logs else logs, start_time)
+        """Log; a training loss comes with the figures of its steps over all ranks."""
+        if "loss" in logs:
+            names, ranks = sorted(self.sums), self.accelerator.num_processes
+            own = torch.tensor([self.sums[n] for n in names], device=self.args.device)
+            total = Sums(zip(names, self.accelerator.reduce(own, "sum").tolist(), strict=True))
+            self.sums.clear()
+            logs |= total.means() | {"skipped_steps": self.skipped_steps}
+            logs["tokens_per_second"] = total["tokens"] * ranks / total["seconds"]
+            if drifts(self.args, logs["student_mass"]) and self.is_world_process_zero():
+                warnings.warn(DRIFT, stacklevel=2)  # shown once
+        super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Held-out measurements of the student as it is, see Evaluation."""
-        metrics = self.evaluation.measure(self.model, self.state.global_step)
-        if metrics:
-            self.log(metrics)
+        """Held-out measurements of the student as it is, see Evaluation; {} without eval_data."""
+        if not self.evaluation.prompts:
+            return {}
+        with self.accelerator.autocast():
+            metrics = self.evaluation.measure(self.model, self.state.global_step)
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -1,23 +1,24 @@
 """Models and tokenizers by name: on the hub, in a directory, in GGUF, in an installed package."""
 
 import importlib.util
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from trainer.config import DistillationConfig
 
 
-def load_model(name: str, dtype: str) -> PreTrainedModel:
+def load_model(name: str, dtype: str) -> Model:
     """The causal language model of that name, see `locate`; GGUF weights are dequantised."""
     source, gguf = locate(name)
-    dequantize = {"quantization_config": GgufConfig(dequantize=True)} if gguf else {}
-    return AutoModelForCausalLM.from_pretrained(
-        source, dtype=getattr(torch, dtype), **gguf, **dequantize
-    )
+    options = gguf | ({"quantization_config": GgufConfig(dequantize=True)} if gguf else {})
+    return AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -31,15 +32,24 @@ def load_tokenizer(name: str) -> Tokenizer:
     return tokenizer
 
 
-def with_lora(model: PreTrainedModel, config: DistillationConfig) -> PreTrainedModel:
+def with_lora(model: Model, config: DistillationConfig) -> Model:
     """The model with trainable LoRA adapters on frozen weights, if the recipe has a lora_r."""
     if config.lora_r == 0:
         return model
+    if config.model.endswith(".gguf"):
+        raise ValueError("lora_r: expected 0 on a .gguf model: adapters could not be loaded again")
     options = {"r": config.lora_r, "lora_alpha": config.lora_alpha}
     return get_peft_model(model, LoraConfig(target_modules=config.lora_target_modules, **options))
 
 
-def locate(name: str) -> tuple[str, dict[str, str]]:
+def context_length(model: Model) -> int:
+    """The tokens that the model can hold; without positions there is no limit."""
+    config = model.config.get_text_config()
+    limited = hasattr(config, "max_position_embeddings")
+    return config.max_position_embeddings if limited else sys.maxsize
+
+
+def locate(name: str) -> tuple[str, dict[str, Any]]:
     """What from_pretrained needs: a directory or hub name, and gguf_file if it is one."""
     path = Path(name)
     if name.startswith("package:"):

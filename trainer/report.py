@@ -1,9 +1,12 @@
 """What a run leaves to look at: its curves, and the table before and after on held-out prompts."""
 
+import json
 from pathlib import Path
 
-import pandas
-from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from trainer.checkpoint import METRICS
+from trainer.evaluation import SAMPLES
 
 PANELS = {
     "loss per token (nats)": ["loss"],
@@ -17,38 +20,41 @@ PANELS = {
 }
 
 
-def plot_curves(metrics: Path, image: Path) -> None:
-    """Plot the logged figures against the step."""
-    pyplot.switch_backend("Agg")
-    log = pandas.read_json(metrics, lines=True).groupby("step").first()
-    panels = [title for title, names in PANELS.items() if set(names) & set(log)]
-    rows = (len(panels) + 1) // 2
-    figure, axes = pyplot.subplots(rows, 2, figsize=(10, 2.6 * rows), layout="tight", squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
-    for axis, title in zip(axes.flat, panels, strict=False):
-        for name in [name for name in PANELS[title] if name in log]:
+def plot_curves(run: Path) -> None:
+    """Plot the logged figures against the step, as curves.png."""
+    log = _read(run / METRICS)
+    panels = [
+        t for t, names in PANELS.items() if any(name in line for name in names for line in log)
+    ]
+    figure = Figure(figsize=(10, 1.4 * len(panels)), dpi=120, layout="tight")
+    for position, title in enumerate(panels, start=1):
+        axis = figure.add_subplot((len(panels) + 1) // 2, 2, position, title=title, xlabel="step")
+        for name in PANELS[title]:
+            points = [(line["step"], line[name]) for line in log if name in line]
             label = name.replace("eval", "held-out").replace("_", " ")
-            log[name].dropna().plot(ax=axis, label=label, marker="o", markersize=3)
-        axis.set_title(title)
+            axis.plot(*zip(*points, strict=True), label=label, marker="o", markersize=3)
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(image, dpi=120)
-    pyplot.close(figure)
+    figure.savefig(run / "curves.png")
 
 
-def before_after(metrics: Path, samples: Path, shown: int = 3) -> str:
-    """Markdown: the first and last held-out measurement side by side, and a few completions."""
-    log = pandas.read_json(metrics, lines=True).dropna(subset="eval_reverse_kl")
+def before_after(run: Path, shown: int = 3) -> str:
+    """Markdown: the first and last held-out figures and some completions; also as report.md."""
+    evaluations = [line for line in _read(run / METRICS) if "eval_reverse_kl" in line]
+    first, last = evaluations[0], evaluations[-1]
     lines = ["| held-out | before | after |", "|---|---|---|"]
-    for name, figures in log.filter(like="eval_").items():
-        title = str(name).removeprefix("eval_").replace("_", " ")
-        lines.append(f"| {title} | {figures.iloc[0]:.3f} | {figures.iloc[-1]:.3f} |")
-    completions = pandas.read_json(samples, lines=True)
-    for prompt, rows in list(completions.groupby("prompt", sort=False))[:shown]:
-        student = rows.drop_duplicates("step", keep="last").set_index("step")["student"]
-        first, last = (student[log["step"].iloc[i]] for i in (0, -1))
-        texts = {"before": first, "after": last, "teacher": rows["teacher"].iloc[-1]}
-        lines += ["", f"**{prompt}**"]
-        lines += [f"- {name}: {' '.join(text.split())[:240]}" for name, text in texts.items()]
-    return "\n".join(lines) + "\n"
+    for name in [name for name in last if name.startswith("eval_")]:
+        title = name.removeprefix("eval_").replace("_", " ")
+        lines.append(f"| {title} | {first[name]:.3f} | {last[name]:.3f} |")
+    samples = [_read(run / SAMPLES.format(x["step"]))[:shown] for x in (first, last)]
+    for before, after in zip(*samples, strict=True):
+        lines += ["", f"**{before['prompt']}**"]
+        texts = before["student"], after["student"], after["teacher"]
+        for name, text in zip(("before", "after", "teacher"), texts, strict=True):
+            lines.append(f"- {name}: {' '.join(text.split())[:240]}")
+    (run / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
 from opd_kernels.integrations.transformers import causal_lm_of
 from trainer.config import DistillationConfig
 from trainer.data import Prompt
+from trainer.models import Model, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -21,22 +22,23 @@ class Completion:
 
 
 class Sampler:
-    """Samples at the recipe's temperature and top_p, up to any of the model's EOS ids."""
+    """Samples from student and teacher alike: their common ids, ended by any EOS id of either."""
 
-    def __init__(
-        self, config: DistillationConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-    ) -> None:
-        eos = causal_lm_of(model).generation_config.eos_token_id
-        self.eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        self.pad_id = tokenizer.pad_token_id
+    def __init__(self, config: DistillationConfig, tokenizer: Tokenizer, *models: Model) -> None:
+        self.tokenizer = tokenizer
+        self.eos_ids = {tokenizer.eos_token_id}
+        for eos in (causal_lm_of(model).generation_config.eos_token_id for model in models):
+            self.eos_ids |= set(eos if isinstance(eos, list) else [eos]) - {None}
+        heads = [causal_lm_of(model).get_output_embeddings().weight.shape[0] for model in models]
         sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-        ends = {"pad_token_id": self.pad_id, "eos_token_id": sorted(self.eos_ids)}
+        ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": sorted(self.eos_ids)}
+        ends["suppress_tokens"] = list(range(min(heads), max(heads))) or None
         length = config.max_completion_length
         self.options = GenerationConfig(do_sample=True, max_new_tokens=length, **sampling, **ends)
 
     @torch.no_grad()
     def sample(
-        self, model: PreTrainedModel, prompts: list[Prompt], *seed: int, as_teacher: bool = False
+        self, model: Model, prompts: list[Prompt], *seed: int, as_teacher: bool = False
     ) -> list[Completion]:
         """One completion for each prompt, in one batch; repeatable by seed, whatever ran before.
 
@@ -45,9 +47,10 @@ class Sampler:
         model = causal_lm_of(model)
         contexts = [p.teacher_ids if as_teacher else p.student_ids for p in prompts]
         width = max(map(len, contexts))
-        ids = [[self.pad_id] * (width - len(x)) + x for x in contexts]
+        ids = [[self.options.pad_token_id] * (width - len(x)) + x for x in contexts]
         mask = [[0] * (width - len(x)) + [1] * len(x) for x in contexts]
-        inputs = {"inputs": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        tensors = (torch.tensor(rows, device=model.device) for rows in (ids, mask))
+        inputs = dict(zip(("inputs", "attention_mask"), tensors, strict=True))
         was_training, own_options = model.training, model.generation_config
         # What is unset would come from the model's own options: a repetition penalty is off-policy.
         model.generation_config = GenerationConfig()
@@ -55,7 +58,6 @@ class Sampler:
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
-                inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
                 output = model.generate(**inputs, generation_config=self.options)
         finally:
             model.train(was_training)

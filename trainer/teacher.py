@@ -7,12 +7,11 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from transformers import PreTrainedModel
 
 from opd_kernels import LazyLogits
 from opd_kernels.integrations.transformers import call_with_lazy_logits, pad_completions
 from trainer.config import DistillationConfig
-from trainer.models import load_model
+from trainer.models import Model, load_model
 from trainer.rollout import Completion
 
 T = TypeVar("T")
@@ -22,7 +21,7 @@ T = TypeVar("T")
 class Teacher:
     """A frozen model, or the base weights below the student's LoRA adapters."""
 
-    model: PreTrainedModel
+    model: Model
     shares_weights: bool
 
     def __post_init__(self) -> None:
@@ -30,16 +29,18 @@ class Teacher:
             self.model.requires_grad_(False)
 
     @contextmanager
-    def active(self) -> Iterator[PreTrainedModel]:
+    def active(self) -> Iterator[Model]:
         """The model as the teacher: no dropout, and no adapters where it is the student's base."""
         was_training = self.model.training
         self.model.eval()
-        with self.model.disable_adapter() if self.shares_weights else nullcontext():
-            yield self.model
-        self.model.train(was_training)
+        try:
+            with self.model.disable_adapter() if self.shares_weights else nullcontext():
+                yield self.model
+        finally:
+            self.model.train(was_training)
 
 
-def load_teacher(config: DistillationConfig, student: PreTrainedModel) -> Teacher:
+def load_teacher(config: DistillationConfig, student: Model) -> Teacher:
     """The recipe's teacher; "self" is the initial weights, even when a run resumes."""
     if config.teacher == "self" and config.lora_r > 0:
         return Teacher(student, shares_weights=True)
@@ -48,7 +49,7 @@ def load_teacher(config: DistillationConfig, student: PreTrainedModel) -> Teache
 
 
 def side_by_side(
-    student: PreTrainedModel,
+    student: Model,
     teacher: Teacher,
     completions: list[Completion],
     temperature: float,
