@@ -12,7 +12,14 @@ from opd_kernels.divergences import reverse_kl
 from opd_kernels.head import accumulator_dtype
 from opd_kernels.lazy_logits import LazyLogits, check_ids, check_k
 from opd_kernels.loss_functions import OnePassLoss, RecomputedFullLoss
-from opd_kernels.one_pass import LossOptions, Objective, WalkResult, per_token_loss, walk
+from opd_kernels.one_pass import (
+    LossOptions,
+    Objective,
+    WalkResult,
+    freeze_rows,
+    per_token_loss,
+    walk,
+)
 from opd_kernels.sparse_logits import SparseLogits
 from opd_kernels.supports import Missing, Recomputed, Served, Support, align
 
@@ -85,16 +92,22 @@ def distillation_loss(
         TypeError, ValueError: an argument does not fit; the message names it and the remedy.
     """
     _check_arguments(student, teacher, support, token_weights, reduction, method, missing)
+    _check_denominator(denominator, reduction)
     student, teacher = _same_vocabulary(student, teacher)
     if isinstance(support, Tensor):
         check_ids(support, student.hidden)
-    elif support != "full":
-        check_k(k, student.head.vocab_size)
+    else:
+        check_k(
+            k if support != "full" else min(k, student.head.vocab_size), student.head.vocab_size
+        )
     leading = student.hidden.shape[:-1]
     student = student.flat()
     teacher = teacher.flat() if isinstance(teacher, LazyLogits) else _flat_answer(teacher, leading)
     ids = support.reshape(-1, support.shape[-1]) if isinstance(support, Tensor) else support
-    weights = None if token_weights is None else token_weights.detach().reshape(-1)
+    weights = None
+    if token_weights is not None:  # 16-bit weights would round, or overflow, in their own sum
+        weights = token_weights.detach().reshape(-1)
+        weights = weights.to(accumulator_dtype(student.hidden, student.weight))
     kept = None
     if compact and weights is not None:
         kept = weights.nonzero()[:, 0]
@@ -166,6 +179,8 @@ def _flat_loss(
     if reduction == "mean" and denominator is None:
         tokens = student.hidden.shape[0]
         denominator = float(tokens) if weights is None else weights.sum()
+    if isinstance(denominator, Tensor):  # the caller may go on counting in it before backward
+        denominator = denominator.detach().clone().reshape(())
     if reduction != "mean":
         denominator = None
 
@@ -177,9 +192,22 @@ def _flat_loss(
             weighted = (per_token * weights).masked_fill(weights == 0, 0.0)
         return _divide(weighted.sum(), denominator)
 
+    if weights is not None:
+        student, teacher = _without_weightless_rows(student, teacher, weights)
     if _resolve_method(student, options, reduction, method) == "one_pass":
         return _one_pass(student, teacher, options, weights, reduce, denominator)
-    return _recompute(student, teacher, options, reduce)
+    return _recompute(student, teacher, options, reduce, weights)
+
+
+def _without_weightless_rows(
+    student: LazyLogits, teacher: LazyLogits | SparseLogits, weights: Tensor
+) -> tuple[LazyLogits, LazyLogits | SparseLogits]:
+    """Rows of weight 0 that compact=False kept, with hidden states of 0: they may hold NaN."""
+    dead = (weights == 0)[:, None]
+    student = replace(student, hidden=student.hidden.masked_fill(dead, 0.0))
+    if isinstance(teacher, LazyLogits):
+        teacher = replace(teacher, hidden=teacher.hidden.masked_fill(dead, 0.0))
+    return student, teacher
 
 
 def _one_pass(
@@ -224,6 +252,7 @@ def _recompute(
     teacher: LazyLogits | SparseLogits,
     options: LossOptions,
     reduce: Callable[[Tensor], Tensor],
+    weights: Tensor | None,
 ) -> DistillationOutput:
     if isinstance(options.support, str) and options.support == "full":
 
@@ -231,8 +260,10 @@ def _recompute(
             return walk(student, teacher, options, upstream, needs)
 
         results: list[WalkResult] = []
+        assert isinstance(teacher, LazyLogits)
+        theirs = (teacher.hidden, teacher.weight, teacher.bias)
         per_token = RecomputedFullLoss.apply(
-            student.hidden, student.weight, student.bias, student, run, results
+            student.hidden, student.weight, student.bias, student, theirs, run, results
         )
         s, t = results[0].student, results[0].teacher
     else:
@@ -243,6 +274,8 @@ def _recompute(
         else:
             target = replace(source, logits=teacher.detach())
         s, t = align(source, target, options.support, options.k, options.missing)
+        if weights is not None:
+            s = freeze_rows(s, weights == 0)
         per_token = per_token_loss(options.objective, s, t.detach())
     return DistillationOutput(reduce(per_token), per_token.detach(), s.detach(), t.detach())
 
@@ -285,7 +318,7 @@ def _same_vocabulary(
 
 def _flat_answer(teacher: SparseLogits, leading: torch.Size) -> SparseLogits:
     dims = len(leading)
-    return teacher.map(lambda tensor: tensor.reshape(-1, *tensor.shape[dims:]))
+    return teacher.map(lambda tensor: tensor.reshape((-1, *tensor.shape[dims:])))
 
 
 def _restore(
@@ -297,7 +330,7 @@ def _restore(
         if kept is not None:
             full = tensor.new_full((leading.numel(), *tensor.shape[1:]), empty)
             tensor = full.index_copy(0, kept, tensor)
-        return tensor.reshape(*leading, *tensor.shape[1:])
+        return tensor.reshape((*leading, *tensor.shape[1:]))
 
     def spread_sparse(sparse: SparseLogits) -> SparseLogits:
         return SparseLogits(
@@ -359,6 +392,8 @@ def _check_arguments(
             "support='teacher' with tail='bucket'"
         )
     if token_weights is not None:
+        if not isinstance(token_weights, Tensor) or token_weights.is_complex():
+            raise TypeError("token_weights: expected a real tensor, one weight for each token")
         if token_weights.shape != leading:
             raise ValueError(
                 f"token_weights: expected the leading shape {tuple(leading)}, got "
@@ -369,3 +404,20 @@ def _check_arguments(
                 f"token_weights: expected device {student.hidden.device}, got "
                 f"{token_weights.device}; move them"
             )
+
+
+def _check_denominator(denominator: float | Tensor | None, reduction: str) -> None:
+    if denominator is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f"denominator: it belongs to reduction='mean', got {reduction!r}; drop one"
+        )
+    if isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            raise ValueError(
+                f"denominator: expected one number, got shape {tuple(denominator.shape)}; weights "
+                "of tokens are token_weights"
+            )
+    elif not isinstance(denominator, (int, float)) or denominator != denominator:
+        raise TypeError(f"denominator: expected a number or a tensor, got {denominator!r}")

@@ -55,12 +55,15 @@ class RecomputedFullLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         student: LazyLogits,
+        teacher_operands: tuple[Tensor | None, ...],
         run: Callable[[Tensor | None, tuple[bool, bool, bool]], WalkResult],
         results: list[WalkResult],
     ) -> Tensor:
         result = run(None, (False, False, False))
         results.append(result)
-        ctx.save_for_backward(hidden, weight)
+        # An inference tensor cannot be saved, nor changed in place outside of inference mode.
+        theirs = [t for t in teacher_operands if t is not None and not t.is_inference()]
+        ctx.save_for_backward(hidden, weight, bias, *theirs)
         ctx.student, ctx.run = student.detach(), run
         return result.per_token
 
@@ -69,4 +72,4 @@ class RecomputedFullLoss(torch.autograd.Function):
     def backward(ctx: Any, dper_token: Tensor) -> tuple[Any, ...]:
         _ = ctx.saved_tensors  # raises if an operand was modified in place since
         gradients = ctx.run(dper_token.contiguous(), ctx.needs_input_grad[:3]).gradients
-        return (*gradients.scaled(None, ctx.student), None, None, None)
+        return (*gradients.scaled(None, ctx.student), None, None, None, None)

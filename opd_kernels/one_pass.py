@@ -180,6 +180,8 @@ class _Walker:
         support = options.support if isinstance(options.support, str) else options.support[rows]
         with torch.enable_grad():
             s, t = align(logits, self._teacher_rows(rows), support, options.k, options.missing)
+            if self.upstream is not None:
+                s = freeze_rows(s, self.upstream[rows] == 0)
             per_token = per_token_loss(options.objective, s, t.detach())
         if self.gradients is not None and per_token.requires_grad:
             assert self.upstream is not None
@@ -246,41 +248,53 @@ class _Walker:
     ) -> Tensor:
         """Loss of a few rows [r, V]; overwrites raw with its gradient if one is needed."""
         block = slice(first, min(first + self._dense_rows(), raw.shape[0]))
-        leaf = raw[block].detach().requires_grad_(self.gradients is not None)
+        scores = self.head.scores(raw[block], 0)
+        leaf = self.head.logits(scores).requires_grad_(self.gradients is not None)
+        theirs = teacher_head.logits(teacher_head.scores(teacher_raw[block], 0))
         ids = torch.arange(self.head.vocab_size, device=raw.device).expand(leaf.shape)
         with torch.enable_grad():
-            s = _everything(_logits(leaf, self.head), ids, self.head)
-            t = _everything(_logits(teacher_raw[block], teacher_head).detach(), ids, teacher_head)
+            s = _everything(leaf, ids, self.head, self.options.entropy)
+            t = _everything(theirs, ids, teacher_head, self.options.entropy)
             per_token = per_token_loss(self.options.objective, s, t)
         if self.gradients is not None:
             assert self.upstream is not None
             upstream = self.upstream[first_token + block.start : first_token + block.stop]
-            raw[block] = (
-                torch.autograd.grad(per_token, leaf, upstream)[0]
-                if per_token.requires_grad
-                else 0.0
-            )
+            raw[block] = 0.0
+            if per_token.requires_grad:
+                dlogits = torch.autograd.grad(per_token, leaf, upstream)[0]
+                dlogits.masked_fill_((upstream == 0)[:, None], 0.0)
+                raw[block] = dlogits * self.head.derivative(scores)
         return per_token.detach()
 
 
-def _logits(raw: Tensor, head: Head) -> Tensor:
-    return head.logits(head.scores(raw, 0))
-
-
-def _everything(logits: Tensor, ids: Tensor, head: Head) -> SparseLogits:
+def _everything(logits: Tensor, ids: Tensor, head: Head, entropy: bool) -> SparseLogits:
     tail = logits.detach().new_full(logits.shape[:-1], -torch.inf)
-    return SparseLogits(logits, ids, tail, head.vocab_size, head.temperature)
+    row_entropy = None
+    if entropy:
+        log_p = logits.detach().log_softmax(-1)
+        row_entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
+    return SparseLogits(logits, ids, tail, head.vocab_size, head.temperature, row_entropy)
+
+
+def freeze_rows(sparse: SparseLogits, frozen: Tensor) -> SparseLogits:
+    """The same rows, of which the frozen [N] get no gradient, not even 0 * inf."""
+
+    def freeze(tensor: Tensor) -> Tensor:
+        mask = frozen.reshape(-1, *[1] * (tensor.dim() - 1))
+        return torch.where(mask, tensor.detach(), tensor)
+
+    tail = None if sparse.tail is None else freeze(sparse.tail)
+    return replace(sparse, values=freeze(sparse.values), tail=tail)
 
 
 def per_token_loss(objective: Objective, student: SparseLogits, teacher: SparseLogits) -> Tensor:
     """objective(student, teacher), checked: one loss per row."""
     loss = objective(student, teacher)
     rows = student.values.shape[:-1]
-    if not isinstance(loss, Tensor) or loss.shape != rows:
+    if not isinstance(loss, Tensor) or loss.shape != rows or not loss.is_floating_point():
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(
-            f"objective: expected a loss per row, a tensor of shape {tuple(rows)}, got {got}; do "
-            "not reduce "
-            "in it, distillation_loss does"
+            f"objective: expected a loss per row, a floating tensor of shape {tuple(rows)}, got "
+            f"{got}; do not reduce in it, distillation_loss does"
         )
     return loss

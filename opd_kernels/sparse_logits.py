@@ -9,7 +9,7 @@ from torch import Tensor
 from opd_kernels.sparse import canonical_ids
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SparseLogits:
     """The final logits of each row on a support S of K ids, and the logsumexp of all the others.
 

@@ -1,5 +1,6 @@
 """distillation_loss in both orders against full logits."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -466,6 +467,13 @@ def test_nothing_of_size_tokens_times_vocabulary_is_ever_allocated(method, suppo
         ({"missing": "fill"}, r"missing: expected one of \('error', 'drop'\), got 'fill'"),
         ({"support": "top"}, "support: expected one of"),
         ({"reduction": "none", "method": "one_pass"}, "use method='recompute' or 'auto'"),
+        ({"token_weights": [1.0] * 11}, "token_weights: expected a real tensor"),
+        ({"denominator": torch.ones(11)}, r"denominator: expected one number, got shape \(11,\)"),
+        ({"denominator": "4"}, "denominator: expected a number or a tensor, got '4'"),
+        ({"denominator": float("nan")}, "denominator: expected a number"),
+        ({"denominator": 4, "reduction": "sum"}, "denominator: it belongs to reduction='mean'"),
+        ({"support": "full", "k": 0}, "k: expected 1 to 53, the vocabulary, got 0"),
+        ({"objective": lambda s, t: s.ids.sum(-1)}, "a floating tensor of shape"),
         ({"token_weights": torch.ones(3)}, r"token_weights: expected the leading shape \(11,\)"),
         ({"k": 0}, "k: expected 1 to 53, the vocabulary, got 0"),
         ({"k": 54}, "k: expected 1 to 53, the vocabulary, got 54"),
@@ -494,3 +502,126 @@ def test_full_support_refuses_a_server():
         distillation_loss(student, served(teacher, 9), support="full")
     with pytest.raises(TypeError, match="student: expected LazyLogits, got Tensor"):
         distillation_loss(student.hidden, teacher)
+
+
+@pytest.mark.parametrize("method", ["one_pass", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.bool, torch.int64])
+def test_weights_of_any_dtype_average_as_float32_ones_do(method, dtype):
+    """Their own sum would round at 257 in bfloat16 and be inf past 65,504 in float16."""
+    student, teacher = (
+        LazyLogits(torch.randn(301, 3, requires_grad=True), torch.randn(9, 3, requires_grad=True))
+        for _ in range(2)
+    )
+    run = partial(distillation_loss, student, teacher, k=3, method=method)
+    expected = run()
+    for scale in (1, 30_000) if dtype == torch.float16 else (1,):
+        out = run(token_weights=(scale * torch.ones(301)).to(dtype))
+        assert_close(out.loss, expected.loss, rtol=1e-6, atol=0)
+        assert_close(gradients(out.loss, student)[0], gradients(run().loss, student)[0])
+
+
+@pytest.mark.parametrize("method", ["one_pass", "recompute"])
+@pytest.mark.parametrize("support", ["student", "full", "union"])
+@pytest.mark.parametrize("poison", ["student", "teacher", "infinite loss"])
+def test_rows_of_weight_zero_do_no_harm_without_compact(method, support, poison):
+    student, teacher = pair()
+    weights = torch.rand(TOKENS, dtype=torch.float64)
+    weights[2] = 0
+    run = partial(distillation_loss, k=K, method=method, support=support, compact=False)
+    expected = run(student, teacher, token_weights=weights)
+    bias = teacher.bias.clone()
+    hidden = [x.hidden.detach().clone() for x in (student, teacher)]
+    if poison == "infinite loss":
+        clash = full_logits(student)[2].argmax()
+        bias[clash] = -torch.inf
+        weights[[clash in row for row in student.topk(K).ids]] = 0
+    else:
+        hidden[poison == "teacher"][2] = torch.nan
+    dirty = replace(student, hidden=hidden[0].requires_grad_())
+    out = run(dirty, replace(teacher, hidden=hidden[1], bias=bias), token_weights=weights)
+    grads = gradients(out.loss, dirty)
+    assert (grads[0][weights == 0] == 0).all()
+    if poison == "infinite loss":
+        clean = support != "full"  # there q = 0 makes every row infinite
+        assert torch.isfinite(out.loss) == clean
+        assert all(torch.isfinite(g).all() for g in grads) or not clean
+    else:
+        assert_close(out.loss, expected.loss)
+        assert_same(grads[1:], gradients(expected.loss, student)[1:])
+
+
+def test_a_row_of_weight_zero_with_an_infinite_loss():
+    student = LazyLogits(torch.eye(2), torch.eye(3)[:, :2].clone().requires_grad_())
+    bias = torch.tensor([0.0, 0.0, -torch.inf])
+    teacher = LazyLogits(torch.zeros(2, 1), torch.zeros(3, 1), bias)
+    ids, weights = torch.tensor([[2], [0]]), torch.tensor([0.0, 1.0])
+    grads = [
+        torch.autograd.grad(
+            distillation_loss(
+                student, teacher, support=ids, token_weights=weights, compact=compact, method=method
+            ).loss,
+            student.weight,
+        )[0]
+        for compact in (True, False)
+        for method in ("one_pass", "recompute")
+    ]
+    assert grads[0].abs().max() > 0
+    for gradient in grads[1:]:
+        assert_close(gradient, grads[0])
+
+
+@pytest.mark.parametrize("method", ["one_pass", "recompute"])
+def test_a_counter_may_go_on_counting_before_backward(method):
+    student, teacher = pair()
+    run = partial(distillation_loss, student, teacher, k=K, method=method)
+    expected = gradients(run(denominator=4).loss, student)
+    counter = torch.tensor([4.0])
+    loss = run(denominator=counter).loss
+    counter.mul_(5)
+    assert_same(gradients(loss, student), expected)
+
+
+@pytest.mark.parametrize("which", ["student bias", "teacher weight"])
+def test_operands_changed_before_a_recomputing_backward_raise(which):
+    student, teacher = pair()
+    loss = distillation_loss(student, teacher, support="full", method="recompute").loss
+    with torch.no_grad():
+        (student.bias if which == "student bias" else teacher.weight).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("method", ["one_pass", "recompute"])
+@pytest.mark.parametrize("support", ["student", "full"])
+def test_one_token_without_leading_dimensions(method, support):
+    student, teacher = pair()
+    run = partial(distillation_loss, k=K, method=method, support=support)
+    out, expected = run(student[0], teacher[0]), run(student[:1], teacher[:1])
+    assert out.per_token.shape == ()
+    assert_close(out.loss, expected.loss)
+
+
+@pytest.mark.parametrize("method", ["one_pass", "recompute"])
+@pytest.mark.parametrize("support", ["student", "full"])
+def test_an_objective_may_use_the_entropies(method, support):
+    student, teacher = pair()
+    out = distillation_loss(
+        student, teacher, k=K, support=support, method=method, entropy=True,
+        objective=lambda s, t: t.entropy * reverse_kl(s, t),
+    )  # fmt: skip
+    ids = support_ids(support, full_logits(student).detach(), full_logits(teacher))
+    entropy = torch.distributions.Categorical(logits=full_logits(teacher)).entropy()
+    expected = (entropy * eager_per_token(reverse_kl, student, teacher, ids)).mean()
+    assert_close(out.loss, expected)
+    assert_same(gradients(out.loss, student), gradients(expected, student))
+
+
+def test_a_saturated_softcap_keeps_its_gradient_in_full():
+    """1 - tanh^2 from a rounded tanh would be mostly wrong at scores of 30 under a cap of 5."""
+    student, teacher = pair(softcap=5.0, scale=12.0, dtype=torch.float32)
+    run = partial(distillation_loss, support="full", reduction="sum")
+    wide = in_float64(student)
+    expected = gradients(run(wide, teacher).loss, wide)[1]
+    actual = gradients(run(student, teacher).loss, student)[1].double()
+    large = expected.abs() > 1e-6 * expected.abs().max()
+    assert ((actual - expected) / expected)[large].abs().max() < 1e-3

@@ -185,7 +185,7 @@ def test_a_run_learns_and_leaves_everything_to_look_at(tmp_path, capsys):
     trained = load_file(run / "model" / "model.safetensors")
     initial = load_file(tmp_path / "model" / "model.safetensors")
     assert any((trained[name] != initial[name]).any() for name in initial)
-    with pytest.raises(ValueError, match="holds another run; choose another one$"):
+    with pytest.raises(ValueError, match=r"holds another run; choose another one$"):
         distill(config)
 
 
