@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m trainer distill recipes/demo.yaml
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow

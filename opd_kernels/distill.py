@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from opd_kernels.arguments import check_arguments, check_denominator
 from opd_kernels.chunking import prefers_one_pass
 from opd_kernels.divergences import reverse_kl
 from opd_kernels.head import accumulator_dtype
@@ -91,8 +92,8 @@ def distillation_loss(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and the remedy.
     """
-    _check_arguments(student, teacher, support, token_weights, reduction, method, missing)
-    _check_denominator(denominator, reduction)
+    check_arguments(student, teacher, support, token_weights, reduction, method, missing)
+    check_denominator(denominator, reduction)
     student, teacher = _same_vocabulary(student, teacher)
     if isinstance(support, Tensor):
         check_ids(support, student.hidden)
@@ -345,79 +346,3 @@ def _restore(
     loss = output.loss if output.loss.dim() == 0 else spread(output.loss, 0.0)
     student, teacher = spread_sparse(output.student), spread_sparse(output.teacher)
     return DistillationOutput(loss, spread(output.per_token, 0.0), student, teacher)
-
-
-def _check_arguments(
-    student: LazyLogits,
-    teacher: LazyLogits | SparseLogits,
-    support: Support | Tensor,
-    token_weights: Tensor | None,
-    reduction: str,
-    method: str,
-    missing: str,
-) -> None:
-    if not isinstance(student, LazyLogits):
-        raise TypeError(f"student: expected LazyLogits, got {type(student).__name__}")
-    if not isinstance(teacher, (LazyLogits, SparseLogits)):
-        raise TypeError(
-            "teacher: expected LazyLogits, or SparseLogits from a server, got "
-            f"{type(teacher).__name__}"
-        )
-    leading = student.hidden.shape[:-1]
-    theirs = (teacher.hidden if isinstance(teacher, LazyLogits) else teacher.values).shape[:-1]
-    if theirs != leading:
-        raise ValueError(
-            f"teacher: expected the student's leading shape {tuple(leading)}, got {tuple(theirs)}; "
-            "select the same "
-            "completion tokens from both, for example student[mask] and teacher[teacher_mask]"
-        )
-    choices = {"reduction": (reduction, ("mean", "sum", "none")),
-               "method": (method, ("auto", "one_pass", "recompute")),
-               "missing": (missing, get_args(Missing))}  # fmt: skip
-    if not isinstance(support, Tensor):
-        choices["support"] = (support, get_args(Support))
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
-    if reduction == "none" and method == "one_pass":
-        raise ValueError(
-            "reduction: 'none' has a gradient only once the caller weighs the tokens, which "
-            "one_pass cannot wait "
-            "for; use method='recompute' or 'auto'"
-        )
-    if isinstance(support, str) and support == "full" and isinstance(teacher, SparseLogits):
-        raise ValueError(
-            "support: 'full' needs the teacher's whole distribution, got a server's SparseLogits; "
-            "use "
-            "support='teacher' with tail='bucket'"
-        )
-    if token_weights is not None:
-        if not isinstance(token_weights, Tensor) or token_weights.is_complex():
-            raise TypeError("token_weights: expected a real tensor, one weight for each token")
-        if token_weights.shape != leading:
-            raise ValueError(
-                f"token_weights: expected the leading shape {tuple(leading)}, got "
-                f"{tuple(token_weights.shape)}"
-            )
-        if token_weights.device != student.hidden.device:
-            raise ValueError(
-                f"token_weights: expected device {student.hidden.device}, got "
-                f"{token_weights.device}; move them"
-            )
-
-
-def _check_denominator(denominator: float | Tensor | None, reduction: str) -> None:
-    if denominator is None:
-        return
-    if reduction != "mean":
-        raise ValueError(
-            f"denominator: it belongs to reduction='mean', got {reduction!r}; drop one"
-        )
-    if isinstance(denominator, Tensor):
-        if denominator.numel() != 1:
-            raise ValueError(
-                f"denominator: expected one number, got shape {tuple(denominator.shape)}; weights "
-                "of tokens are token_weights"
-            )
-    elif not isinstance(denominator, (int, float)) or denominator != denominator:
-        raise TypeError(f"denominator: expected a number or a tensor, got {denominator!r}")

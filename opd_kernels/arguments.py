@@ -1,0 +1,87 @@
+"""What distillation_loss refuses, before any work."""
+
+from typing import get_args
+
+from torch import Tensor
+
+from opd_kernels.lazy_logits import LazyLogits
+from opd_kernels.sparse_logits import SparseLogits
+from opd_kernels.supports import Missing, Support
+
+
+def check_arguments(
+    student: LazyLogits,
+    teacher: LazyLogits | SparseLogits,
+    support: Support | Tensor,
+    token_weights: Tensor | None,
+    reduction: str,
+    method: str,
+    missing: str,
+) -> None:
+    """Raise for what no annotation can rule out; the message names the argument and the remedy."""
+    if not isinstance(student, LazyLogits):
+        raise TypeError(f"student: expected LazyLogits, got {type(student).__name__}")
+    if not isinstance(teacher, (LazyLogits, SparseLogits)):
+        raise TypeError(
+            "teacher: expected LazyLogits, or SparseLogits from a server, got "
+            f"{type(teacher).__name__}"
+        )
+    leading = student.hidden.shape[:-1]
+    theirs = (teacher.hidden if isinstance(teacher, LazyLogits) else teacher.values).shape[:-1]
+    if theirs != leading:
+        raise ValueError(
+            f"teacher: expected the student's leading shape {tuple(leading)}, got {tuple(theirs)}; "
+            "select the same "
+            "completion tokens from both, for example student[mask] and teacher[teacher_mask]"
+        )
+    choices = {"reduction": (reduction, ("mean", "sum", "none")),
+               "method": (method, ("auto", "one_pass", "recompute")),
+               "missing": (missing, get_args(Missing))}  # fmt: skip
+    if not isinstance(support, Tensor):
+        choices["support"] = (support, get_args(Support))
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
+    if reduction == "none" and method == "one_pass":
+        raise ValueError(
+            "reduction: 'none' has a gradient only once the caller weighs the tokens, which "
+            "one_pass cannot wait "
+            "for; use method='recompute' or 'auto'"
+        )
+    if isinstance(support, str) and support == "full" and isinstance(teacher, SparseLogits):
+        raise ValueError(
+            "support: 'full' needs the teacher's whole distribution, got a server's SparseLogits; "
+            "use "
+            "support='teacher' with tail='bucket'"
+        )
+    if token_weights is not None:
+        if not isinstance(token_weights, Tensor) or token_weights.is_complex():
+            raise TypeError("token_weights: expected a real tensor, one weight for each token")
+        if token_weights.shape != leading:
+            raise ValueError(
+                f"token_weights: expected the leading shape {tuple(leading)}, got "
+                f"{tuple(token_weights.shape)}"
+            )
+        if token_weights.device != student.hidden.device:
+            raise ValueError(
+                f"token_weights: expected device {student.hidden.device}, got "
+                f"{token_weights.device}; move them"
+            )
+
+
+def check_denominator(denominator: float | Tensor | None, reduction: str) -> None:
+    """Raise unless the denominator is one number, for a mean."""
+    if denominator is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f"denominator: it belongs to reduction='mean', got {reduction!r}; drop one"
+        )
+    if isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            raise ValueError(
+                f"denominator: expected one number, got shape {tuple(denominator.shape)}; weights "
+                "of tokens are token_weights"
+            )
+    elif not isinstance(denominator, (int, float)) or denominator != denominator:
+        raise TypeError(f"denominator: expected a number or a tensor, got {denominator!r}")
