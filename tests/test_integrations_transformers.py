@@ -200,8 +200,18 @@ def test_lora_that_cannot_be_merged_is_refused(options, message):
 
 
 def test_other_modules_are_refused():
-    with pytest.raises(TypeError, match=r"expected a causal language model .*got Linear"):
+    message = r"expected a causal language model .*got Linear; compile its decoder"
+    with pytest.raises(TypeError, match=message):
         lazy_logits(nn.Linear(2, 2), *tiny_batch())
+    with pytest.raises(TypeError, match=r"got OptimizedModule; compile its decoder"):
+        lazy_logits(torch.compile(tiny_model("llama"), backend="eager"), *tiny_batch())
+
+
+def test_a_compiled_decoder_works():
+    model, (ids, mask) = tiny_model("llama"), tiny_batch()
+    expected = model(ids, attention_mask=mask).logits
+    model.model = torch.compile(model.model, backend="eager")
+    assert_close(lazy_logits(model, ids, mask).materialize(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_autocast_reaches_the_loss():

@@ -282,20 +282,18 @@ def _merged_lora(head: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside DDP, torch.compile or PEFT."""
+    """The transformers model inside DDP or PEFT."""
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
         if isinstance(inner, nn.parallel.DistributedDataParallel):
             inner = inner.module
-        elif isinstance(inner, torch._dynamo.OptimizedModule):
-            inner = inner._orig_mod
         elif "peft" in sys.modules and isinstance(inner, sys.modules["peft"].PeftModel):
             inner = inner.get_base_model()
         else:
             raise TypeError(
-                "model: expected a causal language model of transformers, bare or in DDP, "
-                "torch.compile or "
-                f"PEFT, got {type(inner).__name__}"
+                "model: expected a causal language model of transformers, bare or in DDP or PEFT, "
+                "got "
+                f"{type(inner).__name__}; compile its decoder (model.model), not the whole"
             )
     return inner
 
