@@ -48,7 +48,10 @@ def distill(config: DistillationConfig) -> None:
     evaluation = Evaluation(config, held_out, teacher, sampler)
     trainer = OnPolicyDistillationTrainer(student, config, prompts, evaluation)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if not any("eval_reverse_kl" in x for x in trainer.state.log_history[-2:]):
+    state = trainer.state
+    if (state.global_step, True) not in [
+        (x["step"], "eval_overlap" in x) for x in state.log_history
+    ]:
         trainer.evaluate()
     finish(trainer)
 
