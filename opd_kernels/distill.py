@@ -120,6 +120,8 @@ def distillation_loss(
                 teacher[kept] if isinstance(teacher, LazyLogits) else teacher.map(lambda t: t[kept])
             )
             ids = ids[kept] if isinstance(ids, Tensor) else ids
+    elif weights is not None:
+        student, teacher = _without_weightless_rows(student, teacher, weights)
     options = LossOptions(k, ids, objective, missing, entropy, chunk_bytes, backend)
     with torch.autocast(student.hidden.device.type, enabled=False):
         output = _flat_loss(student, teacher, options, weights, reduction, denominator, method)
@@ -193,8 +195,6 @@ def _flat_loss(
             weighted = (per_token * weights).masked_fill(weights == 0, 0.0)
         return _divide(weighted.sum(), denominator)
 
-    if weights is not None:
-        student, teacher = _without_weightless_rows(student, teacher, weights)
     if _resolve_method(student, options, reduction, method) == "one_pass":
         return _one_pass(student, teacher, options, weights, reduce, denominator)
     return _recompute(student, teacher, options, reduce, weights)
