@@ -2,9 +2,11 @@
 
 from typing import get_args
 
+import torch
 from torch import Tensor
 
 from opd_kernels.lazy_logits import LazyLogits
+from opd_kernels.one_pass import Objective
 from opd_kernels.sparse_logits import SparseLogits
 from opd_kernels.supports import Missing, Support
 
@@ -13,6 +15,7 @@ def check_arguments(
     student: LazyLogits,
     teacher: LazyLogits | SparseLogits,
     support: Support | Tensor,
+    objective: Objective,
     token_weights: Tensor | None,
     reduction: str,
     method: str,
@@ -26,18 +29,25 @@ def check_arguments(
             "teacher: expected LazyLogits, or SparseLogits from a server, got "
             f"{type(teacher).__name__}"
         )
+    if not callable(objective):
+        raise TypeError(
+            "objective: expected a function (student, teacher) -> loss per token, got "
+            f"{objective!r}; pass reverse_kl, or a functools.partial of it"
+        )
     leading = student.hidden.shape[:-1]
     theirs = (teacher.hidden if isinstance(teacher, LazyLogits) else teacher.values).shape[:-1]
     if theirs != leading:
         raise ValueError(
-            f"teacher: expected the student's leading shape {tuple(leading)}, got {tuple(theirs)}; "
-            "select the same "
-            "completion tokens from both, for example student[mask] and teacher[teacher_mask]"
+            f"teacher: expected the student's leading shape {tuple(leading)}, got "
+            f"{tuple(theirs)}; select the same completion tokens from both, for example "
+            "student[mask] and teacher[teacher_mask]"
         )
     choices = {"reduction": (reduction, ("mean", "sum", "none")),
                "method": (method, ("auto", "one_pass", "recompute")),
                "missing": (missing, get_args(Missing))}  # fmt: skip
-    if not isinstance(support, Tensor):
+    if not isinstance(support, (str, Tensor)):
+        raise TypeError(f"support: expected a name or a tensor of ids, got {type(support)}")
+    if isinstance(support, str):
         choices["support"] = (support, get_args(Support))
     for name, (value, allowed) in choices.items():
         if value not in allowed:
@@ -45,15 +55,15 @@ def check_arguments(
     if reduction == "none" and method == "one_pass":
         raise ValueError(
             "reduction: 'none' has a gradient only once the caller weighs the tokens, which "
-            "one_pass cannot wait "
-            "for; use method='recompute' or 'auto'"
+            "one_pass cannot wait for; use method='recompute' or 'auto'"
         )
     if isinstance(support, str) and support == "full" and isinstance(teacher, SparseLogits):
         raise ValueError(
             "support: 'full' needs the teacher's whole distribution, got a server's SparseLogits; "
-            "use "
-            "support='teacher' with tail='bucket'"
+            "use support='teacher' with tail='bucket'"
         )
+    if isinstance(teacher, SparseLogits):
+        _check_answer(student, teacher)
     if token_weights is not None:
         if not isinstance(token_weights, Tensor) or token_weights.is_complex():
             raise TypeError("token_weights: expected a real tensor, one weight for each token")
@@ -66,6 +76,27 @@ def check_arguments(
             raise ValueError(
                 f"token_weights: expected device {student.hidden.device}, got "
                 f"{token_weights.device}; move them"
+            )
+
+
+def _check_answer(student: LazyLogits, teacher: SparseLogits) -> None:
+    """Raise unless a server's answer is well formed and of the student's distribution."""
+    if not teacher.values.is_floating_point() or teacher.ids.dtype != torch.int64:
+        raise TypeError(
+            f"teacher: expected floating values and int64 ids, got {teacher.values.dtype} and "
+            f"{teacher.ids.dtype}; make it by SparseLogits.from_log_probs"
+        )
+    if teacher.ids.shape != teacher.values.shape:
+        raise ValueError(
+            f"teacher: expected ids of the shape of values, {tuple(teacher.values.shape)}, got "
+            f"{tuple(teacher.ids.shape)}; make it by SparseLogits.from_log_probs"
+        )
+    for name in ("vocab_size", "temperature"):
+        ours, theirs = getattr(student, name), getattr(teacher, name)
+        if ours != theirs:
+            raise ValueError(
+                f"{name}: expected the same of student and teacher, got {ours} and {theirs}; pass "
+                f"{name}= to both"
             )
 
 

@@ -92,15 +92,15 @@ def distillation_loss(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and the remedy.
     """
-    check_arguments(student, teacher, support, token_weights, reduction, method, missing)
+    check_arguments(student, teacher, support, objective, token_weights, reduction, method, missing)
     check_denominator(denominator, reduction)
     student, teacher = _same_vocabulary(student, teacher)
     if isinstance(support, Tensor):
         check_ids(support, student.hidden)
     else:
-        check_k(
-            k if support != "full" else min(k, student.head.vocab_size), student.head.vocab_size
-        )
+        if support == "full" and isinstance(k, int):
+            k = min(k, student.head.vocab_size)  # the ids that are reported
+        check_k(k, student.head.vocab_size)
     leading = student.hidden.shape[:-1]
     student = student.flat()
     teacher = teacher.flat() if isinstance(teacher, LazyLogits) else _flat_answer(teacher, leading)

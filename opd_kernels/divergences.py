@@ -104,8 +104,7 @@ def policy_gradient(student: SparseLogits, teacher: SparseLogits) -> Tensor:
     if student.values.shape[-1] != 1:
         raise ValueError(
             "student: expected K = 1, the sampled token of each row, got K = "
-            f"{student.values.shape[-1]}; "
-            "pass the sampled ids as support"
+            f"{student.values.shape[-1]}; pass the sampled ids as support"
         )
     bins = _bins(student, teacher, "drop")
     return bins.sum(bins.log_p * (bins.log_p - bins.log_q).detach())
@@ -151,9 +150,8 @@ def _masked(log_p: Tensor, log_q: Tensor) -> _Bins:
 def _renormalized(values_p: Tensor, values_q: Tensor) -> _Bins:
     if values_p.shape[-1] < 2:
         raise ValueError(
-            "tail: 'renormalize' needs K >= 2, got K = 1: one outcome renormalised has probability "
-            "1 and no "
-            "gradient; use a larger K, or tail='bucket'"
+            "tail: 'renormalize' needs K >= 2, got K = 1: one outcome renormalised has "
+            "probability 1 and no gradient; use a larger K, or tail='bucket'"
         )
     live = (values_p != -torch.inf) | (values_q != -torch.inf)
     live &= live.sum(-1, keepdim=True) >= 2
@@ -170,20 +168,17 @@ def _check_pair(student: SparseLogits, teacher: SparseLogits) -> None:
         if ours != theirs:
             raise ValueError(
                 f"{name}: expected the same of student and teacher, got {ours} and {theirs}; pass "
-                f"{name}= to "
-                "both LazyLogits"
+                f"{name}= to both LazyLogits"
             )
     if student.values.shape != teacher.values.shape:
         raise ValueError(
-            "teacher: expected the student's shape [..., K] = "
-            f"{tuple(student.values.shape)}, got {tuple(teacher.values.shape)}; gather it at "
-            "student.ids"
+            f"teacher: expected the student's shape [..., K] = {tuple(student.values.shape)}, got "
+            f"{tuple(teacher.values.shape)}; gather it at student.ids"
         )
     if student.ids is teacher.ids or torch.compiler.is_compiling():
         return
     if not torch.equal(student.ids, teacher.ids):
         raise ValueError(
             "teacher: expected its values at the student's ids, got other ids; use "
-            "teacher.gather(student.ids), "
-            "not its own topk"
+            "teacher.gather(student.ids), not its own topk"
         )

@@ -1,6 +1,7 @@
 """LazyLogits: hidden states and the head that would turn them into logits, until somebody asks."""
 
 from dataclasses import InitVar, dataclass, replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -169,7 +170,15 @@ class LazyLogits:
                 outside [0, V) gives -inf.
             ignore_index: the target that stands for no target.
             chunk_bytes, backend: as in topk.
+
+        Raises:
+            TypeError, ValueError: targets are not integers, or not one for each row.
         """
+        if targets.shape != self.hidden.shape[:-1]:
+            raise ValueError(
+                f"targets: expected one id a row, {tuple(self.hidden.shape[:-1])}, got "
+                f"{tuple(targets.shape)}; select the same tokens from both"
+            )
         sparse = self.gather(targets[..., None], chunk_bytes=chunk_bytes, backend=backend)
         return sparse.log_probs[..., 0].masked_fill(targets == ignore_index, 0.0)
 
@@ -233,13 +242,12 @@ def _check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
             got = operand.dtype if isinstance(operand, Tensor) else type(operand).__name__
             raise TypeError(
                 f"{name}: expected a tensor of float16, bfloat16, float32 or float64, got {got}; "
-                "cast or "
-                "dequantise it first"
+                "cast or dequantise it first"
             )
         if operand.device != hidden.device:
             raise ValueError(
-                f"{name}: expected device {hidden.device}, as hidden's, got {operand.device}; move "
-                "one of them"
+                f"{name}: expected device {hidden.device}, as hidden's, got {operand.device}; "
+                "move one of them"
             )
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -254,20 +262,28 @@ def _check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
 
 
 def _check_options(logits: LazyLogits) -> None:
+    for name in ("softcap", "scale", "temperature"):
+        value = getattr(logits, name)
+        optional = name == "softcap" and value is None
+        if isinstance(value, bool) or not (optional or isinstance(value, Real)):
+            raise TypeError(
+                f"{name}: expected a number, got {type(value).__name__}; a tensor would get no "
+                "gradient, pass float(...)"
+            )
+    if isinstance(logits.vocab_size, bool) or not isinstance(logits.vocab_size, Integral):
+        raise TypeError(f"vocab_size: expected an int, got {type(logits.vocab_size).__name__}")
     rows = logits.weight.shape[0]
     if logits.vocab_size is None or not 1 <= logits.vocab_size <= rows:
         raise ValueError(
             f"vocab_size: expected 1 to {rows}, the rows of weight, got {logits.vocab_size}; it "
-            "counts the "
-            "tokens, without the padding"
+            "counts the tokens, without the padding"
         )
     if logits.softcap is not None and not 0 < logits.softcap < float("inf"):
         raise ValueError(f"softcap: expected a positive number or None, got {logits.softcap}")
     if not 0 < logits.temperature < float("inf"):
         raise ValueError(
             f"temperature: expected a positive number, got {logits.temperature}; greedy sampling "
-            "has no "
-            "distribution to distil"
+            "has no distribution to distil"
         )
     if not abs(logits.scale) < float("inf"):
         raise ValueError(f"scale: expected a finite number, got {logits.scale}")
@@ -279,9 +295,8 @@ def _check_finite(hidden: Tensor) -> None:
         rows = [tuple(row) if len(row) > 1 else row[0] for row in bad.nonzero().tolist()]
         shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
         raise ValueError(
-            f"hidden: expected finite numbers, got NaN or inf in {len(rows)} row(s): {shown}; look "
-            "for an "
-            "overflow in the model's forward pass"
+            f"hidden: expected finite numbers, got NaN or inf in {len(rows)} row(s): {shown}; "
+            "look for an overflow in the model's forward pass"
         )
 
 
@@ -299,7 +314,7 @@ def check_k(k: int, vocab_size: int) -> None:
 
 def check_ids(ids: Tensor, hidden: Tensor) -> None:
     """Raise if ids [..., K] are no support for hidden [..., D]."""
-    if ids.is_floating_point() or ids.dtype == torch.bool:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"ids: expected an integer tensor, got {ids.dtype}; token ids are int64")
     if ids.device != hidden.device:
         raise ValueError(
@@ -307,7 +322,7 @@ def check_ids(ids: Tensor, hidden: Tensor) -> None:
         )
     if ids.dim() < 1 or ids.shape[:-1] != hidden.shape[:-1] or ids.shape[-1] < 1:
         raise ValueError(
-            f"ids: expected [..., K] with K >= 1 and the leading shape of hidden, "
+            "ids: expected [..., K] with K >= 1 and the leading shape of hidden, "
             f"{tuple(hidden.shape[:-1])}, got {tuple(ids.shape)}; add a last dimension for one id "
             "a row"
         )

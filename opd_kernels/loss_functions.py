@@ -36,9 +36,8 @@ class OnePassLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "distillation_loss: the one_pass gradient was used up by an earlier backward; call "
-                "backward once, "
-                "or use method='recompute'"
+                "distillation_loss: the one_pass gradient was used up by an earlier backward; "
+                "call backward once, or use method='recompute'"
             )
         # The denominator is applied here, in the accumulator's dtype, never in a 16-bit gradient.
         gradients, ctx.gradients = ctx.gradients.scaled(ctx.divide(dloss), ctx.student), None

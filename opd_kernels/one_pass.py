@@ -61,6 +61,18 @@ class _LogitsChunk:
         sparse = self._reduce(RowState.for_ids(canonical, self.entropy, like=self.raw))
         return replace(sparse, ids=ids)
 
+    def whole_rows(self, rows: slice) -> SparseLogits:
+        """Some rows with S = V; their values are a leaf."""
+        logits = self.head.logits(self.head.scores(self.raw[rows], 0)).detach().requires_grad_()
+        ids = torch.arange(self.head.vocab_size, device=logits.device).expand(logits.shape)
+        nothing = logits.new_full(logits.shape[:-1], -torch.inf)
+        entropy = (
+            None if self.leaf is None or self.leaf.entropy is None else self.leaf.entropy[rows]
+        )
+        return SparseLogits(
+            logits, ids, nothing, self.head.vocab_size, self.head.temperature, entropy
+        )
+
     def _reduce(self, state: RowState) -> SparseLogits:
         self.epilogues.update(self.raw, 0, self.head, state)
         entropy = state.entropy() if self.entropy else None
@@ -178,12 +190,12 @@ class _Walker:
     ) -> tuple[Tensor, SparseLogits, SparseLogits]:
         options = self.options
         support = options.support if isinstance(options.support, str) else options.support[rows]
-        with torch.enable_grad():
+        with torch.set_grad_enabled(self.upstream is not None):
             s, t = align(logits, self._teacher_rows(rows), support, options.k, options.missing)
             if self.upstream is not None:
                 s = freeze_rows(s, self.upstream[rows] == 0)
             per_token = per_token_loss(options.objective, s, t.detach())
-        if self.gradients is not None and per_token.requires_grad:
+        if self.gradients is not None:
             assert self.upstream is not None
             assert logits.leaf is not None
             leaf = logits.leaf
@@ -227,11 +239,11 @@ class _Walker:
         teacher_logits = _LogitsChunk(
             teacher_raw, teacher_head, self.epilogues, self.options.entropy
         )
-        s = logits.topk(min(self.options.k, self.head.vocab_size)).detach()
+        s = logits.topk(self.options.k).detach()
         t = teacher_logits.gather(s.ids).detach()
         per_token = torch.cat(
             [
-                self._dense_block(logits.raw, teacher_raw, teacher_head, first, rows.start)
+                self._dense_block(logits, teacher_logits, first, rows.start)
                 for first in range(0, logits.raw.shape[0], self._dense_rows())
             ]
             or [logits.raw.new_zeros(0)]
@@ -244,36 +256,21 @@ class _Walker:
         return max(1, _DENSE_BLOCK_BYTES // (self.head.vocab_size * self.hidden.element_size()))
 
     def _dense_block(
-        self, raw: Tensor, teacher_raw: Tensor, teacher_head: Head, first: int, first_token: int
+        self, ours: _LogitsChunk, theirs: _LogitsChunk, first: int, first_token: int
     ) -> Tensor:
-        """Loss of a few rows [r, V]; overwrites raw with its gradient if one is needed."""
-        block = slice(first, min(first + self._dense_rows(), raw.shape[0]))
-        scores = self.head.scores(raw[block], 0)
-        leaf = self.head.logits(scores).requires_grad_(self.gradients is not None)
-        theirs = teacher_head.logits(teacher_head.scores(teacher_raw[block], 0))
-        ids = torch.arange(self.head.vocab_size, device=raw.device).expand(leaf.shape)
-        with torch.enable_grad():
-            s = _everything(leaf, ids, self.head, self.options.entropy)
-            t = _everything(theirs, ids, teacher_head, self.options.entropy)
-            per_token = per_token_loss(self.options.objective, s, t)
+        """Loss of a few rows [r, V]; overwrites them with its gradient if one is needed."""
+        block = slice(first, min(first + self._dense_rows(), ours.raw.shape[0]))
+        with torch.set_grad_enabled(self.gradients is not None):
+            s = ours.whole_rows(block)
+            per_token = per_token_loss(self.options.objective, s, theirs.whole_rows(block).detach())
         if self.gradients is not None:
             assert self.upstream is not None
             upstream = self.upstream[first_token + block.start : first_token + block.stop]
-            raw[block] = 0.0
-            if per_token.requires_grad:
-                dlogits = torch.autograd.grad(per_token, leaf, upstream)[0]
-                dlogits.masked_fill_((upstream == 0)[:, None], 0.0)
-                raw[block] = dlogits * self.head.derivative(scores)
+            dlogits = torch.autograd.grad(per_token, s.values, upstream)[0]
+            dlogits.masked_fill_((upstream == 0)[:, None], 0.0)
+            raw = ours.raw[block]
+            torch.mul(dlogits, self.head.derivative(self.head.scores(raw, 0)), out=raw)
         return per_token.detach()
-
-
-def _everything(logits: Tensor, ids: Tensor, head: Head, entropy: bool) -> SparseLogits:
-    tail = logits.detach().new_full(logits.shape[:-1], -torch.inf)
-    row_entropy = None
-    if entropy:
-        log_p = logits.detach().log_softmax(-1)
-        row_entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
-    return SparseLogits(logits, ids, tail, head.vocab_size, head.temperature, row_entropy)
 
 
 def freeze_rows(sparse: SparseLogits, frozen: Tensor) -> SparseLogits:
@@ -296,5 +293,10 @@ def per_token_loss(objective: Objective, student: SparseLogits, teacher: SparseL
         raise ValueError(
             f"objective: expected a loss per row, a floating tensor of shape {tuple(rows)}, got "
             f"{got}; do not reduce in it, distillation_loss does"
+        )
+    if student.values.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
+        raise ValueError(
+            "objective: its loss has no gradient with respect to the student; do not detach the "
+            "student in it, or call distillation_loss under torch.no_grad() to measure only"
         )
     return loss

@@ -41,8 +41,8 @@ class SparseLogits:
         """SparseLogits of log-probabilities that are already normalised, such as a server's.
 
         The tail can only be formed as 1 - sum(p) here, which rounding can push to zero or below. So
-        the mass is clamped to leave at least float32's rounding unit, and no gradient goes through
-        the tail.
+        the mass is clamped to leave at least float32's rounding unit, unless S is everything, and
+        no gradient goes through the tail.
 
         Args:
             log_probs: [..., K] log-probabilities, -inf in empty slots.
@@ -61,10 +61,10 @@ class SparseLogits:
         if mass.numel() and not (mass < 1.01).all():
             raise ValueError(
                 "log_probs: expected each row's probabilities to sum to at most 1, got "
-                f"{mass.max():.4g}; "
-                "pass natural-log probabilities, each token once"
+                f"{mass.max():.4g}; pass natural-log probabilities, each token once"
             )
         tail = torch.log1p(-mass.clamp_max(1 - 2.0**-24)).to(values.dtype)
+        tail = tail.masked_fill((values != -torch.inf).sum(-1) == vocab_size, -torch.inf)
         return cls(values, ids.long(), tail, vocab_size, temperature)
 
     @property
@@ -128,8 +128,7 @@ class SparseLogits:
         if self.tail is None:
             raise ValueError(
                 "tail: these SparseLogits have none, since they come from gather(tail=False); "
-                "gather with "
-                "tail=True, or use an objective that renormalises on S"
+                "gather with tail=True, or use an objective that renormalises on S"
             )
         return self.tail
 

@@ -94,8 +94,7 @@ def _resolve_missing(student: SparseLogits, teacher: SparseLogits, missing: str)
     if missing == "error" and absent.any():
         raise ValueError(
             f"teacher: no value for {int(absent.sum())} of the support's {absent.numel()} slots, "
-            "since its "
-            "server returned other ids; pass missing='drop' to leave those slots out of S, or "
-            "support='teacher' or 'intersection'"
+            "since its server returned other ids; pass missing='drop' to leave those slots out "
+            "of S, or support='teacher' or 'intersection'"
         )
     return student.keep(~absent)

@@ -3,8 +3,18 @@
 from dataclasses import replace
 
 import torch
+from torch.testing import assert_close
 
-from opd_kernels import LazyLogits
+from opd_kernels import LazyLogits, SparseLogits
+
+OPTIONS = [
+    {},
+    {"softcap": None},
+    {"with_bias": False},
+    {"with_bias": False, "softcap": None, "scale": 1.0, "temperature": 1.0},
+    {"padded": 0, "scale": -2.5},
+    {"temperature": 3.0, "softcap": 0.5},
+]
 
 
 def make_logits(
@@ -51,6 +61,15 @@ def outside_lse(z, ids):
     return z.masked_fill(on_support[..., :-1], -torch.inf).logsumexp(-1)
 
 
+def eager_sparse(z, ids):
+    """SparseLogits of full logits z [..., V] at ids [..., K], -1 in empty slots; differentiable."""
+    values = z.gather(-1, ids.clamp_min(0)).masked_fill(ids < 0, -torch.inf)
+    tail = outside_lse(z, ids)
+    if ids.shape[-1] == z.shape[-1]:
+        tail = torch.full_like(tail.detach(), -torch.inf)
+    return SparseLogits(values, ids, tail, z.shape[-1])
+
+
 def operands(logits):
     return [t for t in (logits.hidden, logits.weight, logits.bias) if t is not None]
 
@@ -69,3 +88,18 @@ def in_float64(logits):
     wide = [None if t is None else t.detach().double().requires_grad_()
             for t in (logits.hidden, logits.weight, logits.bias)]  # fmt: skip
     return replace(logits, hidden=wide[0], weight=wide[1], bias=wide[2])
+
+
+def exact(actual, expected):
+    assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+
+
+def random_ids(logits, k, empty=True):
+    """Distinct ids per row, with some empty slots and repeats mixed in."""
+    rows = logits.hidden.shape[:-1].numel()
+    ids = torch.stack([torch.randperm(logits.vocab_size)[:k] for _ in range(rows)])
+    if empty:
+        ids[::2, 1] = -1
+        ids[::3, 2] = logits.vocab_size + 1
+        ids[1::2, k - 1] = ids[1::2, 0]
+    return ids.reshape(*logits.hidden.shape[:-1], k)

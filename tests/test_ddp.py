@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from opd_kernels import distillation_loss
 from opd_kernels.integrations.transformers import call_with_lazy_logits, lazy_logits
+from tests.ranks import run_ranks
 from tests.tiny_models import tiny_batch, tiny_model
 
 
@@ -27,10 +26,6 @@ def _loss(model, teacher, ids, mask, inside, denominator):
 
 
 def _worker(rank, folder, inside):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
     torch.manual_seed(0)
     ids, mask = tiny_batch(rows=4)
     model = DistributedDataParallel(tiny_model("llama"))
@@ -39,7 +34,6 @@ def _worker(rank, folder, inside):
     (2 * loss).backward()  # DDP averages over the two ranks
     gradients = {name: p.grad for name, p in model.module.named_parameters()}
     torch.save(gradients, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -48,7 +42,7 @@ def test_ddp_gradients_are_synchronised_and_right(tmp_path, inside):
     ids, mask = tiny_batch(rows=4)
     model = tiny_model("llama")
     _loss(model, tiny_model("llama", seed=1), ids, mask, inside, int(mask.sum())).backward()
-    mp.spawn(_worker, (str(tmp_path), inside), nprocs=2)
+    run_ranks(_worker, tmp_path, inside)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for name, parameter in model.named_parameters():
         assert torch.equal(ranks[0][name], ranks[1][name])

@@ -214,6 +214,15 @@ def test_a_compiled_decoder_works():
     assert_close(lazy_logits(model, ids, mask).materialize(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_compiled_in_place_runs_as_it_is():
+    model, (ids, mask) = tiny_model("llama"), tiny_batch()
+    expected = model(ids, attention_mask=mask).logits
+    model.compile(backend="eager")
+    for _ in range(2):
+        assert_close(lazy_logits(model, ids, mask).materialize(), expected, rtol=1e-5, atol=1e-5)
+    assert_close(model(ids, attention_mask=mask).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_autocast_reaches_the_loss():
     model, (ids, mask) = tiny_model("llama"), tiny_batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):

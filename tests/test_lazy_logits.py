@@ -36,6 +36,11 @@ def good():
         ),
         ({"vocab_size": 0}, ValueError, "vocab_size: expected 1 to 20"),
         ({"softcap": -1.0}, ValueError, "softcap: expected a positive number or None, got -1.0"),
+        ({"temperature": "1"}, TypeError, "temperature: expected a number, got str"),
+        ({"scale": torch.ones(())}, TypeError, r"scale: .*got Tensor; .* pass float\(\.\.\.\)"),
+        ({"scale": None}, TypeError, "scale: expected a number, got NoneType"),
+        ({"vocab_size": 5.0}, TypeError, "vocab_size: expected an int, got float"),
+        ({"vocab_size": True}, TypeError, "vocab_size: expected an int, got bool"),
         ({"temperature": 0.0}, ValueError, "greedy sampling has no distribution to distil"),
         ({"temperature": float("nan")}, ValueError, "temperature: expected a positive number"),
         ({"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),
@@ -72,7 +77,8 @@ def test_bad_operands(changes, error, message):
             ValueError,
             "entropy: it needs a pass over the vocabulary",
         ),
-        (lambda x: x.log_prob(torch.zeros(6).long()), ValueError, "ids: expected"),
+        (lambda x: x.log_prob(torch.zeros(6).long()), ValueError, "targets: expected one id a row"),
+        (lambda x: x.gather(torch.zeros(2, 3, 1) * 1j), TypeError, "got torch.complex64"),
     ],
 )
 def test_bad_calls(call, error, message):

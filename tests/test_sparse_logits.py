@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from opd_kernels import SparseLogits, reverse_kl
+from opd_kernels import SparseLogits, forward_kl, reverse_kl
 from tests.reference import full_logits, make_logits, outside_lse
 
 
@@ -87,6 +87,15 @@ def test_from_log_probs_of_a_server():
     ids[:, 2] = 99
     t = SparseLogits.from_log_probs(best.values, ids, vocab_size=53)
     assert (t.values[:, 1:3] == -torch.inf).all()
+
+
+def test_from_log_probs_of_the_whole_vocabulary_has_no_tail():
+    log_p, log_q = torch.randn(2, 3, 6, dtype=torch.float64).log_softmax(-1)
+    ids = torch.arange(6).expand(3, 6)
+    s, t = (SparseLogits.from_log_probs(x, ids, vocab_size=6) for x in (log_p, log_q))
+    assert (t.tail == -torch.inf).all()
+    expected = (log_q.exp() * (log_q - log_p)).sum(-1)
+    assert_close(forward_kl(s, t, tail="bucket"), expected, rtol=1e-12, atol=1e-14)
 
 
 def test_from_log_probs_guards_the_tail():

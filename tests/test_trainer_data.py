@@ -107,13 +107,12 @@ def test_a_missing_file_is_named(load, tmp_path):
 
 def test_a_teacher_with_another_tokenizer_is_refused(tmp_path):
     ours = load_tokenizer(str(write_model(tmp_path / "a")))
-    check_same_tokenizer(ours, load_tokenizer(str(tmp_path / "a")), "a")
+    check_same_tokenizer(ours, str(tmp_path / "a"))
     swapped = tiny_tokenizer(characters="ba" + "cdefghijklmnopqrstuvwxyz")
-    theirs = load_tokenizer(str(write_model(tmp_path / "b", tokenizer=swapped)))
-    with pytest.raises(
-        ValueError, match=r"expected the student's tokenizer, but b gives \d+ tokens"
-    ):
-        check_same_tokenizer(ours, theirs, "b")
+    theirs = str(write_model(tmp_path / "b", tokenizer=swapped))
+    message = r"expected the student's tokenizer, but .*b gives \d+ tokens"
+    with pytest.raises(ValueError, match=message):
+        check_same_tokenizer(ours, theirs)
 
 
 def test_a_model_in_a_missing_package():

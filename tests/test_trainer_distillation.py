@@ -1,43 +1,23 @@
 """The trainer's step: what it does not depend on, what it logs, and whole runs of a tiny model."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from opd_kernels import reverse_kl
 from opd_kernels.integrations.transformers import lazy_logits
-from tests.tiny_run import write_model, write_recipe
-from trainer.__main__ import distill, main
+from tests.ranks import run_ranks
+from tests.tiny_run import make_trainer, read_metrics, write_model, write_recipe
+from trainer.__main__ import prepare, train
 from trainer.config import load_config
-from trainer.data import Prompt, PromptReader
-from trainer.distillation import OnPolicyDistillationTrainer
-from trainer.evaluation import Evaluation
-from trainer.models import load_model, load_tokenizer, with_lora
-from trainer.rollout import Completion, Sampler
-from trainer.teacher import load_teacher
-
-
-def make_trainer(folder, **changes):
-    config = load_config(write_recipe(folder, **changes), [])
-    Path(config.output_dir).mkdir(exist_ok=True)
-    tokenizer = load_tokenizer(config.model)
-    student = with_lora(load_model(config.model, config.dtype), config)
-    teacher = load_teacher(config, student)
-    prompts = PromptReader(config, tokenizer, (256, 256)).read(config.train_data)
-    sampler = Sampler(config, tokenizer, student, teacher.model)
-    evaluation = Evaluation(config, prompts[:2], teacher, sampler)
-    return OnPolicyDistillationTrainer(student, config, prompts, evaluation)
+from trainer.data import Prompt
+from trainer.models import load_model
+from trainer.rollout import Completion
 
 
 def completions(count=6):
@@ -124,42 +104,32 @@ def test_the_loss_is_that_of_completion_tokens_alone(tmp_path, aggregation):
     assert (sums["completions"], sums["truncated"]) == (6, 3)
 
 
-def _worker(rank, folder, port):
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    torch.set_num_threads(1)
-    trainer = make_trainer(Path(folder), output_dir=f"{folder}/rank{rank}")
+def _worker(rank, folder):
+    trainer = make_trainer(Path(folder, f"rank{rank}"), model=f"{folder}/model")
     model = trainer.accelerator.prepare(trainer.model)
     batch = completions()
     loss = trainer.learn(model, batch[:2] if rank == 0 else batch[2:])
     gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
     torch.save((trainer.accelerator.reduce(loss, "mean"), gradients), f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    trainer.evaluation.measure(trainer.model, step=0)
 
 
 def test_two_ranks_learn_what_one_does(tmp_path):
-    """Unequal shares: 2 completions on one rank, 4 on the other."""
+    """Unequal shares: 2 completions on one rank, 4 on the other. One rank writes the samples."""
     expected_loss, expected, _ = gradient_of(make_trainer(tmp_path), completions())
-    port = 20000 + os.getpid() % 20000
-    mp.spawn(_worker, (str(tmp_path), port), nprocs=2)
+    run_ranks(_worker, tmp_path)
     for rank in range(2):
         loss, gradients = torch.load(tmp_path / f"rank{rank}.pt")
+        assert (tmp_path / f"rank{rank}/run/samples/step-0.jsonl").exists() == (rank == 0)
         assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
         for name, gradient in expected.items():
             scale = float(gradient.abs().max())
             assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * scale)
 
 
-def read_metrics(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line], lines
-
-
 def test_a_run_learns_and_leaves_everything_to_look_at(tmp_path, capsys):
     config = load_config(write_recipe(tmp_path, max_steps=12, learning_rate=3e-3), [])
-    distill(config)
+    train(*prepare(config))
     run = Path(config.output_dir)
     steps, lines = read_metrics(run)
     assert [line["step"] for line in steps] == list(range(1, 13))
@@ -186,7 +156,7 @@ def test_a_run_learns_and_leaves_everything_to_look_at(tmp_path, capsys):
     initial = load_file(tmp_path / "model" / "model.safetensors")
     assert any((trained[name] != initial[name]).any() for name in initial)
     with pytest.raises(ValueError, match=r"holds another run; choose another one$"):
-        distill(config)
+        train(*prepare(config))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +173,7 @@ def test_every_objective_and_support_runs(tmp_path, objective, support):
             scorer=None, objective=objective, support=support, max_steps=8, learning_rate=3e-3,
         ), [],
     )  # fmt: skip
-    distill(config)
+    train(*prepare(config))
     steps, _ = read_metrics(Path(config.output_dir))
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert not (Path(config.output_dir) / "report.md").exists()
@@ -235,11 +205,10 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tmp_path):
     )
     trainer.evaluation.prompts = []
     trainer.train()
-    assert trainer.skipped_steps == 2
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name])
     steps, _ = read_metrics(Path(trainer.args.output_dir))
-    assert steps[-1]["skipped_steps"] == 2
+    assert [line["skipped_steps"] for line in steps] == [1, 1]
 
 
 def _without(hook, head, sample, model, prompts, seed):
@@ -269,62 +238,10 @@ def test_a_drifting_support_is_warned_of_once(tmp_path, changes, warns):
     assert all("tail: bucket, support: full, a larger k" in message for message in messages)
 
 
-def _losses(run):
-    steps, _ = read_metrics(run)
-    return {line["step"]: line["loss"] for line in steps}
-
-
-def test_a_run_killed_after_a_checkpoint_resumes_with_the_same_losses(tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 7, "warmup_steps": 2}
-    recipe = write_recipe(tmp_path, **options)
-    main(["distill", str(recipe)])
-    expected = _losses(tmp_path / "run")
-    assert len(set(expected.values())) == 7
-    run = tmp_path / "killed"
-    command = [sys.executable, "-m", "trainer", "distill", str(recipe), "--output_dir", str(run)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoint-2").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    before = _losses(run)
-    assert len(before) < 7
-    main(["distill", str(recipe), "--output_dir", str(run), "--resume_from_checkpoint", "auto"])
-    resumed = _losses(run)
-    assert resumed.keys() == expected.keys()
-    assert resumed == pytest.approx(expected, rel=1e-6)
-    assert not (run / ".saving").exists() or not any((run / ".saving").iterdir())
-    final = [
-        load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "run", run)
-    ]
-    for name, tensor in final[0].items():
-        assert_close(final[1][name], tensor, rtol=1e-5, atol=1e-6)
-
-
-def test_resuming_from_nothing_says_so(tmp_path):
-    recipe = write_recipe(tmp_path)
-    for value in ("auto", "nowhere"):
-        with pytest.raises(SystemExit, match="resume_from_checkpoint: expected 'auto' or one of"):
-            main(["distill", str(recipe), "--resume_from_checkpoint", value])
-
-
-def test_what_is_past_a_checkpoint_must_be_moved_away_to_resume_from_it(tmp_path):
-    recipe = write_recipe(tmp_path, save_strategy="steps", save_steps=2)
-    main(["distill", str(recipe)])
-    old, new = (tmp_path / "run" / f"checkpoint-{step}" for step in (2, 4))
-    with pytest.raises(SystemExit, match=r"checkpoint-2 is not the newest; move away"):
-        main(["distill", str(recipe), "--resume_from_checkpoint", str(old)])
-    assert old.exists()
-    assert new.exists()
-
-
 def test_evaluation_runs_once_where_steps_and_epochs_meet(tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 3, "max_steps": 6}  # 3 steps an epoch
     config = load_config(write_recipe(tmp_path, **options), [])
-    distill(config)
+    train(*prepare(config))
     _, lines = read_metrics(Path(config.output_dir))
     assert [line["step"] for line in lines if "eval_reverse_kl" in line] == [0, 3, 6]
 
@@ -351,10 +268,3 @@ def test_figures_cover_all_steps_since_the_last_line(tmp_path):
     assert len(seen) == 16
     expected = sum(len(c.ids) for c in seen) / 16
     assert line["completion_length"] == pytest.approx(expected, rel=1e-6)
-
-
-def test_digits_and_markup_survive_in_the_report(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.evaluation.Evaluation._texts", lambda self, c: ["007"] * len(c))
-    config = load_config(write_recipe(tmp_path, max_steps=1), [])
-    distill(config)
-    assert "- after: 007" in (Path(config.output_dir) / "report.md").read_text()

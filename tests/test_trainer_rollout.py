@@ -52,6 +52,22 @@ def test_completions_end_at_the_first_eos(sampler):
         assert not completion.truncated or len(completion.ids) == 24
 
 
+def test_student_and_teacher_sample_their_common_ids_and_end_at_any_eos_of_either(tmp_path):
+    config = load_config(write_recipe(tmp_path, max_completion_length=24), [])
+    student, teacher = tiny_model("llama"), tiny_model("llama", vocab_size=103, seed=1)
+    student.generation_config.eos_token_id, teacher.generation_config.eos_token_id = 11, [12, 13]
+    sampler = Sampler(config, tiny_tokenizer(), student, teacher)
+    assert sampler.eos_ids == {2, 11, 12, 13}
+    with torch.no_grad():  # would otherwise be sampled nearly always
+        teacher.lm_head.weight[97:] = 9 * teacher.lm_head.weight[:6]
+    bare = Sampler(config, tiny_tokenizer(), teacher)
+    for seed in range(8):
+        ids = [t for c in sampler.sample(teacher, PROMPTS, seed, as_teacher=True) for t in c.ids]
+        assert max(ids) < 97
+    ids = [t for seed in range(8) for c in bare.sample(teacher, PROMPTS, seed) for t in c.ids]
+    assert max(ids) >= 97
+
+
 def test_eos_counts_once_though_it_is_also_padding(sampler):
     sampler, _ = sampler
     completion = sampler.cut_after_eos(PROMPTS[0], [7, 8, 2, 2, 2, 2])

@@ -2,12 +2,20 @@
 
 import json
 import string
+from pathlib import Path
 
 import yaml
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_models import tiny_model
+from trainer.config import load_config
+from trainer.data import PromptReader
+from trainer.distillation import OnPolicyDistillationTrainer
+from trainer.evaluation import Evaluation
+from trainer.models import load_model, load_tokenizer, with_lora
+from trainer.rollout import Sampler
+from trainer.teacher import load_teacher
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation[:29] + " \n"
@@ -73,3 +81,20 @@ def write_recipe(folder, **changes):
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({k: v for k, v in recipe.items() if v is not None}))
     return path
+
+
+def make_trainer(folder, **changes):
+    config = load_config(write_recipe(folder, **changes), [])
+    Path(config.output_dir).mkdir(exist_ok=True)
+    tokenizer = load_tokenizer(config.model)
+    student = with_lora(load_model(config.model, config.dtype), config)
+    teacher = load_teacher(config, student)
+    prompts = PromptReader(config, tokenizer, (256, 256)).read(config.train_data)
+    sampler = Sampler(config, tokenizer, student, teacher.model)
+    evaluation = Evaluation(config, prompts[:2], teacher, sampler)
+    return OnPolicyDistillationTrainer(student, config, prompts, evaluation)
+
+
+def read_metrics(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line], lines

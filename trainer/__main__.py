@@ -25,19 +25,18 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("recipe", type=Path, help="a YAML file; --key value overrides a key of it")
     arguments, overrides = parser.parse_known_args(argv)
     try:
-        distill(load_config(arguments.recipe, overrides))
+        trainer, checkpoint = prepare(load_config(arguments.recipe, overrides))
     except (OSError, ValueError, YAMLError) as error:
         sys.exit(f"error: {error}")
+    train(trainer, checkpoint)
 
 
-def distill(config: DistillationConfig) -> None:
-    """Run a recipe; everything is checked and tokenised before the first rollout."""
+def prepare(config: DistillationConfig) -> tuple[OnPolicyDistillationTrainer, str | None]:
+    """A recipe's trainer and the checkpoint to resume from, everything checked and tokenised."""
     checkpoint = claim_output_directory(config)
     tokenizer = models.load_tokenizer(config.model)
     if config.teacher != "self":
-        models.check_same_tokenizer(
-            tokenizer, models.load_tokenizer(config.teacher), config.teacher
-        )
+        models.check_same_tokenizer(tokenizer, config.teacher)
     student = models.with_lora(models.load_model(config.model, config.dtype), config)
     teacher = load_teacher(config, student)
     contexts = models.context_length(student), models.context_length(teacher.model)
@@ -46,27 +45,24 @@ def distill(config: DistillationConfig) -> None:
     held_out = [] if config.eval_data is None else reader.read(config.eval_data)
     sampler = Sampler(config, tokenizer, student, teacher.model)
     evaluation = Evaluation(config, held_out, teacher, sampler)
-    trainer = OnPolicyDistillationTrainer(student, config, prompts, evaluation)
+    return OnPolicyDistillationTrainer(student, config, prompts, evaluation), checkpoint
+
+
+def train(trainer: OnPolicyDistillationTrainer, checkpoint: str | None) -> None:
+    """Train; then save the student and what there is to look at."""
     trainer.train(resume_from_checkpoint=checkpoint)
     state = trainer.state
-    if (state.global_step, True) not in [
-        (x["step"], "eval_overlap" in x) for x in state.log_history
-    ]:
+    if state.global_step not in [x["step"] for x in state.log_history if "eval_overlap" in x]:
         trainer.evaluate()
-    finish(trainer)
-
-
-def finish(trainer: OnPolicyDistillationTrainer) -> None:
-    """Save the student and what there is to look at."""
-    run = Path(trainer.args.output_dir)
-    trainer.save_model(f"{run}/.saving")
+    folder = Path(trainer.args.output_dir)
+    trainer.save_model(f"{folder}/.saving")
     if not trainer.is_world_process_zero():
         return
-    publish(run / ".saving", run / "model")
-    plot_curves(run)
+    publish(folder / ".saving", folder / "model")
+    plot_curves(folder)
     if trainer.evaluation.prompts:
-        print(f"\n{before_after(run)}")
-    print(f"student: {run}/model   curves: {run}/curves.png   log: {run}/{METRICS}")
+        print(f"\n{before_after(folder)}")
+    print(f"student: {folder}/model   curves: {folder}/curves.png   log: {folder}/{METRICS}")
 
 
 if __name__ == "__main__":

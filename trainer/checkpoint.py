@@ -18,22 +18,18 @@ METRICS = "metrics.jsonl"
 class DurableTrainer(Trainer):
     """A Trainer with metrics.jsonl, whose checkpoints are written aside and moved into place."""
 
-    _saving = _logged = False
-
-    def _get_output_dir(self, trial: Any) -> str:
-        run = super()._get_output_dir(trial)
-        return f"{run}/.saving" if self._saving else run
+    _logged = False
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         if self.args.should_save:  # what a kill left half written
-            shutil.rmtree(f"{self.args.output_dir}/.saving", ignore_errors=True)
+            shutil.rmtree(run / ".saving", ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._saving = True
+        self.args.output_dir = f"{run}/.saving"
         super()._save_checkpoint(model, trial)
-        self._saving = False
+        self.args.output_dir = str(run)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
             publish(run / ".saving" / name, run / name)
             rotate_checkpoints(str(run), self.args.save_total_limit)
 
@@ -59,23 +55,15 @@ def publish(staged: Path, final: Path) -> None:
 
 
 def claim_output_directory(config: DistillationConfig) -> str | None:
-    """Make the run's directory, or find the checkpoint to resume from: "auto" takes the newest."""
-    run, resume = Path(config.output_dir), config.resume_from_checkpoint
-    steps = {
-        p.resolve(): int(p.name[11:]) for p in run.glob("checkpoint-*") if p.name[11:].isdigit()
-    }
-    if resume is None:
-        if steps or (run / METRICS).exists():
-            remedy = ", or --resume_from_checkpoint auto" if steps else ""
-            raise ValueError(f"output_dir: {run} holds another run; choose another one{remedy}")
-        run.mkdir(parents=True, exist_ok=True)
-        return None
-    newest = max(steps, key=lambda path: steps[path], default=None)
-    path = newest if resume == "auto" else Path(resume).resolve()
-    if path not in steps:
-        expected = f"expected 'auto' or one of {sorted(p.name for p in steps)} in {run}"
-        raise ValueError(f"resume_from_checkpoint: {expected}, got {resume!r}")
-    if path != newest:
-        remedy = f"move away what is past it, up to {newest}"
-        raise ValueError(f"resume_from_checkpoint: {resume} is not the newest; {remedy}")
-    return str(path)
+    """Make the run's directory, or return its newest checkpoint, to resume from."""
+    run = Path(config.output_dir)
+    steps = [int(p.name[11:]) for p in run.glob("checkpoint-*") if p.name[11:].isdigit()]
+    if config.resume_from_checkpoint:
+        if not steps:
+            raise ValueError(f"resume_from_checkpoint: {run} has no checkpoint; leave it out")
+        return str(run / f"checkpoint-{max(steps)}")
+    if steps or (run / METRICS).exists():
+        remedy = ", or --resume_from_checkpoint auto" if steps else ""
+        raise ValueError(f"output_dir: {run} holds another run; choose another one{remedy}")
+    run.mkdir(parents=True, exist_ok=True)
+    return None

@@ -49,7 +49,6 @@ class DistillationConfig(TrainingArguments):
     micro_batch_size: Count = 8
     per_device_train_batch_size: Count = 16
     per_device_eval_batch_size: Count = 16
-    gradient_accumulation_steps: int = 1
     learning_rate: Annotated[float, Field(ge=0)] = 1e-5
     logging_steps: Annotated[float, Field(gt=0)] = 1
     logging_nan_inf_filter: bool = False
@@ -57,7 +56,7 @@ class DistillationConfig(TrainingArguments):
     dataloader_pin_memory: bool = False
     eval_on_start: bool = True
     use_cache: bool = True  # of the saved student
-    resume_from_checkpoint: str | None = None  # auto, or a checkpoint of output_dir
+    resume_from_checkpoint: Literal["auto"] | None = None  # from output_dir's newest checkpoint
 
     def __post_init__(self) -> None:
         hints = get_type_hints(DistillationConfig, include_extras=True)

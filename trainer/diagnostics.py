@@ -18,11 +18,8 @@ class Sums(dict[str, float]):
 
     def add_completions(self, completions: list[Completion]) -> None:
         """Add the tokens, completions, and completions that were truncated."""
-        tokens, truncated = (
-            sum(len(c.ids) for c in completions),
-            sum(c.truncated for c in completions),
-        )
-        self.add(tokens=tokens, completions=len(completions), truncated=truncated)
+        for completion in completions:
+            self.add(tokens=len(completion.ids), completions=1, truncated=completion.truncated)
 
     @torch.no_grad()
     def add_tokens(
@@ -38,7 +35,7 @@ class Sums(dict[str, float]):
 
     def means(self) -> dict[str, float]:
         """Per token, and per completion where that is the unit."""
-        counts = ("tokens", "completions", "truncated", "seconds")
+        counts = ("tokens", "completions", "truncated", "seconds", "skipped_steps")
         figures = {name: x / self["tokens"] for name, x in self.items() if name not in counts}
         figures["completion_length"] = self["tokens"] / self["completions"]
         return figures | {"truncated": self["truncated"] / self["completions"]}

@@ -18,7 +18,7 @@ from trainer.config import DistillationConfig
 from trainer.data import Prompt
 from trainer.diagnostics import Sums
 from trainer.evaluation import Evaluation
-from trainer.objective import DRIFT, build_loss, drifts
+from trainer.objective import DRIFT, build_loss
 from trainer.rollout import Completion
 from trainer.teacher import side_by_side
 
@@ -34,14 +34,11 @@ class OnPolicyDistillationTrainer(DurableTrainer):
     def __init__(
         self, model: nn.Module, args: DistillationConfig, data: list[Prompt], evaluation: Evaluation
     ) -> None:
-        options = {"processing_class": evaluation.sampler.tokenizer, "data_collator": list}
-        super().__init__(
-            model, args, train_dataset=data, eval_dataset=evaluation.prompts, **options
-        )
+        collate, tokenizer = list, evaluation.sampler.tokenizer
+        super().__init__(model, args, collate, data, evaluation.prompts, tokenizer)
         self.evaluation = evaluation
         self.sampler, self.teacher = evaluation.sampler, evaluation.teacher
         self.loss = build_loss(args)
-        self.skipped_steps = 0
         self.sums = Sums()  # of the steps since the last log line
         self.teacher.model.to(args.device)
 
@@ -53,10 +50,11 @@ class OnPolicyDistillationTrainer(DurableTrainer):
             completions = self.sampler.sample(self.model, inputs, *seed)
         loss = self.learn(model, completions)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        # NaN would poison the optimiser's state; under float16 the gradient scaler sees to it.
-        if not self.accelerator.scaler and not torch.isfinite(nn.utils.get_total_norm(gradients)):
-            self.skipped_steps += 1
-            model.zero_grad(set_to_none=True)
+        if not torch.isfinite(nn.utils.get_total_norm(gradients)):
+            self.sums.add(skipped_steps=float(self.is_world_process_zero()))
+            # NaN would poison the optimiser's state; under float16 the scaler sees to it.
+            if not self.accelerator.scaler:
+                model.zero_grad(set_to_none=True)
         self.sums.add(seconds=time.perf_counter() - start)
         return loss
 
@@ -103,9 +101,10 @@ class OnPolicyDistillationTrainer(DurableTrainer):
             own = torch.tensor([self.sums[n] for n in names], device=self.args.device)
             total = Sums(zip(names, self.accelerator.reduce(own, "sum").tolist(), strict=True))
             self.sums.clear()
-            logs |= total.means() | {"skipped_steps": self.skipped_steps}
+            logs |= total.means() | {"skipped_steps": total["skipped_steps"]}
             logs["tokens_per_second"] = total["tokens"] * ranks / total["seconds"]
-            if drifts(self.args, logs["student_mass"]) and self.is_world_process_zero():
+            drops = self.args.tail == "drop" and self.args.support != "full"
+            if drops and logs["student_mass"] < 0.95 and self.is_world_process_zero():
                 warnings.warn(DRIFT, stacklevel=2)  # shown once
         super().log(logs, start_time)
 

@@ -1,12 +1,12 @@
 """Held-out measurements: how far the student is from its teacher, and whether it acts like it."""
 
-import json
 import runpy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas
 import torch
 from tqdm.auto import tqdm
 
@@ -14,7 +14,7 @@ from opd_kernels import LazyLogits, distillation_loss
 from trainer.config import DistillationConfig
 from trainer.data import Prompt
 from trainer.diagnostics import Sums
-from trainer.models import Model
+from trainer.models import Model, eval_mode
 from trainer.rollout import Completion, Sampler
 from trainer.teacher import Teacher, side_by_side
 
@@ -41,24 +41,21 @@ class Evaluation:
             with self.teacher.active() as model:
                 self.references = self._sample(model, as_teacher=True)
         own = self._sample(student)
-        columns = [p.text for p in self.prompts], *map(self._texts, (own, self.references))
+        decode, both = self.sampler.tokenizer.batch_decode, (own, self.references)
+        texts = [decode([c.ids for c in x], skip_special_tokens=True) for x in both]
         if self.config.should_save:  # one of the ranks, which all measure the same
             path = Path(self.config.output_dir) / SAMPLES.format(step)
             path.parent.mkdir(exist_ok=True)
-            rows = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            samples = zip(COLUMNS, ([p.text for p in self.prompts], *texts), strict=True)
+            pandas.DataFrame(dict(samples)).to_json(path, orient="records", lines=True)
         fixed, on_policy = (self._divergence(student, x) for x in (self.references, own))
         metrics = {"eval_reverse_kl": fixed["kl"], "eval_overlap": fixed["overlap"]}
         metrics["eval_reverse_kl_per_completion"] = fixed["kl"] * fixed["completion_length"]
         metrics["eval_reverse_kl_on_own_samples"] = on_policy["kl"]
         metrics["eval_completion_length"] = on_policy["completion_length"]
         if self.scorer:
-            metrics["eval_score"] = sum(map(self.scorer, columns[1])) / len(own)
+            metrics["eval_score"] = sum(map(self.scorer, texts[0])) / len(own)
         return metrics
-
-    def _texts(self, completions: list[Completion]) -> list[str]:
-        ids = [c.ids for c in completions]
-        return self.sampler.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def _sample(self, model: Model, as_teacher: bool = False) -> list[Completion]:
         completions: list[Completion] = []
@@ -77,12 +74,11 @@ class Evaluation:
             sums.add_tokens(output, output.student, theirs)
             sums.add(kl=float(output.loss))
 
-        sums, was_training = Sums(), student.training
+        sums = Sums()
         sums.add_completions(completions)
-        student.eval()
-        for batch in self._batches(completions, "divergence"):
-            side_by_side(student, self.teacher, batch, self.config.temperature, add)
-        student.train(was_training)
+        with eval_mode(student):
+            for batch in self._batches(completions, "divergence"):
+                side_by_side(student, self.teacher, batch, self.config.temperature, add)
         return sums.means()
 
     def _batches(self, items: list[Any], what: str) -> Iterator[list[Any]]:

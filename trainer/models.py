@@ -2,6 +2,8 @@
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,17 @@ def with_lora(model: Model, config: DistillationConfig) -> Model:
     return get_peft_model(model, LoraConfig(target_modules=config.lora_target_modules, **options))
 
 
+@contextmanager
+def eval_mode(model: Model) -> Iterator[None]:
+    """The model without dropout for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def context_length(model: Model) -> int:
     """The tokens that the model can hold; without positions there is no limit."""
     config = model.config.get_text_config()
@@ -63,9 +76,9 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
     return str(path) if path.exists() else name, {}
 
 
-def check_same_tokenizer(ours: Tokenizer, theirs: Tokenizer, teacher: str) -> None:
-    """Raise unless both give every token the same id: the teacher scores the student's ids."""
-    vocab = theirs.get_vocab()
+def check_same_tokenizer(ours: Tokenizer, teacher: str) -> None:
+    """Raise unless the teacher's gives every token the same id: it scores the student's ids."""
+    vocab = load_tokenizer(teacher).get_vocab()
     differing = [token for token, i in ours.get_vocab().items() if vocab.get(token) != i]
     if differing:
         raise ValueError(

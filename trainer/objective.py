@@ -23,8 +23,3 @@ def build_loss(config: DistillationConfig) -> Callable[..., DistillationOutput]:
     return partial(
         distillation_loss, objective=objective, k=config.k, support=config.support, entropy=True
     )
-
-
-def drifts(config: DistillationConfig, student_mass: float) -> bool:
-    """Whether a dropped tail leaves out so much of the student that DRIFT should be said."""
-    return config.tail == "drop" and config.support != "full" and student_mass < 0.95

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
+from transformers import BatchEncoding, GenerationConfig
 
 from opd_kernels.integrations.transformers import causal_lm_of
 from trainer.config import DistillationConfig
 from trainer.data import Prompt
-from trainer.models import Model, Tokenizer
+from trainer.models import Model, Tokenizer, eval_mode
 
 
 @dataclass(frozen=True)
@@ -46,23 +46,18 @@ class Sampler:
         """
         model = causal_lm_of(model)
         contexts = [p.teacher_ids if as_teacher else p.student_ids for p in prompts]
-        width = max(map(len, contexts))
-        ids = [[self.options.pad_token_id] * (width - len(x)) + x for x in contexts]
-        mask = [[0] * (width - len(x)) + [1] * len(x) for x in contexts]
-        tensors = (torch.tensor(rows, device=model.device) for rows in (ids, mask))
-        inputs = dict(zip(("inputs", "attention_mask"), tensors, strict=True))
-        was_training, own_options = model.training, model.generation_config
+        inputs = BatchEncoding({"input_ids": contexts})
+        inputs = self.tokenizer.pad(inputs, padding_side="left", return_tensors="pt")
+        own_options, on_gpu = model.generation_config, model.device.type != "cpu"
         # What is unset would come from the model's own options: a repetition penalty is off-policy.
         model.generation_config = GenerationConfig()
-        model.eval()
         try:
-            with torch.random.fork_rng():
+            with eval_mode(model), torch.random.fork_rng([model.device] * on_gpu):
                 torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
-                output = model.generate(**inputs, generation_config=self.options)
+                output = model.generate(**inputs.to(model.device), generation_config=self.options)
         finally:
-            model.train(was_training)
             model.generation_config = own_options
-        rows = output[:, width:].tolist()
+        rows = output[:, inputs["input_ids"].shape[1] :].tolist()
         return [self.cut_after_eos(p, row) for p, row in zip(prompts, rows, strict=True)]
 
     def cut_after_eos(self, prompt: Prompt, ids: list[int]) -> Completion:

@@ -1,7 +1,7 @@
 """Teachers, and student and teacher side by side on the same completions."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -11,41 +11,32 @@ import torch
 from opd_kernels import LazyLogits
 from opd_kernels.integrations.transformers import call_with_lazy_logits, pad_completions
 from trainer.config import DistillationConfig
-from trainer.models import Model, load_model
+from trainer.models import Model, eval_mode, load_model
 from trainer.rollout import Completion
 
 T = TypeVar("T")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Teacher:
     """A frozen model, or the base weights below the student's LoRA adapters."""
 
     model: Model
-    shares_weights: bool
-
-    def __post_init__(self) -> None:
-        if not self.shares_weights:
-            self.model.requires_grad_(False)
+    without_adapters: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @contextmanager
     def active(self) -> Iterator[Model]:
         """The model as the teacher: no dropout, and no adapters where it is the student's base."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with self.model.disable_adapter() if self.shares_weights else nullcontext():
-                yield self.model
-        finally:
-            self.model.train(was_training)
+        with eval_mode(self.model), self.without_adapters():
+            yield self.model
 
 
 def load_teacher(config: DistillationConfig, student: Model) -> Teacher:
     """The recipe's teacher; "self" is the initial weights, even when a run resumes."""
     if config.teacher == "self" and config.lora_r > 0:
-        return Teacher(student, shares_weights=True)
+        return Teacher(student, student.disable_adapter)
     name = config.model if config.teacher == "self" else config.teacher
-    return Teacher(load_model(name, config.teacher_dtype or config.dtype), shares_weights=False)
+    return Teacher(load_model(name, config.teacher_dtype or config.dtype).requires_grad_(False))
 
 
 def side_by_side(
@@ -67,5 +58,4 @@ def side_by_side(
     call = partial(call_with_lazy_logits, temperature=temperature)
     with torch.no_grad(), teacher.active() as model:
         scored = call(model, lambda x: x[their_tokens].detach(), *theirs)
-
     return call(student, lambda x: function(x[our_tokens], scored), *ours)

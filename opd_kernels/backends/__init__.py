@@ -54,7 +54,6 @@ def select_backend(name: str, device: device_type) -> Epilogues:
     if name not in _BACKENDS:
         raise ValueError(
             f"backend: expected 'auto' or one of {available_backends()}, got {name!r} for tensors "
-            "on "
-            f"{device}; choose an installed backend, or unset OPD_BACKEND"
+            f"on {device}; choose an installed backend, or unset OPD_BACKEND"
         )
     return _BACKENDS[name]

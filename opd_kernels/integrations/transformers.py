@@ -78,8 +78,7 @@ def call_with_lazy_logits(
     vocab_size: int | None = None,
     **model_kwargs: Any,
 ) -> T:
-    """function(lazy_logits), run inside the outermost module's forward, whose output its result
-    becomes.
+    """function(lazy_logits), run inside the outermost module's forward, whose output its result is.
 
     Args and Raises as in lazy_logits.
 
@@ -98,7 +97,8 @@ def call_with_lazy_logits(
         with torch.autocast(logits.hidden.device.type, *capture.autocast):
             return function(logits)
 
-    with _replaced_forward(causal_lm, forward):
+    # model.compile() would trace into the replacement, which changes modules as it runs.
+    with _replaced_forward(causal_lm, torch.compiler.disable(forward)):
         return model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -191,9 +191,8 @@ def _forward_without_head(
         logits = forward(*args, **kwargs).logits
     if logits.shape[-1] != len(_PROBES):
         raise ValueError(
-            f"model: {type(model).__name__} computes logits without calling its output embeddings; "
-            "they "
-            "cannot be computed lazily"
+            f"model: {type(model).__name__} computes logits without calling its output "
+            "embeddings; they cannot be computed lazily"
         )
     capture.answers = logits.reshape(-1, len(_PROBES))[0].detach().double()
     return capture
@@ -236,8 +235,7 @@ def _plain_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         raise ValueError(
             f"model: expected the head to be an nn.Linear, got {type(head).__name__}; dequantise "
-            "it, for "
-            "example by keeping lm_head out of the quantisation"
+            "it, for example by keeping lm_head out of the quantisation"
         )
     for name, tensor in (("weight", head.weight), ("bias", head.bias)):
         if tensor is None:
@@ -274,8 +272,8 @@ def _merged_lora(head: Any) -> tuple[Tensor, Tensor | None]:
             if found:
                 raise ValueError(
                     f"model: LoRA adapter {adapter!r} on the head has {reason}, so it cannot be "
-                    "merged into "
-                    "the weight; use plain LoRA without dropout there, or leave the head out of it"
+                    "merged into the weight; use plain LoRA without dropout there, or leave the "
+                    "head out of it"
                 )
         weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
     return weight, bias
@@ -291,9 +289,9 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
             inner = inner.get_base_model()
         else:
             raise TypeError(
-                "model: expected a causal language model of transformers, bare or in DDP or PEFT, "
-                "got "
-                f"{type(inner).__name__}; compile its decoder (model.model), not the whole"
+                "model: expected a causal language model of transformers, bare or in DDP or "
+                f"PEFT, got {type(inner).__name__}; compile its decoder (model.model), not the "
+                "whole"
             )
     return inner
 

@@ -1,0 +1,79 @@
+"""Students, teachers, supports and objectives to try distillation_loss with."""
+
+from functools import partial
+
+import torch
+from torch.testing import assert_close
+
+from opd_kernels import SparseLogits, forward_kl, jsd, reverse_kl
+from tests.reference import eager_sparse, full_logits, make_logits, sorted_by_logit
+
+VOCAB, K, TOKENS = 53, 5, 11
+
+
+OBJECTIVES = {
+    "reverse_kl": reverse_kl,
+    "biased": partial(reverse_kl, stop_gradient=False),
+    "bucket": partial(reverse_kl, tail="bucket"),
+    "renormalize": partial(reverse_kl, tail="renormalize"),
+    "forward_kl": forward_kl,
+    "forward_bucket": partial(forward_kl, tail="bucket"),
+    "jsd": partial(jsd, beta=0.3),
+    "mixture": lambda s, t: reverse_kl(s, t) + 0.1 * forward_kl(s, t, tail="bucket").clamp_max(2.0),
+}
+
+
+SUPPORTS = ["student", "teacher", "union", "intersection", "full", "ids"]
+
+
+ORDERS = [
+    {"method": "one_pass"},
+    {"method": "one_pass", "chunk_bytes": VOCAB * 8 * 3},
+    {"method": "recompute"},
+    {"method": "recompute", "chunk_bytes": VOCAB * 8 * 2},
+]
+
+
+def pair(**options):
+    """A student with every option and a wider teacher with its own hidden size and padding."""
+    student = make_logits(tokens=TOKENS, vocab=VOCAB, **options)
+    teacher = make_logits(
+        tokens=TOKENS, dim=9, vocab=VOCAB, padded=9, softcap=None, requires_grad=False,
+        temperature=student.temperature,
+    )  # fmt: skip
+    return student, teacher
+
+
+def support_ids(support, z, zt, k=K):
+    """The ids of each support from full logits, -1 in slots that it leaves empty."""
+    ours, theirs = sorted_by_logit(z, k), sorted_by_logit(zt, k)
+    if support == "student":
+        return ours
+    if support == "teacher":
+        return theirs
+    if support == "full":
+        return torch.arange(z.shape[-1]).expand(z.shape)
+    shared = (ours[..., :, None] == theirs[..., None, :]).any(-1)
+    if support == "intersection":
+        return ours.masked_fill(~shared, -1)
+    repeated = (theirs[..., :, None] == ours[..., None, :]).any(-1)
+    return torch.cat([ours, theirs.masked_fill(repeated, -1)], dim=-1)
+
+
+def eager_per_token(objective, student, teacher, ids):
+    z, zt = full_logits(student), full_logits(teacher)
+    return objective(eager_sparse(z, ids), eager_sparse(zt, ids))
+
+
+def assert_same(actual, expected, rtol=1e-12, atol=1e-13):
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, rtol=rtol, atol=atol)
+
+
+def served(teacher, k):
+    """What a server would answer: its own top-K log-probabilities."""
+    t = teacher.topk(k)
+    return SparseLogits.from_log_probs(
+        t.log_probs, t.ids, vocab_size=VOCAB, temperature=teacher.temperature
+    )
