@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from opd_kernels.lazy_logits import LazyLogits
-from opd_kernels.one_pass import Objective
+from opd_kernels.objective import Objective
 from opd_kernels.sparse_logits import SparseLogits
 from opd_kernels.supports import Missing, Support
 

@@ -13,14 +13,8 @@ from opd_kernels.divergences import reverse_kl
 from opd_kernels.head import accumulator_dtype
 from opd_kernels.lazy_logits import LazyLogits, check_ids, check_k
 from opd_kernels.loss_functions import OnePassLoss, RecomputedFullLoss
-from opd_kernels.one_pass import (
-    LossOptions,
-    Objective,
-    WalkResult,
-    freeze_rows,
-    per_token_loss,
-    walk,
-)
+from opd_kernels.objective import Objective, freeze_rows, per_token_loss
+from opd_kernels.one_pass import LossOptions, WalkResult, walk
 from opd_kernels.sparse_logits import SparseLogits
 from opd_kernels.supports import Missing, Recomputed, Served, Support, align
 

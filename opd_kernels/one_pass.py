@@ -7,7 +7,6 @@ support="full" the teacher's chunk lies beside the student's and the objective s
 a few rows at a time.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,19 +14,16 @@ import torch
 from torch import Tensor
 
 from opd_kernels import matmul
-from opd_kernels.backends import Epilogues, RowState, select_backend
+from opd_kernels.backends import Epilogues, select_backend
 from opd_kernels.chunking import one_pass_rows
+from opd_kernels.full_support import full_losses_
 from opd_kernels.gradients import Gradients
 from opd_kernels.head import Head, accumulator_dtype
 from opd_kernels.lazy_logits import LazyLogits
-from opd_kernels.sparse import canonical_ids
+from opd_kernels.logits_chunk import LogitsChunk
+from opd_kernels.objective import Objective, freeze_rows, per_token_loss
 from opd_kernels.sparse_logits import SparseLogits
 from opd_kernels.supports import Recomputed, Served, align
-
-Objective = Callable[[SparseLogits, SparseLogits], Tensor]
-
-# The objective's temporaries under support="full": about a dozen tensors of [rows, V].
-_DENSE_BLOCK_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -41,50 +37,6 @@ class LossOptions:
     entropy: bool
     chunk_bytes: int | None
     backend: str
-
-
-@dataclass
-class _LogitsChunk:
-    """A chunk of raw products [c, V] as a source of SparseLogits; the last made is the leaf."""
-
-    raw: Tensor
-    head: Head
-    epilogues: Epilogues
-    entropy: bool
-    leaf: SparseLogits | None = None
-
-    def topk(self, k: int) -> SparseLogits:
-        return self._reduce(RowState.for_topk(self.raw.shape[0], k, self.entropy, like=self.raw))
-
-    def gather(self, ids: Tensor) -> SparseLogits:
-        canonical = canonical_ids(ids, self.head.vocab_size)
-        sparse = self._reduce(RowState.for_ids(canonical, self.entropy, like=self.raw))
-        return replace(sparse, ids=ids)
-
-    def whole_rows(self, rows: slice) -> SparseLogits:
-        """Some rows with S = V; their values are a leaf."""
-        logits = self.head.logits(self.head.scores(self.raw[rows], 0)).detach().requires_grad_()
-        ids = torch.arange(self.head.vocab_size, device=logits.device).expand(logits.shape)
-        nothing = logits.new_full(logits.shape[:-1], -torch.inf)
-        entropy = (
-            None if self.leaf is None or self.leaf.entropy is None else self.leaf.entropy[rows]
-        )
-        return SparseLogits(
-            logits, ids, nothing, self.head.vocab_size, self.head.temperature, entropy
-        )
-
-    def _reduce(self, state: RowState) -> SparseLogits:
-        self.epilogues.update(self.raw, 0, self.head, state)
-        entropy = state.entropy() if self.entropy else None
-        self.leaf = SparseLogits(
-            state.values.requires_grad_(),
-            state.ids,
-            state.tail().requires_grad_(),
-            self.head.vocab_size,
-            self.head.temperature,
-            entropy,
-        )
-        return self.leaf
 
 
 @dataclass(frozen=True)
@@ -180,13 +132,13 @@ class _Walker:
         count = rows.stop - rows.start
         raw = self.buffer[:count]
         matmul.project(self.hidden[rows], self.head.rows(0, self.head.vocab_size), raw)
-        logits = _LogitsChunk(raw, self.head, self.epilogues, self.options.entropy)
+        logits = LogitsChunk(raw, self.head, self.epilogues, self.options.entropy)
         if self.teacher_buffer is not None:
             return self._full_chunk(rows, logits)
         return self._support_chunk(rows, logits)
 
     def _support_chunk(
-        self, rows: slice, logits: _LogitsChunk
+        self, rows: slice, logits: LogitsChunk
     ) -> tuple[Tensor, SparseLogits, SparseLogits]:
         options = self.options
         support = options.support if isinstance(options.support, str) else options.support[rows]
@@ -224,7 +176,7 @@ class _Walker:
         )
 
     def _full_chunk(
-        self, rows: slice, logits: _LogitsChunk
+        self, rows: slice, logits: LogitsChunk
     ) -> tuple[Tensor, SparseLogits, SparseLogits]:
         assert isinstance(self.teacher, LazyLogits)
         assert self.teacher_buffer is not None
@@ -236,67 +188,13 @@ class _Walker:
             teacher_head.rows(0, teacher_head.vocab_size),
             teacher_raw,
         )
-        teacher_logits = _LogitsChunk(
+        teacher_logits = LogitsChunk(
             teacher_raw, teacher_head, self.epilogues, self.options.entropy
         )
         s = logits.topk(self.options.k).detach()
         t = teacher_logits.gather(s.ids).detach()
-        per_token = torch.cat(
-            [
-                self._dense_block(logits, teacher_logits, first, rows.start)
-                for first in range(0, logits.raw.shape[0], self._dense_rows())
-            ]
-            or [logits.raw.new_zeros(0)]
-        )
+        upstream = None if self.upstream is None else self.upstream[rows]
+        per_token = full_losses_(logits, teacher_logits, self.options.objective, upstream)
         if self.gradients is not None:
             self.gradients.add_dense(rows, logits.raw, self.hidden[rows], self.head)
         return per_token, s, t
-
-    def _dense_rows(self) -> int:
-        return max(1, _DENSE_BLOCK_BYTES // (self.head.vocab_size * self.hidden.element_size()))
-
-    def _dense_block(
-        self, ours: _LogitsChunk, theirs: _LogitsChunk, first: int, first_token: int
-    ) -> Tensor:
-        """Loss of a few rows [r, V]; overwrites them with its gradient if one is needed."""
-        block = slice(first, min(first + self._dense_rows(), ours.raw.shape[0]))
-        with torch.set_grad_enabled(self.gradients is not None):
-            s = ours.whole_rows(block)
-            per_token = per_token_loss(self.options.objective, s, theirs.whole_rows(block).detach())
-        if self.gradients is not None:
-            assert self.upstream is not None
-            upstream = self.upstream[first_token + block.start : first_token + block.stop]
-            dlogits = torch.autograd.grad(per_token, s.values, upstream)[0]
-            dlogits.masked_fill_((upstream == 0)[:, None], 0.0)
-            raw = ours.raw[block]
-            torch.mul(dlogits, self.head.derivative(self.head.scores(raw, 0)), out=raw)
-        return per_token.detach()
-
-
-def freeze_rows(sparse: SparseLogits, frozen: Tensor) -> SparseLogits:
-    """The same rows, of which the frozen [N] get no gradient, not even 0 * inf."""
-
-    def freeze(tensor: Tensor) -> Tensor:
-        mask = frozen.reshape(-1, *[1] * (tensor.dim() - 1))
-        return torch.where(mask, tensor.detach(), tensor)
-
-    tail = None if sparse.tail is None else freeze(sparse.tail)
-    return replace(sparse, values=freeze(sparse.values), tail=tail)
-
-
-def per_token_loss(objective: Objective, student: SparseLogits, teacher: SparseLogits) -> Tensor:
-    """objective(student, teacher), checked: one loss per row."""
-    loss = objective(student, teacher)
-    rows = student.values.shape[:-1]
-    if not isinstance(loss, Tensor) or loss.shape != rows or not loss.is_floating_point():
-        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(
-            f"objective: expected a loss per row, a floating tensor of shape {tuple(rows)}, got "
-            f"{got}; do not reduce in it, distillation_loss does"
-        )
-    if student.values.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
-        raise ValueError(
-            "objective: its loss has no gradient with respect to the student; do not detach the "
-            "student in it, or call distillation_loss under torch.no_grad() to measure only"
-        )
-    return loss

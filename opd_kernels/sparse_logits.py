@@ -70,17 +70,19 @@ class SparseLogits:
     @property
     def lse(self) -> Tensor:
         """[...] logsumexp of the whole row."""
-        return self._tail_with(self.values)
+        return _logsumexp(self.values, self.lse_outside)
 
     @property
     def log_probs(self) -> Tensor:
         """[..., K] log-probabilities on S, -inf in empty slots."""
-        return self.values - self.lse[..., None]
+        values, tail = self._relative_to_the_largest()
+        return values - _logsumexp(values, tail)[..., None]
 
     @property
     def log_tail(self) -> Tensor:
         """[...] log of the probability outside S."""
-        return self.lse_outside - self.lse
+        values, tail = self._relative_to_the_largest()
+        return tail - _logsumexp(values, tail)
 
     @property
     def mass(self) -> Tensor:
@@ -100,13 +102,13 @@ class SparseLogits:
         slot = wanted._matches(self)
         values = self.values.gather(-1, slot.clamp_min(0)).masked_fill(slot < 0, -torch.inf)
         not_wanted = self.values.masked_fill(self._matches(wanted) >= 0, -torch.inf)
-        return replace(self, values=values, ids=ids, tail=self._tail_with(not_wanted))
+        return replace(self, values=values, ids=ids, tail=_logsumexp(not_wanted, self.lse_outside))
 
     def keep(self, mask: Tensor) -> "SparseLogits":
         """The same rows with the slots where mask [..., K] is False moved into the tail."""
         dropped = self.values.masked_fill(mask, -torch.inf)
         kept = self.values.masked_fill(~mask, -torch.inf)
-        return replace(self, values=kept, tail=self._tail_with(dropped))
+        return replace(self, values=kept, tail=_logsumexp(dropped, self.lse_outside))
 
     def detach(self) -> "SparseLogits":
         """The same tensors, cut from the graph."""
@@ -132,12 +134,11 @@ class SparseLogits:
             )
         return self.tail
 
-    def _tail_with(self, values: Tensor) -> Tensor:
-        """logsumexp of the tail and values [..., K]; -inf, with gradient 0, where all are -inf."""
-        everything = torch.cat([values, self.lse_outside[..., None]], dim=-1)
-        nothing = (everything == -torch.inf).all(-1, keepdim=True)
-        lse = everything.masked_fill(nothing, 0.0).logsumexp(-1)
-        return lse.masked_fill(nothing[..., 0], -torch.inf)
+    def _relative_to_the_largest(self) -> tuple[Tensor, Tensor]:
+        """values and tail less the row's largest: the logsumexp would round at its own size."""
+        peak = torch.maximum(self.values.detach().amax(-1), self.lse_outside.detach())
+        peak = peak.masked_fill(peak == -torch.inf, 0.0)
+        return self.values - peak[..., None], self.lse_outside - peak
 
     def _matches(self, other: "SparseLogits") -> Tensor:
         """[..., K] the slot of `other` that holds each of these ids with a value, else -1."""
@@ -146,6 +147,14 @@ class SparseLogits:
         position = torch.searchsorted(in_order, self.ids.contiguous()).clamp_max(keys.shape[-1] - 1)
         found = (in_order.gather(-1, position) == self.ids) & (self.ids >= 0)
         return order.gather(-1, position).masked_fill(~found, -1)
+
+
+def _logsumexp(values: Tensor, tail: Tensor) -> Tensor:
+    """[...] logsumexp of values [..., K] and tail; -inf, with gradient 0, where all are -inf."""
+    everything = torch.cat([values, tail[..., None]], dim=-1)
+    nothing = (everything == -torch.inf).all(-1, keepdim=True)
+    lse = everything.masked_fill(nothing, 0.0).logsumexp(-1)
+    return lse.masked_fill(nothing[..., 0], -torch.inf)
 
 
 def _check_ids(ids: Tensor, shape: torch.Size) -> None:

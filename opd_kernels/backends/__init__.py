@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 from torch import device as device_type
 
+from opd_kernels.backends import cpu
 from opd_kernels.backends import torch as torch_backend
 from opd_kernels.backends.state import RowState
 from opd_kernels.head import Head
@@ -31,8 +32,20 @@ class Epilogues(Protocol):
         dtail: Tensor,
     ) -> None: ...
 
+    def divergence_(
+        self,
+        chunk: Tensor,
+        head: Head,
+        teacher_chunk: Tensor,
+        teacher_head: Head,
+        beta: float,
+        upstream: Tensor | None,
+    ) -> Tensor: ...
+
 
 _BACKENDS: dict[str, Epilogues] = {"torch": torch_backend}
+if cpu.extension is not None:
+    _BACKENDS["cpu"] = cpu
 
 
 def available_backends() -> list[str]:
@@ -50,7 +63,9 @@ def select_backend(name: str, device: device_type) -> Epilogues:
     if name == "auto":
         name = os.environ.get("OPD_BACKEND", "auto")
     if name == "auto":
-        name = "torch"
+        name = "cpu" if device.type == "cpu" and "cpu" in _BACKENDS else "torch"
+    if name == "cpu" and name in _BACKENDS and device.type != "cpu":
+        raise ValueError(f"backend: 'cpu' works on CPU tensors, got tensors on {device}")
     if name not in _BACKENDS:
         raise ValueError(
             f"backend: expected 'auto' or one of {available_backends()}, got {name!r} for tensors "

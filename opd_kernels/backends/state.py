@@ -58,7 +58,8 @@ class RowState:
 
     def tail(self) -> Tensor:
         """logsumexp of the logits outside S, [N]; -inf where S is everything."""
-        return self.max + self.sum.log()
+        # In float64, so that the result is rounded once: at its size that is most of its error.
+        return (self.max.double() + self.sum.double().log()).to(self.max.dtype)
 
     def entropy(self) -> Tensor:
         """Entropy of each row in nats, [N]: log Z - E[z], relative to the row's largest logit."""

@@ -5,6 +5,7 @@ order can call `gradient_` on the same chunk afterwards. Both walk in blocks of 
 their temporaries and keeps them in cache.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -49,6 +50,47 @@ def gradient_(
         dlogits = _with_spare_column((logits - shift).exp().mul_(dtail[rows, None]))
         dlogits.scatter_(1, _columns(ids[rows], first_id, logits.shape[1]), dvalues[rows])
         torch.mul(dlogits[:, :-1], head.derivative(scores), out=chunk[rows])
+
+
+def divergence_(
+    chunk: Tensor,
+    head: Head,
+    teacher_chunk: Tensor,
+    teacher_head: Head,
+    beta: float,
+    upstream: Tensor | None,
+) -> Tensor:
+    """The generalised JSD [n] of whole rows [n, V]: beta = 0 is forward and beta = 1 reverse KL.
+
+    Given upstream [n], it overwrites the student's chunk with upstream * dloss/draw, where dloss/dz
+    is p - q for the forward KL and p (w - sum p w) for the others, with w = log p - log q, or
+    (1 - beta) log(p / M).
+    """
+    losses = [chunk.new_empty(0)]
+    for rows in _row_blocks(chunk):
+        scores = head.scores(chunk[rows], 0)
+        log_p = head.logits(scores).log_softmax(1)
+        log_q = teacher_head.logits(teacher_head.scores(teacher_chunk[rows], 0)).log_softmax(1)
+        p, q = log_p.exp(), log_q.exp()
+        if beta in (0.0, 1.0):
+            w = log_p - log_q
+            loss = -_expectation(q, w) if beta == 0.0 else _expectation(p, w)
+        else:
+            log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
+            w = (1.0 - beta) * (log_p - log_m)
+            loss = _expectation(p, w) + beta * _expectation(q, log_q - log_m)
+        losses.append(loss)
+        if upstream is None:
+            continue
+        slope = p * (w - _expectation(p, w)[:, None])
+        dlogits = p - q if beta == 0.0 else slope.masked_fill_(p == 0, 0.0)
+        dlogits = (dlogits * upstream[rows, None]).masked_fill_((upstream[rows] == 0)[:, None], 0.0)
+        torch.mul(dlogits, head.derivative(scores), out=chunk[rows])
+    return torch.cat(losses)
+
+
+def _expectation(weight: Tensor, term: Tensor) -> Tensor:
+    return (weight * term.masked_fill(weight == 0, 0.0)).sum(1)
 
 
 def _row_blocks(chunk: Tensor) -> Iterator[slice]:

@@ -1,0 +1,183 @@
+// Two or three walks over a pair of rows, of which all but the first find them in the cache.
+
+#include "divergence.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+namespace opd {
+namespace {
+
+// value where weight is not 0, else 0: a probability of 0 makes 0 of an infinite term.
+template <typename T>
+Vec<T> where_positive(Vec<T> weight, Vec<T> value) {
+  return Vec<T>::blendv(value, Vec<T>(0), weight == Vec<T>(0));
+}
+
+template <typename T>
+struct Mixture {
+  Vec<T> student, teacher;  // weights 1 - beta and beta
+
+  explicit Mixture(double beta) : student(T(1 - beta)), teacher(T(beta)) {}
+
+  Vec<T> log(Vec<T> p, Vec<T> q) const {
+    const Vec<T> tiny(std::numeric_limits<T>::min());
+    return at::vec::maximum(student * p + teacher * q, tiny).log();
+  }
+};
+
+// A pair of rows of logits, and what the first walk over them finds.
+template <typename T>
+class Pair {
+ public:
+  Pair(T* raw, const Head<T>& head, const T* teacher_raw, const Head<T>& teacher_head,
+       int64_t columns)
+      : raw_(raw), head_(head), teacher_raw_(teacher_raw), teacher_head_(teacher_head),
+        columns_(columns) {}
+
+  // Both logsumexps, and E[z - z'] under p (reverse) or q (forward), from which the KL follows.
+  T kl(bool reverse) {
+    double max = -kInfinity<double>, sum = 0, expected = 0;
+    double other_max = -kInfinity<double>, other_sum = 0;
+    alignas(64) T ours[kBlock], theirs[kBlock];
+    for (int64_t first = 0; first < columns_; first += kBlock) {
+      const int64_t count = std::min(kBlock, columns_ - first);
+      const T peak = head_.logits(raw_, first, count, ours);
+      const T other_peak = teacher_head_.logits(teacher_raw_, first, count, theirs);
+      T* weighted = reverse ? ours : theirs;
+      T* other = reverse ? theirs : ours;
+      raise(reverse ? peak : other_peak, max, sum, &expected);
+      raise(reverse ? other_peak : peak, other_max, other_sum, nullptr);
+      const Vec<T> shift(finite(max)), other_shift(finite(other_max));
+      Vec<T> total(0), terms(0), other_total(0);
+      for (int64_t i = 0; i < padded<T>(count); i += Vec<T>::size()) {
+        const auto z = Vec<T>::loadu(weighted + i), y = Vec<T>::loadu(other + i);
+        const auto weight = exp(z - shift);
+        total = total + weight;
+        terms = terms + where_positive(weight, weight * (z - y));
+        other_total = other_total + exp(y - other_shift);
+      }
+      sum += sum_of(total);
+      expected += sum_of(terms);
+      other_sum += sum_of(other_total);
+    }
+    const double lse = max + std::log(sum), other_lse = other_max + std::log(other_sum);
+    lse_ = reverse ? lse : other_lse;
+    teacher_lse_ = reverse ? other_lse : lse;
+    kl_ = expected / sum - lse + other_lse;
+    return kl_;
+  }
+
+  T jsd(double beta) {
+    kl(false);
+    const Mixture<T> mixture(beta);
+    double loss = 0, slope = 0;
+    alignas(64) T ours[kBlock], theirs[kBlock];
+    for (int64_t first = 0; first < columns_; first += kBlock) {
+      const int64_t count = std::min(kBlock, columns_ - first);
+      head_.logits(raw_, first, count, ours);
+      teacher_head_.logits(teacher_raw_, first, count, theirs);
+      Vec<T> losses(0), slopes(0);
+      for (int64_t i = 0; i < padded<T>(count); i += Vec<T>::size()) {
+        const auto log_p = Vec<T>::loadu(ours + i) - Vec<T>(lse_);
+        const auto log_q = Vec<T>::loadu(theirs + i) - Vec<T>(teacher_lse_);
+        const auto p = exp(log_p), q = exp(log_q);
+        const auto log_m = mixture.log(p, q);
+        const auto from_student = where_positive(p, p * mixture.student * (log_p - log_m));
+        slopes = slopes + from_student;
+        losses = losses + from_student;
+        losses = losses + where_positive(q, q * mixture.teacher * (log_q - log_m));
+      }
+      loss += sum_of(losses);
+      slope += sum_of(slopes);
+    }
+    slope_ = slope;
+    return loss;
+  }
+
+  void reverse_kl_gradient(T upstream) {
+    const Vec<T> shift(teacher_lse_ - lse_ - kl_);
+    overwrite(upstream, [&](Vec<T> log_p, Vec<T> z, Vec<T> y) {
+      const auto p = exp(log_p);
+      return where_positive(p, p * (z - y + shift));
+    });
+  }
+
+  void forward_kl_gradient(T upstream) {
+    overwrite(upstream, [&](Vec<T> log_p, Vec<T>, Vec<T> y) {
+      return exp(log_p) - exp(y - Vec<T>(teacher_lse_));
+    });
+  }
+
+  void jsd_gradient(T upstream, double beta) {
+    const Mixture<T> mixture(beta);
+    overwrite(upstream, [&](Vec<T> log_p, Vec<T>, Vec<T> y) {
+      const auto p = exp(log_p), q = exp(y - Vec<T>(teacher_lse_));
+      const auto w = mixture.student * (log_p - mixture.log(p, q));
+      return where_positive(p, p * (w - Vec<T>(slope_)));
+    });
+  }
+
+ private:
+  static double finite(double max) { return max == -kInfinity<double> ? 0 : max; }
+
+  // Raises the shift of an online sum.
+  static void raise(T peak, double& max, double& sum, double* expected) {
+    if (!(peak > max) && peak == peak) return;
+    const double decay = max == -kInfinity<double> ? 0 : std::exp(max - peak);
+    sum *= decay;
+    if (expected) *expected *= decay;
+    max = peak;
+  }
+
+  template <typename Gradient>
+  void overwrite(T upstream, const Gradient& gradient) {
+    for (int64_t i = 0; i < columns_; i += Vec<T>::size()) {
+      const int64_t count = std::min<int64_t>(Vec<T>::size(), columns_ - i);
+      const auto score = head_.score(raw_, i, count);
+      const auto z = head_.logit(score);
+      const auto y = teacher_head_.logit(teacher_head_.score(teacher_raw_, i, count));
+      const auto dz = gradient(z - Vec<T>(lse_), z, y);
+      (dz * Vec<T>(upstream) * head_.derivative(score)).store(raw_ + i, count);
+    }
+  }
+
+  T* raw_;
+  const Head<T>& head_;
+  const T* teacher_raw_;
+  const Head<T>& teacher_head_;
+  int64_t columns_;
+  T lse_ = 0, teacher_lse_ = 0, kl_ = 0, slope_ = 0;
+};
+
+}  // namespace
+
+template <typename T>
+void divergence(const Chunk<T>& student, const Head<T>& head, const Chunk<T>& teacher,
+                const Head<T>& teacher_head, double beta, const T* upstream, T* loss) {
+  at::parallel_for(0, student.rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      T* raw = student.data + row * student.stride;
+      Pair<T> pair(raw, head, teacher.data + row * teacher.stride, teacher_head, student.columns);
+      const bool is_kl = beta == 0 || beta == 1;
+      loss[row] = is_kl ? pair.kl(beta == 1) : pair.jsd(beta);
+      if (!upstream) continue;
+      if (upstream[row] == 0)
+        std::fill(raw, raw + student.columns, T(0));  // not 0 * inf
+      else if (beta == 1)
+        pair.reverse_kl_gradient(upstream[row]);
+      else if (beta == 0)
+        pair.forward_kl_gradient(upstream[row]);
+      else
+        pair.jsd_gradient(upstream[row], beta);
+    }
+  });
+}
+
+template void divergence(const Chunk<float>&, const Head<float>&, const Chunk<float>&,
+                         const Head<float>&, double, const float*, float*);
+template void divergence(const Chunk<double>&, const Head<double>&, const Chunk<double>&,
+                         const Head<double>&, double, const double*, double*);
+
+}  // namespace opd

@@ -1,0 +1,215 @@
+// update and gradient: one read of a chunk, and one read and one write.
+//
+// A row is walked in blocks. A block's logits lie in a buffer, where what belongs to S is taken out
+// before the rest joins the online logsumexp (Milakov and Gimelshein, arXiv 1805.02867), so that a
+// tail far below the best logits keeps its precision.
+
+#include "epilogue.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace opd {
+namespace {
+
+template <typename T>
+struct Candidate {
+  T value;
+  int64_t id;
+};
+
+// Of two equal logits the lower id is the better, as in a stable sort.
+template <typename T>
+bool better(const Candidate<T>& a, const Candidate<T>& b) {
+  return a.value > b.value || (a.value == b.value && a.id < b.id);
+}
+
+// The best K logits so far as a heap with the worst of them on top.
+template <typename T>
+class TopK {
+ public:
+  void load(const T* values, const int64_t* ids, int64_t k) {
+    heap_.resize(k);
+    // From best to worst; a heap is in order when it is read backwards.
+    for (int64_t i = 0; i < k; ++i) heap_[k - 1 - i] = {values[i], ids[i]};
+  }
+
+  void store(T* values, int64_t* ids) {
+    std::sort(heap_.begin(), heap_.end(), better<T>);
+    for (size_t i = 0; i < heap_.size(); ++i) {
+      values[i] = heap_[i].value;
+      ids[i] = heap_[i].id;
+    }
+  }
+
+  T threshold() const { return heap_.front().value; }
+
+  // Puts a better candidate in place of the worst, whose logit is returned.
+  T replace_worst(Candidate<T> candidate) {
+    const T evicted = threshold();
+    const int64_t size = heap_.size();
+    int64_t hole = 0;
+    for (int64_t child = 1; child < size; child = 2 * hole + 1) {
+      if (child + 1 < size && better(heap_[child], heap_[child + 1])) ++child;
+      if (!better(candidate, heap_[child])) break;
+      heap_[hole] = heap_[child];
+      hole = child;
+    }
+    heap_[hole] = candidate;
+    return evicted;
+  }
+
+ private:
+  std::vector<Candidate<T>> heap_;
+};
+
+// Columns of S in ascending order, each with its slot.
+struct Target {
+  int64_t column, slot;
+};
+
+void load_targets(const int64_t* ids, int64_t k, int64_t first_id, int64_t columns,
+                  std::vector<Target>& targets) {
+  targets.clear();
+  for (int64_t slot = 0; slot < k; ++slot) {
+    const int64_t column = ids[slot] - first_id;
+    if (ids[slot] >= 0 && column >= 0 && column < columns) targets.push_back({column, slot});
+  }
+  std::sort(targets.begin(), targets.end(),
+            [](const Target& a, const Target& b) { return a.column < b.column; });
+}
+
+// Running logsumexp of a row, and sum exp(z - max) (z - max) for its entropy. The sums over a block
+// are taken in T, those over blocks in double.
+template <typename T>
+struct Online {
+  double max, sum, moment;
+
+  void absorb(const T* z, int64_t count, T peak, bool with_moment) {
+    if (peak == -kInfinity<T>) return;
+    if (peak > max || peak != peak) {
+      const double decay = std::exp(max - peak);
+      moment = max == -kInfinity<double> ? 0 : decay * (moment + sum * (max - peak));
+      sum *= decay;
+      max = peak;
+    }
+    const Vec<T> shift(max);
+    Vec<T> total(0), products(0);
+    for (int64_t i = 0; i < padded<T>(count); i += Vec<T>::size()) {
+      const auto gap = Vec<T>::loadu(z + i) - shift;
+      const auto weight = exp(gap);
+      total = total + weight;
+      if (with_moment) {
+        const Vec<T> finite(std::numeric_limits<T>::lowest());
+        products = at::vec::fmadd(weight, at::vec::maximum(gap, finite), products);
+      }
+    }
+    sum += sum_of(total);
+    if (with_moment) moment += sum_of(products);
+  }
+};
+
+// Moves every logit of the block that beats the running top-K into it; what it evicts takes its
+// place in the block, and so joins the tail.
+template <typename T>
+void select(T* z, int64_t count, int64_t first_id, TopK<T>& best) {
+  constexpr int none = (1 << Vec<T>::size()) - 1;
+  for (int64_t i = 0; i < padded<T>(count); i += Vec<T>::size()) {
+    if ((Vec<T>::loadu(z + i) > Vec<T>(best.threshold())).zero_mask() == none) continue;
+    for (int64_t j = i; j < i + Vec<T>::size(); ++j)
+      if (z[j] > best.threshold()) z[j] = best.replace_worst({z[j], first_id + j});
+  }
+}
+
+template <typename T>
+void update_row(const T* raw, const Chunk<T>& chunk, const Head<T>& head, const State<T>& state,
+                int64_t row, TopK<T>& best, std::vector<Target>& targets) {
+  T* values = state.values + row * state.k;
+  int64_t* ids = state.ids + row * state.k;
+  if (state.selects)
+    best.load(values, ids, state.k);
+  else
+    load_targets(ids, state.k, chunk.first_id, chunk.columns, targets);
+  Online<T> tail{state.max[row], state.sum[row], state.moment ? state.moment[row] : T(0)};
+  auto target = targets.begin();
+  alignas(64) T z[kBlock];
+  for (int64_t first = 0; first < chunk.columns; first += kBlock) {
+    const int64_t count = std::min(kBlock, chunk.columns - first);
+    T peak = head.logits(raw, first, count, z);
+    bool taken = false;
+    if (state.selects) {
+      taken = peak > best.threshold() || peak != peak;
+      if (taken) select(z, count, chunk.first_id + first, best);
+    } else {
+      for (; target != targets.end() && target->column < first + count; ++target, taken = true) {
+        values[target->slot] = z[target->column - first];
+        z[target->column - first] = -kInfinity<T>;
+      }
+    }
+    tail.absorb(z, count, taken ? max_of(z, count) : peak, state.moment != nullptr);
+  }
+  if (state.selects) best.store(values, ids);
+  state.max[row] = tail.max;
+  state.sum[row] = tail.sum;
+  if (state.moment) state.moment[row] = tail.moment;
+}
+
+template <typename T>
+void gradient_row(T* raw, const Chunk<T>& chunk, const Head<T>& head, const int64_t* ids,
+                  const T* dvalues, int64_t k, T tail, T dtail, std::vector<T>& on_support) {
+  on_support.resize(k);
+  for (int64_t slot = 0; slot < k; ++slot) {
+    const int64_t column = ids[slot] - chunk.first_id;
+    if (column >= 0 && column < chunk.columns)
+      on_support[slot] = dvalues[slot] * head.derivative_at(raw, column);
+  }
+  // A row whose tail is -inf has no mass off S, and -inf - -inf would be NaN.
+  const Vec<T> shift(tail == -kInfinity<T> ? kInfinity<T> : tail);
+  for (int64_t i = 0; i < chunk.columns; i += Vec<T>::size()) {
+    const int64_t count = std::min<int64_t>(Vec<T>::size(), chunk.columns - i);
+    const auto score = head.score(raw, i, count);
+    const auto softmax = exp(head.logit(score) - shift);
+    (softmax * Vec<T>(dtail) * head.derivative(score)).store(raw + i, count);
+  }
+  for (int64_t slot = 0; slot < k; ++slot) {
+    const int64_t column = ids[slot] - chunk.first_id;
+    if (ids[slot] >= 0 && column >= 0 && column < chunk.columns) raw[column] = on_support[slot];
+  }
+}
+
+// A thread's share is at least this many elements.
+int64_t grain(int64_t columns) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns)); }
+
+}  // namespace
+
+template <typename T>
+void update(const Chunk<T>& chunk, const Head<T>& head, const State<T>& state) {
+  at::parallel_for(0, chunk.rows, grain(chunk.columns), [&](int64_t begin, int64_t end) {
+    TopK<T> best;
+    std::vector<Target> targets;
+    for (int64_t row = begin; row < end; ++row)
+      update_row<T>(chunk.data + row * chunk.stride, chunk, head, state, row, best, targets);
+  });
+}
+
+template <typename T>
+void gradient(const Chunk<T>& chunk, const Head<T>& head, const int64_t* ids, const T* dvalues,
+              int64_t k, const T* tail, const T* dtail) {
+  at::parallel_for(0, chunk.rows, grain(chunk.columns), [&](int64_t begin, int64_t end) {
+    std::vector<T> on_support;
+    for (int64_t row = begin; row < end; ++row)
+      gradient_row(chunk.data + row * chunk.stride, chunk, head, ids + row * k, dvalues + row * k,
+                   k, tail[row], dtail[row], on_support);
+  });
+}
+
+template void update(const Chunk<float>&, const Head<float>&, const State<float>&);
+template void update(const Chunk<double>&, const Head<double>&, const State<double>&);
+template void gradient(const Chunk<float>&, const Head<float>&, const int64_t*, const float*,
+                       int64_t, const float*, const float*);
+template void gradient(const Chunk<double>&, const Head<double>&, const int64_t*, const double*,
+                       int64_t, const double*, const double*);
+
+}  // namespace opd

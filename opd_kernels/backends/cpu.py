@@ -1,0 +1,85 @@
+"""The epilogues in C++ (csrc/cpu), vectorised and threaded, for float32 and float64 chunks."""
+
+import importlib
+import importlib.util
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_kernels.backends import torch as definition
+from opd_kernels.backends.state import RowState
+from opd_kernels.head import Head
+
+# Above this K a heap per row is no longer cheap beside the row's logits.
+_MAX_K = 1024
+# From the best instruction set to the most common one.
+_CAPABILITIES = ("AVX512", "AVX2", "DEFAULT")
+
+
+def load_extension() -> ModuleType | None:
+    """The extension built for this CPU's instruction set or a lesser one; None if none is built.
+
+    An extension that is there but cannot be loaded raises: a broken build is not a missing one.
+    """
+    own = torch.backends.cpu.get_cpu_capability()
+    usable = _CAPABILITIES[_CAPABILITIES.index(own) :] if own in _CAPABILITIES else ("DEFAULT",)
+    for capability in usable:
+        name = f"opd_kernels._cpu_{capability.lower()}"
+        if importlib.util.find_spec(name) is not None:
+            return importlib.import_module(name)
+    return None
+
+
+extension: Any = load_extension()
+
+
+def update(chunk: Tensor, first_id: int, head: Head, state: RowState) -> None:
+    """As in backends/torch.py."""
+    if state.selects and state.values.shape[1] > _MAX_K:
+        return definition.update(chunk, first_id, head, state)
+    extension.update(
+        chunk, first_id, *_head(chunk, first_id, head), state.values, state.ids, state.selects,
+        state.max, state.sum, state.moment,
+    )  # fmt: skip
+
+
+def gradient_(
+    chunk: Tensor,
+    first_id: int,
+    head: Head,
+    ids: Tensor,
+    dvalues: Tensor,
+    tail: Tensor,
+    dtail: Tensor,
+) -> None:
+    """As in backends/torch.py."""
+    rows = (t.contiguous() for t in (ids, dvalues, tail, dtail))
+    extension.gradient_(chunk, first_id, *_head(chunk, first_id, head), *rows)
+
+
+def divergence_(
+    chunk: Tensor,
+    head: Head,
+    teacher_chunk: Tensor,
+    teacher_head: Head,
+    beta: float,
+    upstream: Tensor | None,
+) -> Tensor:
+    """As in backends/torch.py."""
+    loss = chunk.new_empty(chunk.shape[0])
+    upstream = None if upstream is None else upstream.contiguous()
+    heads = _head(chunk, 0, head), _head(teacher_chunk, 0, teacher_head)
+    extension.divergence_(chunk, *heads[0], teacher_chunk, *heads[1], beta, upstream, loss)
+    return loss
+
+
+def _head(
+    chunk: Tensor, first_id: int, head: Head
+) -> tuple[Tensor | None, float | None, float, float]:
+    """bias [v] of the chunk's columns, in its dtype, softcap, scale and temperature."""
+    bias = head.bias
+    if bias is not None:
+        bias = bias.detach()[first_id : first_id + chunk.shape[1]].to(chunk.dtype).contiguous()
+    return bias, head.softcap, head.scale, head.temperature

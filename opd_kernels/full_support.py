@@ -1,0 +1,50 @@
+"""support="full": the loss of whole rows, with the teacher's logits beside the student's.
+
+The package's own divergences are one epilogue on the pair of chunks. Any other objective sees S = V
+a few rows at a time, and is differentiated by autograd.
+"""
+
+import torch
+from torch import Tensor
+
+from opd_kernels.logits_chunk import LogitsChunk
+from opd_kernels.objective import Objective, jsd_beta, per_token_loss
+
+# An objective's temporaries: about a dozen tensors of [rows, V].
+_BLOCK_BYTES = 2 << 20
+
+
+def full_losses_(
+    ours: LogitsChunk, theirs: LogitsChunk, objective: Objective, upstream: Tensor | None
+) -> Tensor:
+    """The loss [c] of each row over all of V.
+
+    Given upstream [c], it overwrites ours.raw [c, V] with upstream * dloss / draw.
+    """
+    beta = jsd_beta(objective)
+    same_scale = ours.head.temperature == theirs.head.temperature
+    if beta is not None and same_scale and ours.raw.dtype == theirs.raw.dtype:
+        return ours.epilogues.divergence_(
+            ours.raw, ours.head, theirs.raw, theirs.head, beta, upstream
+        )
+    rows = max(1, _BLOCK_BYTES // (ours.raw.shape[1] * ours.raw.element_size()))
+    blocks = [slice(first, first + rows) for first in range(0, max(1, ours.raw.shape[0]), rows)]
+    return torch.cat([_by_autograd_(ours, theirs, objective, upstream, x) for x in blocks])
+
+
+def _by_autograd_(
+    ours: LogitsChunk,
+    theirs: LogitsChunk,
+    objective: Objective,
+    upstream: Tensor | None,
+    rows: slice,
+) -> Tensor:
+    with torch.set_grad_enabled(upstream is not None):
+        s = ours.whole_rows(rows)
+        per_token = per_token_loss(objective, s, theirs.whole_rows(rows).detach())
+    if upstream is not None:
+        dlogits = torch.autograd.grad(per_token, s.values, upstream[rows])[0]
+        dlogits.masked_fill_((upstream[rows] == 0)[:, None], 0.0)
+        raw = ours.raw[rows]
+        torch.mul(dlogits, ours.head.derivative(ours.head.scores(raw, 0)), out=raw)
+    return per_token.detach()
