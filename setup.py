@@ -39,14 +39,15 @@ def cpu_extension(capability: str) -> CppExtension:
         # Compiled for OpenMP but not linked with it: the symbols come from the runtime that torch
         # loaded. A second runtime would have a second pool of threads, spinning against the first.
         flags.append("-fopenmp")
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
+    sanitizers = []
     if os.environ.get("OPD_SANITIZE") == "1":
+        sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
         flags += [*sanitizers, "-Werror", "-fno-omit-frame-pointer"]
     return CppExtension(
         f"opd_kernels._cpu_{capability.lower()}",
         SOURCES,
         extra_compile_args=flags,
-        extra_link_args=sanitizers if os.environ.get("OPD_SANITIZE") == "1" else [],
+        extra_link_args=sanitizers,
     )
 
 

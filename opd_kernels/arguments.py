@@ -5,6 +5,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from opd_kernels.divergences import check_same_distribution
 from opd_kernels.lazy_logits import LazyLogits
 from opd_kernels.objective import Objective
 from opd_kernels.sparse_logits import SparseLogits
@@ -91,13 +92,7 @@ def _check_answer(student: LazyLogits, teacher: SparseLogits) -> None:
             f"teacher: expected ids of the shape of values, {tuple(teacher.values.shape)}, got "
             f"{tuple(teacher.ids.shape)}; make it by SparseLogits.from_log_probs"
         )
-    for name in ("vocab_size", "temperature"):
-        ours, theirs = getattr(student, name), getattr(teacher, name)
-        if ours != theirs:
-            raise ValueError(
-                f"{name}: expected the same of student and teacher, got {ours} and {theirs}; pass "
-                f"{name}= to both"
-            )
+    check_same_distribution(student, teacher)
 
 
 def check_denominator(denominator: float | Tensor | None, reduction: str) -> None:

@@ -11,7 +11,7 @@ final logits z; the teacher never gets one. `tail` says what becomes of the mass
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -162,14 +162,19 @@ def _renormalized(values_p: Tensor, values_q: Tensor) -> _Bins:
     return _Bins(log_p.masked_fill(~live, 0.0), log_q.masked_fill(~live, 0.0), live)
 
 
-def _check_pair(student: SparseLogits, teacher: SparseLogits) -> None:
+def check_same_distribution(student: Any, teacher: SparseLogits) -> None:
+    """Raise unless student, SparseLogits or LazyLogits, has the teacher's vocabulary and scale."""
     for name in ("vocab_size", "temperature"):
         ours, theirs = getattr(student, name), getattr(teacher, name)
         if ours != theirs:
             raise ValueError(
                 f"{name}: expected the same of student and teacher, got {ours} and {theirs}; pass "
-                f"{name}= to both LazyLogits"
+                f"{name}= to both"
             )
+
+
+def _check_pair(student: SparseLogits, teacher: SparseLogits) -> None:
+    check_same_distribution(student, teacher)
     if student.values.shape != teacher.values.shape:
         raise ValueError(
             f"teacher: expected the student's shape [..., K] = {tuple(student.values.shape)}, got "

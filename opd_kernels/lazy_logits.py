@@ -9,6 +9,7 @@ from torch import Tensor
 
 from opd_kernels.head import Head, accumulator_dtype
 from opd_kernels.linear import linear_gather, linear_topk
+from opd_kernels.sparse import are_integer
 from opd_kernels.sparse_logits import SparseLogits
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -314,7 +315,7 @@ def check_k(k: int, vocab_size: int) -> None:
 
 def check_ids(ids: Tensor, hidden: Tensor) -> None:
     """Raise if ids [..., K] are no support for hidden [..., D]."""
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+    if not are_integer(ids):
         raise TypeError(f"ids: expected an integer tensor, got {ids.dtype}; token ids are int64")
     if ids.device != hidden.device:
         raise ValueError(

@@ -3,8 +3,7 @@
 A chunk of the student's logits [c, V] is computed once, reduced to SparseLogits, and overwritten
 with the loss's gradient: one forward and two backward matrix products, no recomputation. The
 objective is any callable; PyTorch differentiates it on the chunk's small tensors. With
-support="full" the teacher's chunk lies beside the student's and the objective sees S = everything,
-a few rows at a time.
+support="full" the teacher's chunk lies beside the student's, see full_support.py.
 """
 
 from dataclasses import dataclass, replace

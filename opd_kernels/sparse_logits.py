@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from opd_kernels.sparse import canonical_ids
+from opd_kernels.sparse import are_integer, canonical_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,14 +75,12 @@ class SparseLogits:
     @property
     def log_probs(self) -> Tensor:
         """[..., K] log-probabilities on S, -inf in empty slots."""
-        values, tail = self._relative_to_the_largest()
-        return values - _logsumexp(values, tail)[..., None]
+        return self._normalized()[0]
 
     @property
     def log_tail(self) -> Tensor:
         """[...] log of the probability outside S."""
-        values, tail = self._relative_to_the_largest()
-        return tail - _logsumexp(values, tail)
+        return self._normalized()[1]
 
     @property
     def mass(self) -> Tensor:
@@ -134,11 +132,13 @@ class SparseLogits:
             )
         return self.tail
 
-    def _relative_to_the_largest(self) -> tuple[Tensor, Tensor]:
-        """values and tail less the row's largest: the logsumexp would round at its own size."""
+    def _normalized(self) -> tuple[Tensor, Tensor]:
+        """log_probs and log_tail, relative to the row's largest: lse rounds at its own size."""
         peak = torch.maximum(self.values.detach().amax(-1), self.lse_outside.detach())
         peak = peak.masked_fill(peak == -torch.inf, 0.0)
-        return self.values - peak[..., None], self.lse_outside - peak
+        values, tail = self.values - peak[..., None], self.lse_outside - peak
+        lse = _logsumexp(values, tail)
+        return values - lse[..., None], tail - lse
 
     def _matches(self, other: "SparseLogits") -> Tensor:
         """[..., K] the slot of `other` that holds each of these ids with a value, else -1."""
@@ -158,7 +158,7 @@ def _logsumexp(values: Tensor, tail: Tensor) -> Tensor:
 
 
 def _check_ids(ids: Tensor, shape: torch.Size) -> None:
-    if ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64, torch.complex128):
+    if not are_integer(ids):
         raise ValueError(
             f"ids: expected an integer dtype, got {ids.dtype}; pass token ids as int64"
         )

@@ -65,17 +65,25 @@ class TopK {
   std::vector<Candidate<T>> heap_;
 };
 
+// The chunk's column of an id, or -1 where the slot is empty or the id lies in another chunk.
+template <typename T>
+int64_t column_of(int64_t id, const Chunk<T>& chunk) {
+  const int64_t column = id - chunk.first_id;
+  return id >= 0 && column >= 0 && column < chunk.columns ? column : -1;
+}
+
 // Columns of S in ascending order, each with its slot.
 struct Target {
   int64_t column, slot;
 };
 
-void load_targets(const int64_t* ids, int64_t k, int64_t first_id, int64_t columns,
+template <typename T>
+void load_targets(const int64_t* ids, int64_t k, const Chunk<T>& chunk,
                   std::vector<Target>& targets) {
   targets.clear();
   for (int64_t slot = 0; slot < k; ++slot) {
-    const int64_t column = ids[slot] - first_id;
-    if (ids[slot] >= 0 && column >= 0 && column < columns) targets.push_back({column, slot});
+    const int64_t column = column_of(ids[slot], chunk);
+    if (column >= 0) targets.push_back({column, slot});
   }
   std::sort(targets.begin(), targets.end(),
             [](const Target& a, const Target& b) { return a.column < b.column; });
@@ -131,7 +139,7 @@ void update_row(const T* raw, const Chunk<T>& chunk, const Head<T>& head, const 
   if (state.selects)
     best.load(values, ids, state.k);
   else
-    load_targets(ids, state.k, chunk.first_id, chunk.columns, targets);
+    load_targets(ids, state.k, chunk, targets);
   Online<T> tail{state.max[row], state.sum[row], state.moment ? state.moment[row] : T(0)};
   auto target = targets.begin();
   alignas(64) T z[kBlock];
@@ -161,9 +169,8 @@ void gradient_row(T* raw, const Chunk<T>& chunk, const Head<T>& head, const int6
                   const T* dvalues, int64_t k, T tail, T dtail, std::vector<T>& on_support) {
   on_support.resize(k);
   for (int64_t slot = 0; slot < k; ++slot) {
-    const int64_t column = ids[slot] - chunk.first_id;
-    if (column >= 0 && column < chunk.columns)
-      on_support[slot] = dvalues[slot] * head.derivative_at(raw, column);
+    const int64_t column = column_of(ids[slot], chunk);
+    if (column >= 0) on_support[slot] = dvalues[slot] * head.derivative_at(raw, column);
   }
   // A row whose tail is -inf has no mass off S, and -inf - -inf would be NaN.
   const Vec<T> shift(tail == -kInfinity<T> ? kInfinity<T> : tail);
@@ -174,8 +181,8 @@ void gradient_row(T* raw, const Chunk<T>& chunk, const Head<T>& head, const int6
     (softmax * Vec<T>(dtail) * head.derivative(score)).store(raw + i, count);
   }
   for (int64_t slot = 0; slot < k; ++slot) {
-    const int64_t column = ids[slot] - chunk.first_id;
-    if (ids[slot] >= 0 && column >= 0 && column < chunk.columns) raw[column] = on_support[slot];
+    const int64_t column = column_of(ids[slot], chunk);
+    if (column >= 0) raw[column] = on_support[slot];
   }
 }
 
