@@ -9,8 +9,11 @@ the hidden states, so a chunk must hold enough columns. The measurements are in 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 MIN_COLUMNS = 4096
+# Rows of a chunk that start at a multiple of a vector's size multiply up to a quarter faster.
+_ALIGNMENT = 64
 _MIB = 1 << 20
 
 
@@ -22,7 +25,7 @@ class _Limits:
 
 
 _LIMITS = {
-    "cpu": _Limits(budget=192 * _MIB, recompute_chunk=32 * _MIB, one_pass_rows=256),
+    "cpu": _Limits(budget=192 * _MIB, recompute_chunk=24 * _MIB, one_pass_rows=128),
     "cuda": _Limits(budget=1536 * _MIB, recompute_chunk=256 * _MIB, one_pass_rows=2048),
 }
 
@@ -35,6 +38,10 @@ def _even_size(total: int, most: int) -> int:
     """The size of equal pieces of `total`, none over `most`."""
     pieces = -(-total // max(1, most))
     return -(-total // max(1, pieces))
+
+
+def _aligned(columns: int) -> int:
+    return -(-columns // _ALIGNMENT) * _ALIGNMENT
 
 
 def _budget(device: torch.device, chunk_bytes: int | None) -> int:
@@ -53,16 +60,22 @@ def recompute_sizes(
 ) -> tuple[int, int]:
     """Rows and columns of a logits chunk in the recompute order."""
     budget = min(_budget(device, chunk_bytes), _limits(device).recompute_chunk) // itemsize
-    columns = _even_size(vocab, max(MIN_COLUMNS, budget // max(tokens, 1)))
+    most = max(MIN_COLUMNS, budget // max(tokens, 1) // _ALIGNMENT * _ALIGNMENT)
+    columns = min(vocab, _aligned(_even_size(vocab, most)))
     rows = _even_size(tokens, max(1, budget // columns))
     return rows, columns
+
+
+def chunk_buffer(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised logits [rows, columns] whose rows start at multiples of _ALIGNMENT."""
+    return like.new_empty((rows, _aligned(columns)), dtype=dtype)[:, :columns]
 
 
 def one_pass_rows(
     tokens: int, vocab: int, itemsize: int, device: torch.device, chunk_bytes: int | None
 ) -> int:
     """Rows of a logits chunk in the one-pass order: as many as the budget holds, or one."""
-    return _even_size(tokens, _budget(device, chunk_bytes) // (vocab * itemsize))
+    return _even_size(tokens, _budget(device, chunk_bytes) // (_aligned(vocab) * itemsize))
 
 
 def prefers_one_pass(

@@ -77,7 +77,8 @@ def distillation_loss(
             pass.
         compact: leave out tokens of weight 0 before the first matrix product (synchronises with the
             device).
-        chunk_bytes: most memory for the student's logits at a time; default by the device.
+        chunk_bytes: most memory for the student's logits at a time, and for support="full" as much
+            again for the teacher's; default by the device.
         backend: "auto", or a name of available_backends().
 
     Returns:
@@ -290,12 +291,13 @@ def _resolve_method(student: LazyLogits, options: LossOptions, reduction: str, m
         return method
     if reduction == "none":
         return "recompute"
+    if isinstance(options.support, str) and options.support == "full":
+        return "one_pass"  # chunks of tokens either way
     dtype = accumulator_dtype(student.hidden, student.weight)
-    chunks = 2 if isinstance(options.support, str) and options.support == "full" else 1
     fits = prefers_one_pass(
         student.hidden.shape[0],
         student.head.vocab_size,
-        dtype.itemsize * chunks,
+        dtype.itemsize,
         student.hidden.device,
         options.chunk_bytes,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opd_kernels import matmul
 from opd_kernels.backends import Epilogues, select_backend
-from opd_kernels.chunking import one_pass_rows
+from opd_kernels.chunking import chunk_buffer, one_pass_rows
 from opd_kernels.full_support import full_losses_
 from opd_kernels.gradients import Gradients
 from opd_kernels.head import Head, accumulator_dtype
@@ -100,15 +100,18 @@ class _Walker:
         head = student.head
         hidden = student.hidden.to(accumulator_dtype(student.hidden, student.weight))
         full = options.support == "full" if isinstance(options.support, str) else False
-        itemsize = hidden.element_size() * (2 if full else 1)
         rows = one_pass_rows(
-            hidden.shape[0], head.vocab_size, itemsize, hidden.device, options.chunk_bytes
+            hidden.shape[0],
+            head.vocab_size,
+            hidden.element_size(),
+            hidden.device,
+            options.chunk_bytes,
         )
         teacher_buffer = None
         if full:
             assert isinstance(teacher, LazyLogits)  # distillation_loss refuses a server here
             teacher_dtype = accumulator_dtype(teacher.hidden, teacher.weight)
-            teacher_buffer = hidden.new_empty((rows, head.vocab_size), dtype=teacher_dtype)
+            teacher_buffer = chunk_buffer(rows, head.vocab_size, hidden, teacher_dtype)
         return cls(
             student,
             teacher,
@@ -118,7 +121,7 @@ class _Walker:
             hidden,
             head,
             select_backend(options.backend, hidden.device),
-            hidden.new_empty((rows, head.vocab_size)),
+            chunk_buffer(rows, head.vocab_size, hidden, hidden.dtype),
             teacher_buffer,
         )
 
