@@ -1,9 +1,12 @@
 // Python's door to the epilogues: checks every tensor, then calls the kernels on raw pointers.
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
+#include <tuple>
+#include <vector>
 
 #include "cpu/divergence.h"
 #include "cpu/epilogue.h"
@@ -96,6 +99,43 @@ void gradient_(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias
   });
 }
 
+// Row and column [E] and value [E] of every entry, and kept [n].
+std::tuple<Tensor, Tensor, Tensor, Tensor> filtered_gradient(
+    const Tensor& chunk, const OptionalTensor& bias, std::optional<double> softcap, double scale,
+    double temperature, const Tensor& ids, const Tensor& dvalues, const Tensor& tail,
+    const Tensor& dtail, const Tensor& threshold) {
+  check_chunk(chunk, 0);
+  const int64_t rows = chunk.size(0), k = ids.dim() == 2 ? ids.size(1) : 0;
+  check(ids, "ids", at::kLong, {rows, k});
+  check(dvalues, "dvalues", chunk.scalar_type(), {rows, k});
+  check(tail, "tail", chunk.scalar_type(), {rows});
+  check(dtail, "dtail", chunk.scalar_type(), {rows});
+  check(threshold, "threshold", chunk.scalar_type(), {rows});
+  Tensor row_ids, columns, values, kept = at::empty({rows}, chunk.options());
+  for_dtype_of(chunk, [&](auto zero) {
+    using T = decltype(zero);
+    const auto head = head_of<T>(chunk, bias, softcap, scale, temperature);
+    const pybind11::gil_scoped_release no_gil;
+    const auto entries = opd::filtered_gradient(
+        chunk_of<T>(chunk, 0), head, ids.data_ptr<int64_t>(), dvalues.data_ptr<T>(), k,
+        tail.data_ptr<T>(), dtail.data_ptr<T>(), threshold.data_ptr<T>(), kept.data_ptr<T>());
+    int64_t count = 0;
+    for (const auto& row : entries) count += row.size();
+    row_ids = at::empty({count}, ids.options());
+    columns = at::empty({count}, ids.options());
+    values = at::empty({count}, chunk.options());
+    int64_t next = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      for (const auto& entry : entries[row]) {
+        row_ids.data_ptr<int64_t>()[next] = row;
+        columns.data_ptr<int64_t>()[next] = entry.column;
+        values.data_ptr<T>()[next++] = entry.value;
+      }
+    }
+  });
+  return {row_ids, columns, values, kept};
+}
+
 void divergence_(const Tensor& chunk, const OptionalTensor& bias, std::optional<double> softcap,
                  double scale, double temperature, const Tensor& teacher,
                  const OptionalTensor& teacher_bias, std::optional<double> teacher_softcap,
@@ -127,5 +167,6 @@ void divergence_(const Tensor& chunk, const OptionalTensor& bias, std::optional<
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("update", &update);
   m.def("gradient_", &gradient_);
+  m.def("filtered_gradient", &filtered_gradient);
   m.def("divergence_", &divergence_);
 }

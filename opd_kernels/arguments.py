@@ -80,6 +80,28 @@ def check_arguments(
             )
 
 
+def check_gradient_filter(
+    gradient_filter: float | None, support: Support | Tensor, reduction: str, method: str
+) -> None:
+    """Raise unless the filter is a probability and the gradient has a part off S to filter."""
+    if gradient_filter is None:
+        return
+    if not isinstance(gradient_filter, float) or not 0.0 < gradient_filter < 1.0:
+        raise ValueError(
+            "gradient_filter: expected a probability between 0 and 1 such as 2**-16, or None for "
+            f"the exact gradient, got {gradient_filter!r}"
+        )
+    if method == "recompute" or reduction == "none":
+        raise ValueError(
+            "gradient_filter: only one_pass can filter, got "
+            f"method={method!r}, reduction={reduction!r}; drop one"
+        )
+    if isinstance(support, str) and support == "full":
+        raise ValueError(
+            "gradient_filter: support='full' has no entries outside S to leave out; drop one"
+        )
+
+
 def _check_answer(student: LazyLogits, teacher: SparseLogits) -> None:
     """Raise unless a server's answer is well formed and of the student's distribution."""
     if not teacher.values.is_floating_point() or teacher.ids.dtype != torch.int64:

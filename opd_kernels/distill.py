@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from opd_kernels.arguments import check_arguments, check_denominator
+from opd_kernels.arguments import check_arguments, check_denominator, check_gradient_filter
 from opd_kernels.chunking import prefers_one_pass
 from opd_kernels.divergences import reverse_kl
 from opd_kernels.head import accumulator_dtype
@@ -15,21 +14,9 @@ from opd_kernels.lazy_logits import LazyLogits, check_ids, check_k
 from opd_kernels.loss_functions import OnePassLoss, RecomputedFullLoss
 from opd_kernels.objective import Objective, freeze_rows, per_token_loss
 from opd_kernels.one_pass import LossOptions, WalkResult, walk
+from opd_kernels.output import DistillationOutput, restore
 from opd_kernels.sparse_logits import SparseLogits
 from opd_kernels.supports import Missing, Recomputed, Served, Support, align
-
-
-class DistillationOutput(NamedTuple):
-    """The loss, and what it was computed from, detached, for logging.
-
-    A token whose weight is 0 is not computed under compact=True: its loss is 0, its slots are empty
-    (id -1) and its tail 0.
-    """
-
-    loss: Tensor  # scalar; [...] with reduction="none"
-    per_token: Tensor  # [...] unweighted
-    student: SparseLogits  # on the support
-    teacher: SparseLogits  # on the same ids
 
 
 def distillation_loss(
@@ -48,6 +35,7 @@ def distillation_loss(
     compact: bool = True,
     chunk_bytes: int | None = None,
     backend: str = "auto",
+    gradient_filter: float | None = None,
 ) -> DistillationOutput:
     """Distil teacher into student without ever holding the [N, V] logits.
 
@@ -80,15 +68,18 @@ def distillation_loss(
         chunk_bytes: most memory for the student's logits at a time, and for support="full" as much
             again for the teacher's; default by the device.
         backend: "auto", or a name of available_backends().
+        gradient_filter: leave tokens outside S whose probability is below this out of the gradient
+            (one_pass only, an approximation; the loss stays exact). The README tells its error.
 
     Returns:
-        DistillationOutput(loss, per_token, student, teacher); all but loss are detached.
+        DistillationOutput(loss, per_token, student, teacher, dropped); all but loss are detached.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and the remedy.
     """
     check_arguments(student, teacher, support, objective, token_weights, reduction, method, missing)
     check_denominator(denominator, reduction)
+    check_gradient_filter(gradient_filter, support, reduction, method)
     student, teacher = _same_vocabulary(student, teacher)
     if isinstance(support, Tensor):
         check_ids(support, student.hidden)
@@ -117,10 +108,12 @@ def distillation_loss(
             ids = ids[kept] if isinstance(ids, Tensor) else ids
     elif weights is not None:
         student, teacher = _without_weightless_rows(student, teacher, weights)
-    options = LossOptions(k, ids, objective, missing, entropy, chunk_bytes, backend)
+    options = LossOptions(
+        k, ids, objective, missing, entropy, chunk_bytes, backend, gradient_filter
+    )
     with torch.autocast(student.hidden.device.type, enabled=False):
         output = _flat_loss(student, teacher, options, weights, reduction, denominator, method)
-    return _restore(output, kept, leading)
+    return restore(output, kept, leading)
 
 
 class TopKDistillationLoss(nn.Module):
@@ -143,6 +136,7 @@ class TopKDistillationLoss(nn.Module):
         compact: bool = True,
         chunk_bytes: int | None = None,
         backend: str = "auto",
+        gradient_filter: float | None = None,
     ) -> None:
         super().__init__()
         self.options = {
@@ -240,7 +234,9 @@ def _one_pass(
         results,
     )
     result = results[0]
-    return DistillationOutput(loss, result.per_token, result.student, result.teacher)
+    return DistillationOutput(
+        loss, result.per_token, result.student, result.teacher, result.dropped
+    )
 
 
 def _recompute(
@@ -291,6 +287,8 @@ def _resolve_method(student: LazyLogits, options: LossOptions, reduction: str, m
         return method
     if reduction == "none":
         return "recompute"
+    if options.gradient_filter is not None:
+        return "one_pass"
     if isinstance(options.support, str) and options.support == "full":
         return "one_pass"  # chunks of tokens either way
     dtype = accumulator_dtype(student.hidden, student.weight)
@@ -316,29 +314,3 @@ def _same_vocabulary(
 def _flat_answer(teacher: SparseLogits, leading: torch.Size) -> SparseLogits:
     dims = len(leading)
     return teacher.map(lambda tensor: tensor.reshape((-1, *tensor.shape[dims:])))
-
-
-def _restore(
-    output: DistillationOutput, kept: Tensor | None, leading: torch.Size
-) -> DistillationOutput:
-    """Back from the kept tokens to the caller's leading shape."""
-
-    def spread(tensor: Tensor, empty: float) -> Tensor:
-        if kept is not None:
-            full = tensor.new_full((leading.numel(), *tensor.shape[1:]), empty)
-            tensor = full.index_copy(0, kept, tensor)
-        return tensor.reshape((*leading, *tensor.shape[1:]))
-
-    def spread_sparse(sparse: SparseLogits) -> SparseLogits:
-        return SparseLogits(
-            spread(sparse.values, -torch.inf),
-            spread(sparse.ids, -1),
-            None if sparse.tail is None else spread(sparse.tail, 0.0),
-            sparse.vocab_size,
-            sparse.temperature,
-            None if sparse.entropy is None else spread(sparse.entropy, 0.0),
-        )
-
-    loss = output.loss if output.loss.dim() == 0 else spread(output.loss, 0.0)
-    student, teacher = spread_sparse(output.student), spread_sparse(output.teacher)
-    return DistillationOutput(loss, spread(output.per_token, 0.0), student, teacher)

@@ -10,6 +10,7 @@ from opd_kernels.head import Head, accumulator_dtype
 from opd_kernels.lazy_logits import LazyLogits
 from opd_kernels.sparse import sparse_gradients
 from opd_kernels.sparse_logits import SparseLogits
+from opd_kernels.sparse_rows import SparseRows
 
 
 @dataclass
@@ -41,6 +42,16 @@ class Gradients:
             self.dweight_is_zero = False
         if self.dbias is not None:
             self.dbias[:vocab] += dlogits.sum(0)
+
+    def add_entries(self, rows: slice, entries: SparseRows, hidden: Tensor, head: Head) -> None:
+        """Add the products of a gradient chunk of which few entries are kept."""
+        if self.dhidden is not None:
+            entries.add_to_hidden_(self.dhidden[rows], head.rows(0, head.vocab_size))
+        if self.dweight is not None:
+            entries.add_to_weight_(self.dweight, hidden)
+            self.dweight_is_zero = False
+        if self.dbias is not None:
+            entries.add_to_bias_(self.dbias)
 
     def add_sparse(
         self, rows: slice, hidden: Tensor, head: Head, leaf: SparseLogits, dvalues: Tensor

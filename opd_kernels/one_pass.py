@@ -6,7 +6,8 @@ objective is any callable; PyTorch differentiates it on the chunk's small tensor
 support="full" the teacher's chunk lies beside the student's, see full_support.py.
 """
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,16 +37,21 @@ class LossOptions:
     entropy: bool
     chunk_bytes: int | None
     backend: str
+    gradient_filter: float | None
 
 
 @dataclass(frozen=True)
 class WalkResult:
-    """The loss [N] and both models on S, detached; and the gradients, if any were needed."""
+    """The loss [N] and both models on S, detached; and the gradients, if any were needed.
+
+    dropped [N] is the student's probability in the entries that a gradient filter left out.
+    """
 
     per_token: Tensor
     student: SparseLogits
     teacher: SparseLogits
     gradients: Gradients | None
+    dropped: Tensor | None
 
 
 def walk(
@@ -60,7 +66,11 @@ def walk(
     pieces = [walker.chunk(rows) for rows in walker.rows_of()]
     losses, students, teachers = zip(*pieces, strict=True)
     return WalkResult(
-        torch.cat(losses), _concatenate(students), _concatenate(teachers), walker.gradients
+        torch.cat(losses),
+        _concatenate(students),
+        _concatenate(teachers),
+        walker.gradients,
+        torch.cat(walker.dropped) if walker.dropped else None,
     )
 
 
@@ -87,6 +97,7 @@ class _Walker:
     epilogues: Epilogues
     buffer: Tensor  # [c, V]
     teacher_buffer: Tensor | None  # [c, V] for support="full"
+    dropped: list[Tensor] = field(default_factory=list)  # a gradient filter's, by chunk
 
     @classmethod
     def plan(
@@ -153,21 +164,40 @@ class _Walker:
             assert self.upstream is not None
             assert logits.leaf is not None
             leaf = logits.leaf
-            tail = leaf.lse_outside
             dvalues, dtail = torch.autograd.grad(
-                per_token, (leaf.values, tail), self.upstream[rows], allow_unused=True
+                per_token, (leaf.values, leaf.lse_outside), self.upstream[rows], allow_unused=True
             )
-            hidden = self.hidden[rows]
             if dvalues is None:
                 dvalues = torch.zeros_like(leaf.values)
-            if dtail is None:
-                self.gradients.add_sparse(rows, hidden, self.head, leaf, dvalues)
-            else:
-                self.epilogues.gradient_(
-                    logits.raw, 0, self.head, leaf.ids, dvalues, tail.detach(), dtail
-                )
-                self.gradients.add_dense(rows, logits.raw, hidden, self.head)
+            self._backpropagate(self.gradients, rows, logits.raw, leaf.detach(), dvalues, dtail)
         return per_token.detach(), s.detach(), t.detach()
+
+    def _backpropagate(
+        self,
+        gradients: Gradients,
+        rows: slice,
+        raw: Tensor,
+        leaf: SparseLogits,
+        dvalues: Tensor,
+        dtail: Tensor | None,
+    ) -> None:
+        """Add the gradient of a chunk through values and tail; may overwrite the chunk."""
+        hidden, head, tail = self.hidden[rows], self.head, leaf.lse_outside
+        eps = self.options.gradient_filter
+        if dtail is None:
+            gradients.add_sparse(rows, hidden, head, leaf, dvalues)
+            kept = torch.ones_like(tail)  # the gradient off S is 0
+        elif eps is None:
+            self.epilogues.gradient_(raw, 0, head, leaf.ids, dvalues, tail, dtail)
+            gradients.add_dense(rows, raw, hidden, head)
+        else:
+            threshold = leaf.lse + math.log(eps)
+            entries, kept = self.epilogues.filtered_gradient(
+                raw, head, leaf.ids, dvalues, tail, dtail, threshold
+            )
+            gradients.add_entries(rows, entries, hidden, head)
+        if eps is not None:
+            self.dropped.append(leaf.log_tail.exp() * (1.0 - kept).clamp_min(0.0))
 
     def _teacher_rows(self, rows: slice) -> Recomputed | Served:
         if isinstance(self.teacher, SparseLogits):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opd_kernels.head import Head
+from opd_kernels.sparse_rows import SparseRows
 
 _BLOCK_BYTES = 16 << 20
 
@@ -46,27 +47,15 @@ def sparse_gradients(
     dbias: Tensor | None,
 ) -> None:
     """Add the gradient through the logits `values` [N, K] at ids [N, K] to the three sums."""
-    safe_ids = ids.clamp_min(0)
     derivative = head.derivative(values if head.softcap is None else _scores(hidden, head, ids))
-    draw = (dvalues * derivative).masked_fill_((values == -torch.inf) | (ids < 0), 0.0)
+    live = ids.masked_fill(values == -torch.inf, -1)
+    entries = SparseRows.of_support(live, dvalues * derivative)
     if dbias is not None:
-        add_rows_(dbias[:, None], safe_ids.reshape(-1), draw.reshape(-1, 1))
-    for rows in _row_blocks(ids, hidden):
-        if dhidden is not None:
-            weight = _weight_rows(head, ids[rows], hidden)
-            dhidden[rows] += torch.bmm(draw[rows, None, :], weight)[:, 0]
-        if dweight is not None:
-            contributions = draw[rows, :, None] * hidden[rows, None, :]
-            add_rows_(dweight, safe_ids[rows].reshape(-1), contributions.flatten(0, 1))
-
-
-def add_rows_(out: Tensor, ids: Tensor, rows: Tensor) -> None:
-    """out[ids[i]] += rows[i], in a fixed order of summation, so that two runs are bitwise equal."""
-    if out.device.type == "cpu":
-        out.index_add_(0, ids, rows)
-    else:
-        # On CUDA index_add_ uses atomics, an accumulating index_put_ sorts.
-        out.index_put_((ids,), rows, accumulate=True)
+        entries.add_to_bias_(dbias)
+    if dhidden is not None:
+        entries.add_to_hidden_(dhidden, head.weight)
+    if dweight is not None:
+        entries.add_to_weight_(dweight, hidden)
 
 
 def _scores(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:

@@ -18,7 +18,11 @@ class LargestTensor(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if tensor.layout == torch.sparse_csr:
+                self.elements = max(self.elements, 3 * tensor._nnz(), tensor.shape[0])
+            else:
                 self.elements = max(self.elements, tensor.untyped_storage().size() // 4)
         return out
 

@@ -186,6 +186,32 @@ void gradient_row(T* raw, const Chunk<T>& chunk, const Head<T>& head, const int6
   }
 }
 
+template <typename T>
+T filter_row(const T* raw, const Chunk<T>& chunk, const Head<T>& head, const T* dvalues, T tail,
+             T dtail, T threshold, const std::vector<Target>& targets,
+             std::vector<Entry<T>>& entries) {
+  double kept = 0;
+  auto target = targets.begin();
+  alignas(64) T z[kBlock];
+  for (int64_t first = 0; first < chunk.columns; first += kBlock) {
+    const int64_t count = std::min(kBlock, chunk.columns - first);
+    const T peak = head.logits(raw, first, count, z);
+    const bool has_target = target != targets.end() && target->column < first + count;
+    if (peak < threshold && !has_target) continue;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t column = first + i;
+      if (target != targets.end() && target->column == column) {
+        entries.push_back({column, dvalues[target++->slot] * head.derivative_at(raw, column)});
+      } else if (z[i] >= threshold && z[i] != -kInfinity<T>) {
+        const T softmax = std::exp(z[i] - tail);
+        kept += softmax;
+        entries.push_back({column, softmax * dtail * head.derivative_at(raw, column)});
+      }
+    }
+  }
+  return kept;
+}
+
 // A thread's share is at least this many elements.
 int64_t grain(int64_t columns) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns)); }
 
@@ -212,11 +238,34 @@ void gradient(const Chunk<T>& chunk, const Head<T>& head, const int64_t* ids, co
   });
 }
 
+template <typename T>
+std::vector<std::vector<Entry<T>>> filtered_gradient(const Chunk<T>& chunk, const Head<T>& head,
+                                                     const int64_t* ids, const T* dvalues,
+                                                     int64_t k, const T* tail, const T* dtail,
+                                                     const T* threshold, T* kept) {
+  std::vector<std::vector<Entry<T>>> entries(chunk.rows);
+  at::parallel_for(0, chunk.rows, grain(chunk.columns), [&](int64_t begin, int64_t end) {
+    std::vector<Target> targets;
+    for (int64_t row = begin; row < end; ++row) {
+      load_targets(ids + row * k, k, chunk, targets);
+      kept[row] = filter_row<T>(chunk.data + row * chunk.stride, chunk, head, dvalues + row * k,
+                                tail[row], dtail[row], threshold[row], targets, entries[row]);
+    }
+  });
+  return entries;
+}
+
 template void update(const Chunk<float>&, const Head<float>&, const State<float>&);
 template void update(const Chunk<double>&, const Head<double>&, const State<double>&);
 template void gradient(const Chunk<float>&, const Head<float>&, const int64_t*, const float*,
                        int64_t, const float*, const float*);
 template void gradient(const Chunk<double>&, const Head<double>&, const int64_t*, const double*,
                        int64_t, const double*, const double*);
+template std::vector<std::vector<Entry<float>>> filtered_gradient(
+    const Chunk<float>&, const Head<float>&, const int64_t*, const float*, int64_t, const float*,
+    const float*, const float*, float*);
+template std::vector<std::vector<Entry<double>>> filtered_gradient(
+    const Chunk<double>&, const Head<double>&, const int64_t*, const double*, int64_t,
+    const double*, const double*, const double*, double*);
 
 }  // namespace opd

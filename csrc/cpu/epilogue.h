@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "head.h"
 
@@ -33,5 +34,19 @@ void update(const Chunk<T>& chunk, const Head<T>& head, const State<T>& state);
 template <typename T>
 void gradient(const Chunk<T>& chunk, const Head<T>& head, const int64_t* ids, const T* dvalues,
               int64_t k, const T* tail, const T* dtail);
+
+template <typename T>
+struct Entry {
+  int64_t column;
+  T value;
+};
+
+// What gradient writes, but without the columns off S whose logit is below threshold [rows]: the
+// entries of each row in ascending columns. kept [rows] is their share of exp(z - tail) off S.
+template <typename T>
+std::vector<std::vector<Entry<T>>> filtered_gradient(const Chunk<T>& chunk, const Head<T>& head,
+                                                     const int64_t* ids, const T* dvalues,
+                                                     int64_t k, const T* tail, const T* dtail,
+                                                     const T* threshold, T* kept);
 
 }  // namespace opd

@@ -12,6 +12,7 @@ from opd_kernels.backends import cpu
 from opd_kernels.backends import torch as torch_backend
 from opd_kernels.backends.state import RowState
 from opd_kernels.head import Head
+from opd_kernels.sparse_rows import SparseRows
 
 __all__ = ["Epilogues", "RowState", "available_backends", "select_backend"]
 
@@ -31,6 +32,17 @@ class Epilogues(Protocol):
         tail: Tensor,
         dtail: Tensor,
     ) -> None: ...
+
+    def filtered_gradient(
+        self,
+        chunk: Tensor,
+        head: Head,
+        ids: Tensor,
+        dvalues: Tensor,
+        tail: Tensor,
+        dtail: Tensor,
+        threshold: Tensor,
+    ) -> tuple[SparseRows, Tensor]: ...
 
     def divergence_(
         self,

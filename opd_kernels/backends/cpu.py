@@ -11,6 +11,7 @@ from torch import Tensor
 from opd_kernels.backends import torch as definition
 from opd_kernels.backends.state import RowState
 from opd_kernels.head import Head
+from opd_kernels.sparse_rows import SparseRows
 
 # Above this K a heap per row is no longer cheap beside the row's logits.
 _MAX_K = 1024
@@ -57,6 +58,21 @@ def gradient_(
     """As in backends/torch.py."""
     rows = (t.contiguous() for t in (ids, dvalues, tail, dtail))
     extension.gradient_(chunk, first_id, *_head(chunk, first_id, head), *rows)
+
+
+def filtered_gradient(
+    chunk: Tensor,
+    head: Head,
+    ids: Tensor,
+    dvalues: Tensor,
+    tail: Tensor,
+    dtail: Tensor,
+    threshold: Tensor,
+) -> tuple[SparseRows, Tensor]:
+    """As in backends/torch.py."""
+    rows = (t.contiguous() for t in (ids, dvalues, tail, dtail, threshold))
+    *entries, kept = extension.filtered_gradient(chunk, *_head(chunk, 0, head), *rows)
+    return SparseRows(*entries), kept
 
 
 def divergence_(

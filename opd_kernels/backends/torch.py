@@ -13,6 +13,7 @@ from torch import Tensor
 
 from opd_kernels.backends.state import RowState
 from opd_kernels.head import Head
+from opd_kernels.sparse_rows import SparseRows
 
 _BLOCK_ELEMENTS = 1 << 19
 
@@ -50,6 +51,38 @@ def gradient_(
         dlogits = _with_spare_column((logits - shift).exp().mul_(dtail[rows, None]))
         dlogits.scatter_(1, _columns(ids[rows], first_id, logits.shape[1]), dvalues[rows])
         torch.mul(dlogits[:, :-1], head.derivative(scores), out=chunk[rows])
+
+
+def filtered_gradient(
+    chunk: Tensor,
+    head: Head,
+    ids: Tensor,
+    dvalues: Tensor,
+    tail: Tensor,
+    dtail: Tensor,
+    threshold: Tensor,
+) -> tuple[SparseRows, Tensor]:
+    """What gradient_ writes to whole rows [n, V], without the entries off S whose logit is below
+    threshold [n]; and the share [n] of the tail's softmax that is kept.
+    """
+    pieces = [(ids.new_empty(0), ids.new_empty(0), chunk.new_empty(0))]
+    shares = [chunk.new_empty(0)]
+    for rows in _row_blocks(chunk):
+        scores = head.scores(chunk[rows], 0)
+        logits = _with_spare_column(head.logits(scores))
+        columns = _columns(ids[rows], 0, chunk.shape[1])
+        logits.scatter_(1, columns, -torch.inf)
+        kept = (logits >= threshold[rows, None]) & (logits != -torch.inf)
+        softmax = (logits - tail[rows, None]).exp().masked_fill(~kept, 0.0)
+        shares.append(softmax.sum(1))
+        dlogits = (softmax * dtail[rows, None]).scatter_(1, columns, dvalues[rows])
+        kept.scatter_(1, columns, True)
+        row, column = kept[:, :-1].nonzero(as_tuple=True)
+        derivative = torch.broadcast_to(torch.as_tensor(head.derivative(scores)), scores.shape)
+        values = dlogits[row, column] * derivative[row, column]
+        pieces.append((row + rows.start, column, values))
+    row_ids, columns, values = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return SparseRows(row_ids, columns, values), torch.cat(shares)
 
 
 def divergence_(

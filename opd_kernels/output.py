@@ -1,0 +1,49 @@
+"""What distillation_loss returns."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opd_kernels.sparse_logits import SparseLogits
+
+
+class DistillationOutput(NamedTuple):
+    """The loss, and what it was computed from, detached, for logging.
+
+    A token whose weight is 0 is not computed under compact=True: its loss is 0, its slots are empty
+    (id -1) and its tail 0.
+    """
+
+    loss: Tensor  # scalar; [...] with reduction="none"
+    per_token: Tensor  # [...] unweighted
+    student: SparseLogits  # on the support
+    teacher: SparseLogits  # on the same ids
+    dropped: Tensor | None = None  # [...] probability that gradient_filter left out of the gradient
+
+
+def restore(
+    output: DistillationOutput, kept: Tensor | None, leading: torch.Size
+) -> DistillationOutput:
+    """Back from the kept tokens to the caller's leading shape."""
+
+    def spread(tensor: Tensor, empty: float) -> Tensor:
+        if kept is not None:
+            full = tensor.new_full((leading.numel(), *tensor.shape[1:]), empty)
+            tensor = full.index_copy(0, kept, tensor)
+        return tensor.reshape((*leading, *tensor.shape[1:]))
+
+    def spread_sparse(sparse: SparseLogits) -> SparseLogits:
+        return SparseLogits(
+            spread(sparse.values, -torch.inf),
+            spread(sparse.ids, -1),
+            None if sparse.tail is None else spread(sparse.tail, 0.0),
+            sparse.vocab_size,
+            sparse.temperature,
+            None if sparse.entropy is None else spread(sparse.entropy, 0.0),
+        )
+
+    loss = output.loss if output.loss.dim() == 0 else spread(output.loss, 0.0)
+    student, teacher = spread_sparse(output.student), spread_sparse(output.teacher)
+    dropped = None if output.dropped is None else spread(output.dropped, 0.0)
+    return DistillationOutput(loss, spread(output.per_token, 0.0), student, teacher, dropped)
