@@ -10,7 +10,8 @@ import time
 
 from tqdm import tqdm
 
-from benchmarks.memory import MIB, make_inputs
+from benchmarks.compare import MIB
+from benchmarks.problems import Inputs, Problem
 from opd_kernels import distillation_loss
 from opd_kernels.chunking import one_pass_rows, recompute_sizes
 
@@ -28,7 +29,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Print a Markdown table of the two orders at several chunk sizes (in MiB)."""
-    student, teacher = make_inputs(arguments.tokens, arguments.dim, arguments.vocab)
+    inputs = Inputs.make(Problem(arguments.tokens, arguments.dim, arguments.vocab))
+    student, teacher = inputs.student, inputs.teacher
     settings = [("one_pass", mib) for mib in arguments.one_pass]
     settings += [("recompute", mib) for mib in arguments.recompute]
     times: dict[tuple[str, int], list[float]] = {setting: [] for setting in settings}
@@ -36,7 +38,7 @@ def main(arguments: argparse.Namespace) -> None:
         start = time.perf_counter()
         distillation_loss(student, teacher, method=method, chunk_bytes=mib * MIB).loss.backward()
         times[method, mib].append(time.perf_counter() - start)
-        student.hidden.grad = student.weight.grad = None
+        inputs.clear()
     print(f"N = {arguments.tokens}, D = {arguments.dim}, V = {arguments.vocab}, float32, K = 20\n")
     print("| order | chunk | seconds | ratio |\n|---|---|---|---|")
     base = statistics.median(times[settings[0]])

@@ -1,16 +1,91 @@
-"""The memory benchmark measures what it says, and holds the bounds that the README names."""
+"""The benchmarks measure what they say, and hold the bounds that the README names."""
+
+import json
 
 import pytest
+import torch
 
-from benchmarks.memory import MIB, measure, peak_extra_bytes
+from benchmarks import sweeps
+from benchmarks.__main__ import main
+from benchmarks.compare import MIB, Figures, measure
+from benchmarks.problems import Inputs, Problem
+from benchmarks.providers import DISTILLATION, LABELS
+
+TINY = Problem(tokens=8, dim=16, vocab=1024, k=1024)
 
 
 @pytest.mark.parametrize(("provider", "bound"), [("ours_recompute", 64), ("ours_one_pass", 256)])
 def test_peak_extra_memory_at_a_large_vocabulary(provider, bound):
     """N = 1,024, V = 151,936: one logits tensor alone would be 594 MiB."""
-    assert measure(provider, 1024, 256, 151_936) <= bound * MIB
+    figures = measure(Problem(1024, 256, 151_936), [provider], rounds=0)
+    assert figures[provider].peak_extra_bytes <= bound * MIB
 
 
 def test_the_benchmark_sees_full_logits():
-    logits = 256 * 50_000 * 4
-    assert peak_extra_bytes("eager_full", 256, 64, 50_000) >= 2 * logits
+    figures = measure(Problem(256, 64, 50_000), ["eager_full"], rounds=0)
+    assert figures["eager_full"].peak_extra_bytes >= 2 * 256 * 50_000 * 4
+
+
+@pytest.mark.parametrize("family", [DISTILLATION, LABELS], ids=["distillation", "labels"])
+def test_providers_do_the_same_work(family):
+    """With K = V every reverse KL is the full one: same loss, same gradients, peers included."""
+    pytest.importorskip("liger_kernel")
+    results = {}
+    for name, provider in family.items():
+        if name in ("floor", "cut_labels"):  # no loss; compiles for minutes
+            continue
+        inputs = Inputs.make(TINY)
+        loss = provider(inputs)
+        loss.backward()
+        results[name] = (loss.detach(), inputs.student.hidden.grad, inputs.student.weight.grad)
+    expected = results["eager_full" if family is DISTILLATION else "eager_labels"]
+    assert len(results) >= 3
+    for actual in results.values():
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_floor_is_the_four_products():
+    inputs = Inputs.make(TINY)
+    DISTILLATION["floor"](inputs).backward()
+    hidden, weight = inputs.student.hidden, inputs.student.weight
+    logits = (hidden @ weight.T).detach()
+    torch.testing.assert_close(hidden.grad, logits @ weight.detach())
+    torch.testing.assert_close(weight.grad, logits.T @ hidden.detach())
+
+
+def test_inputs_are_as_peaked_as_the_model_they_imitate():
+    problem = Problem(tokens=256, dim=256, vocab=49_152)
+    p = Inputs.make(problem).student.detach().materialize().softmax(-1)
+    assert 200 < (p >= 2.0**-14).sum(-1).double().mean() < 350  # 275 on SmolLM2
+
+
+def test_compare_writes_tables_figures_and_plots(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.compare.HEADS", {"SmolLM2-135M": (16, 2048)})
+    monkeypatch.setattr(sweeps, "BASE", Problem(8, 16, 2048))
+    monkeypatch.setattr(sweeps, "SWEEPS", {"k": [1, 4]})
+    monkeypatch.setattr(sweeps, "PROVIDERS", ["ours_one_pass", "eager_topk"])
+    arguments = ["compare", "--heads", "SmolLM2-135M", "--tokens", "16", "--rounds", "3"]
+    arguments += ["--providers", "floor", "ours_one_pass", "--sweeps", "k"]
+    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments, "--output", str(tmp_path)])
+    main()
+    records = json.loads((tmp_path / "compare.json").read_text())
+    assert [r["provider"] for r in records] == ["floor", "ours_one_pass"]
+    assert all(len(r["forward"]) == 3 and min(r["forward"] + r["backward"]) > 0 for r in records)
+    table = (tmp_path / "compare.md").read_text()
+    assert table.splitlines()[-2].split("|")[5].strip() == "1.000"
+    assert table.splitlines()[-3:] == capsys.readouterr().out.split("\n\n")[1].splitlines()[-3:]
+    points = json.loads((tmp_path / "sweep_k.json").read_text())
+    assert {(p["provider"], p["k"]) for p in points} == {
+        (provider, k) for provider in ("ours_one_pass", "eager_topk") for k in (1, 4)
+    }
+    assert (tmp_path / "sweep_k.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_provider_that_cannot_run_is_left_out_with_its_reason(monkeypatch, capsys):
+    figures = measure(Problem(8, 16, 2048, k=4096), ["floor", "ours_one_pass"], rounds=1)
+    assert list(figures) == ["floor"]
+    assert "k: expected 1 to 2048" in capsys.readouterr().err
+
+
+def test_the_median_is_of_whole_passes():
+    assert Figures([1.0, 5.0, 3.0], [9.0, 1.0, 4.0], 0).median() == 7.0

@@ -1,0 +1,139 @@
+"""What is compared: each provider computes one loss on the same inputs.
+
+A provider is a function of Inputs that returns a scalar to go backward through. Rivals are imported
+where they are used: they belong to the extra `bench`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.problems import Inputs
+from opd_kernels import distillation_loss, reverse_kl
+
+Provider = Callable[[Inputs], Tensor]
+
+
+class _BareMatmuls(torch.autograd.Function):
+    """The four matrix products that exact work cannot do without, and nothing else."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight):
+        logits = hidden @ weight.T
+        teacher_hidden @ teacher_weight.T
+        ctx.save_for_backward(hidden, weight, logits)
+        return logits.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, dloss):
+        hidden, weight, logits = ctx.saved_tensors
+        return logits @ weight, logits.T @ hidden, None, None
+
+
+def floor(inputs: Inputs) -> Tensor:
+    """Student forward, teacher forward, dhidden and dweight as plain matrix products."""
+    student, teacher = inputs.student, inputs.teacher
+    return _BareMatmuls.apply(student.hidden, student.weight, teacher.hidden, teacher.weight)
+
+
+def eager_full(inputs: Inputs) -> Tensor:
+    """The exact reverse KL on full logits, as most trainers compute it."""
+    student, teacher = inputs.student, inputs.teacher
+    log_p = (student.hidden @ student.weight.T).float().log_softmax(-1)
+    with torch.no_grad():
+        log_q = (teacher.hidden @ teacher.weight.T).float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def eager_topk(inputs: Inputs) -> Tensor:
+    """The top-K reverse KL with stop-gradient on full logits."""
+    student, teacher = inputs.student, inputs.teacher
+    z = (student.hidden @ student.weight.T).float()
+    values, ids = z.topk(inputs.problem.k, dim=-1)
+    log_p = values - z.logsumexp(-1, keepdim=True)
+    with torch.no_grad():
+        zt = (teacher.hidden @ teacher.weight.T).float()
+        log_q = zt.gather(-1, ids) - zt.logsumexp(-1, keepdim=True)
+    return (log_p.exp() * (log_p.detach() - log_q)).sum(-1).mean()
+
+
+def liger_jsd(inputs: Inputs) -> Tensor:
+    """Liger-Kernel's chunked JSD at beta = 1, the exact reverse KL, with its default chunk."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    student, teacher = inputs.student, inputs.teacher
+    loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False
+    )
+    operands = (student.hidden, student.weight, teacher.hidden, teacher.weight)
+    return loss(*operands, inputs.labels)
+
+
+def trl_chunked(inputs: Inputs) -> Tensor:
+    """TRL's chunked divergence at beta = 1, the exact reverse KL."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    student, teacher = inputs.student, inputs.teacher
+    per_token, _ = ChunkedDivergenceFunction.apply(
+        student.hidden, student.weight, None, teacher.hidden, teacher.weight, None, 1.0
+    )
+    return per_token.mean()
+
+
+def ours(inputs: Inputs, **options: object) -> Tensor:
+    """distillation_loss, the top-K reverse KL with stop-gradient unless options say otherwise."""
+    return distillation_loss(inputs.student, inputs.teacher, k=inputs.problem.k, **options).loss
+
+
+def ours_labels(inputs: Inputs) -> Tensor:
+    """Cross-entropy of labels through LazyLogits: K = 1."""
+    return -inputs.student.log_prob(inputs.labels).mean()
+
+
+def torch_labels(inputs: Inputs) -> Tensor:
+    """PyTorch's linear_cross_entropy in chunks."""
+    student = inputs.student
+    options = torch.nn.LinearCrossEntropyOptions()
+    return functional.linear_cross_entropy(
+        student.hidden, student.weight, inputs.labels, options=options
+    )
+
+
+def cut_labels(inputs: Inputs) -> Tensor:
+    """Apple's cut cross-entropy; without a GPU it has its torch_compile form alone."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    student = inputs.student
+    return linear_cross_entropy(student.hidden, student.weight, inputs.labels, impl="torch_compile")
+
+
+def eager_labels(inputs: Inputs) -> Tensor:
+    """Cross-entropy on full logits."""
+    logits = (inputs.student.hidden @ inputs.student.weight.T).float()
+    return functional.cross_entropy(logits, inputs.labels)
+
+
+DISTILLATION: dict[str, Provider] = {
+    "floor": floor,
+    "ours_one_pass": partial(ours, method="one_pass"),
+    "ours_recompute": partial(ours, method="recompute"),
+    "ours_filtered": partial(ours, gradient_filter=2.0**-14),
+    "ours_full": partial(ours, support="full"),
+    "ours_renormalize": partial(ours, objective=partial(reverse_kl, tail="renormalize")),
+    "eager_topk": eager_topk,
+    "eager_full": eager_full,
+    "liger_jsd": liger_jsd,
+    "trl_chunked": trl_chunked,
+}
+
+LABELS: dict[str, Provider] = {
+    "ours_labels": ours_labels,
+    "eager_labels": eager_labels,
+    "torch_labels": torch_labels,
+    "cut_labels": cut_labels,
+}
+
+PROVIDERS = DISTILLATION | LABELS

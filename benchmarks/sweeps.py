@@ -1,0 +1,66 @@
+"""Time and peak memory against one of N, V and K, the others fixed, as plots."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.problems import Problem
+
+BASE = Problem(tokens=512, dim=256, vocab=151_936)
+SWEEPS = {
+    "tokens": [512, 1024, 2048, 4096, 8192, 16_384],
+    "vocab": [16_384, 32_768, 65_536, 131_072, 262_144],
+    "k": [1, 4, 16, 64, 256, 1024],
+}
+PROVIDERS = ["ours_one_pass", "ours_recompute", "ours_full", "eager_topk", "eager_full"]
+LABELS = {"tokens": "N, tokens", "vocab": "V, vocabulary", "k": "K, size of the support"}
+# Full logits are not tried past this many bytes of them: eager code holds several at a time.
+_MOST_LOGITS = 2 << 30
+
+Measure = Callable[[Problem, Iterable[str], int], dict[str, Any]]
+
+
+def run(axis: str, output: Path, measure: Measure) -> str:
+    """Measure along an axis, write figures and plot; returns what was written."""
+    records = []
+    for value in tqdm(SWEEPS[axis], desc=axis):
+        problem = replace(BASE, **{axis: value})
+        too_large = problem.tokens * problem.vocab * 4 > _MOST_LOGITS
+        providers = [p for p in PROVIDERS if not (too_large and p.startswith("eager"))]
+        for name, figures in measure(problem, providers, 1).items():
+            record = {"provider": name, "seconds": figures.median(), **asdict(problem)}
+            records.append(record | {"peak_extra_bytes": figures.peak_extra_bytes})
+    (output / f"sweep_{axis}.json").write_text(json.dumps(records, indent=2))
+    path = output / f"sweep_{axis}.png"
+    plot(axis, records, path)
+    return f"{path}: {len(records)} points"
+
+
+def plot(axis: str, records: list[dict[str, Any]], path: Path) -> None:
+    """Two panels over one axis: seconds and peak extra memory, logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name in PROVIDERS:
+        points = [r for r in records if r["provider"] == name]
+        x = [r[axis] for r in points]
+        style = {"marker": "o", "label": name, "linestyle": "--" if "eager" in name else "-"}
+        panels[0].plot(x, [r["seconds"] for r in points], **style)
+        panels[1].plot(x, [r["peak_extra_bytes"] / 2**20 for r in points], **style)
+    fixed = {"tokens": "N", "dim": "D", "vocab": "V", "k": "K"}
+    base = asdict(BASE)
+    title = ", ".join(f"{letter} = {base[f]:,}" for f, letter in fixed.items() if f != axis)
+    for panel, label in zip(panels, ("seconds, forward + backward", "peak extra MiB"), strict=True):
+        panel.set(xscale="log", yscale="log", xlabel=LABELS[axis], ylabel=label)
+        panel.grid(True, which="major", alpha=0.3)
+    panels[0].legend()
+    figure.suptitle(f"{title}, float32, two models, on the CPU")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

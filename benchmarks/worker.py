@@ -1,0 +1,112 @@
+"""A provider in a process of its own: no allocator keeps what another provider took.
+
+The parent sends a command a line and gets a JSON object back; a worker that is not asked sleeps, so
+that rounds can alternate over many of them on the same inputs.
+"""
+
+import argparse
+import ctypes
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.problems import Inputs, Problem
+from benchmarks.providers import PROVIDERS, Provider
+
+
+class Worker:
+    """The parent's end. A provider that fails raises RuntimeError with the end of its errors."""
+
+    def __init__(self, provider: str, problem: Problem, inputs: Path) -> None:
+        self.provider = provider
+        self._errors = tempfile.TemporaryFile("w+")
+        arguments = [provider, json.dumps(asdict(problem)), str(inputs)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker", *arguments], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+        )  # fmt: skip
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def peak_extra_bytes(self) -> int:
+        """Peak resident memory of a pass beyond inputs, dhidden and dweight; after a first pass."""
+        return int(self._ask("memory")["bytes"])
+
+    def seconds(self) -> tuple[float, float]:
+        """Wall-clock of a forward and of a backward pass."""
+        answer = self._ask("time")
+        return answer["forward"], answer["backward"]
+
+    def _ask(self, command: str) -> dict[str, float]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(command + "\n")
+            self._process.stdin.flush()
+            return json.loads(self._process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            self._errors.seek(0)
+            reason = self._errors.read()[-2000:]
+            raise RuntimeError(f"{self.provider} failed on {command}:\n{reason}") from None
+
+
+def _time(provider: Provider, inputs: Inputs) -> dict[str, float]:
+    start = time.perf_counter()
+    loss = provider(inputs)
+    middle = time.perf_counter()
+    loss.backward()
+    end = time.perf_counter()
+    return {"forward": middle - start, "backward": end - middle}
+
+
+def _memory(provider: Provider, inputs: Inputs) -> dict[str, int]:
+    """The kernel's high-water mark of the resident set, reset just before the pass (Linux)."""
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    provider(inputs).backward()
+    leaves = (inputs.student.hidden, inputs.student.weight)
+    returned = sum(x.grad.numel() * x.grad.element_size() for x in leaves if x.grad is not None)
+    return {"bytes": _status("VmHWM") - before - returned}
+
+
+def _status(name: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("provider", choices=PROVIDERS)
+    parser.add_argument("problem", type=json.loads)
+    parser.add_argument("inputs", type=Path)
+    arguments = parser.parse_args()
+    provider, problem = PROVIDERS[arguments.provider], Problem(**arguments.problem)
+    torch.manual_seed(0)
+    # Libraries load their code and buffers.
+    provider(Inputs.make(replace(problem, tokens=8, vocab=1024, k=min(problem.k, 64)))).backward()
+    inputs = Inputs.load(problem, arguments.inputs)
+    commands = {"memory": _memory, "time": _time}
+    for line in sys.stdin:
+        answer = commands[line.strip()](provider, inputs)
+        inputs.clear()
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
