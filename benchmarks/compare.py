@@ -33,8 +33,15 @@ class Figures:
     backward: list[float]
     peak_extra_bytes: int
 
+    def rounds(self) -> list[float]:
+        return [f + b for f, b in zip(self.forward, self.backward, strict=True)]
+
     def median(self) -> float:
-        return statistics.median(f + b for f, b in zip(self.forward, self.backward, strict=True))
+        return statistics.median(self.rounds())
+
+    def ratio(self, base: "Figures") -> float:
+        """The median over the rounds of this provider's time to another's in the same round."""
+        return statistics.median(a / b for a, b in zip(self.rounds(), base.rounds(), strict=True))
 
 
 def measure(problem: Problem, providers: Iterable[str], rounds: int) -> dict[str, Figures]:
@@ -63,12 +70,12 @@ def measure(problem: Problem, providers: Iterable[str], rounds: int) -> dict[str
 
 def table(figures: dict[str, Figures]) -> str:
     """Markdown; ratios are to the first provider."""
-    base = next(iter(figures.values())).median()
+    base = next(iter(figures.values()))
     names = ["provider", "forward s", "backward s", "total s", "ratio", "peak extra MiB"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for name, f in figures.items():
         cells = [name, *(f"{statistics.median(x):.2f}" for x in (f.forward, f.backward))]
-        cells += [f"{f.median():.2f}", f"{f.median() / base:.3f}"]
+        cells += [f"{f.median():.2f}", f"{f.ratio(base):.3f}"]
         lines.append(f"| {' | '.join([*cells, f'{f.peak_extra_bytes / MIB:.0f}'])} |")
     return "\n".join(lines)
 

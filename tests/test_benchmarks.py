@@ -87,5 +87,10 @@ def test_a_provider_that_cannot_run_is_left_out_with_its_reason(monkeypatch, cap
     assert "k: expected 1 to 2048" in capsys.readouterr().err
 
 
-def test_the_median_is_of_whole_passes():
-    assert Figures([1.0, 5.0, 3.0], [9.0, 1.0, 4.0], 0).median() == 7.0
+def test_medians_are_of_whole_passes_and_ratios_of_the_same_round():
+    slow, fast = (
+        Figures([1.0, 5.0, 3.0], [9.0, 1.0, 4.0], 0),
+        Figures([5.0, 1.0, 7.0], [0.0] * 3, 0),
+    )
+    assert slow.median() == 7.0
+    assert slow.ratio(fast) == 2.0
