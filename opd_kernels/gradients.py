@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from opd_kernels import matmul
 from opd_kernels.head import Head, accumulator_dtype
 from opd_kernels.lazy_logits import LazyLogits
+from opd_kernels.lazy_zeros import lazy_zeros_like
 from opd_kernels.sparse import sparse_gradients
 from opd_kernels.sparse_logits import SparseLogits
 from opd_kernels.sparse_rows import SparseRows
@@ -27,7 +27,7 @@ class Gradients:
         dtype = accumulator_dtype(student.hidden, student.weight)
         operands = (student.hidden, student.weight, student.bias)
         dhidden, dweight, dbias = (
-            torch.zeros_like(t, dtype=dtype) if need and t is not None else None
+            lazy_zeros_like(t, dtype) if need and t is not None else None
             for t, need in zip(operands, needs, strict=True)
         )
         return cls(dhidden, dweight, dbias)

@@ -14,6 +14,7 @@ from torch import Tensor
 from opd_kernels.backends import RowState, select_backend
 from opd_kernels.driver import backpropagate, reduce_logits
 from opd_kernels.head import Head, accumulator_dtype
+from opd_kernels.lazy_zeros import lazy_zeros_like
 from opd_kernels.sparse import canonical_ids, gather_logits, sparse_gradients
 
 
@@ -98,7 +99,7 @@ def linear_backward(
     operand = hidden.to(values.dtype)
     ids = canonical_ids(ids, vocab_size)
     dhidden = torch.zeros_like(operand) if needs_dhidden else None
-    dweight = torch.zeros_like(weight) if needs_dweight else None
+    dweight = lazy_zeros_like(weight, weight.dtype) if needs_dweight else None
     dbias = torch.zeros_like(bias) if needs_dbias and bias is not None else None
     with torch.autocast(hidden.device.type, enabled=False):
         if dvalues is None:
