@@ -1,0 +1,84 @@
+"""The loss's numbers: small tails, threads, repeatability, on every backend."""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from opd_kernels import LazyLogits, distillation_loss, forward_kl, reverse_kl
+
+OBJECTIVES = {"reverse": reverse_kl, "forward": forward_kl}
+
+
+def with_tail(log_tail, rows, vocab=3000, support=20):
+    """float32 logits of which all but `support` hold a probability of exp(log_tail)."""
+    z = torch.randn(rows, vocab, dtype=torch.float64)
+    on, off = z[:, :support], z[:, support:]
+    on = on.log_softmax(-1) + torch.log1p(-torch.tensor(log_tail).double().exp())
+    off = (0.3 * off).log_softmax(-1) + log_tail
+    return torch.cat([on, off], dim=-1).float()
+
+
+def loss_and_gradient(z, zt, objective, **options):
+    """The logits are the weight itself: hidden states are unit vectors."""
+    unit = torch.eye(z.shape[0], dtype=z.dtype)
+    student = LazyLogits(unit, z.T.contiguous().requires_grad_())
+    out = distillation_loss(
+        student, LazyLogits(unit, zt.T.contiguous()), k=20, objective=objective, **options
+    )
+    return out.per_token, torch.autograd.grad(out.loss, student.weight)[0].T
+
+
+@pytest.mark.parametrize("method", ["one_pass", "recompute"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("exponent", range(3, 9))
+def test_a_bucket_for_a_small_tail_is_right_to_a_ten_thousandth(
+    backend, method, objective, exponent
+):
+    """Student tail 10^-exponent, teacher's three times smaller; against float64 throughout."""
+    log_tail = -exponent * torch.tensor(10.0).log().item()
+    z, zt = with_tail(log_tail, 8), with_tail(log_tail - 1.1, 8)
+    bucket = partial(OBJECTIVES[objective], tail="bucket")
+    options = {"method": method, "backend": backend}
+    loss, dz = loss_and_gradient(z, zt, bucket, **options)
+    true_loss, true_dz = loss_and_gradient(z.double(), zt.double(), bucket, **options)
+    assert_close(loss.double(), true_loss, rtol=1e-4, atol=0)
+    for part in (slice(0, 20), slice(20, None)):  # each on its own scale
+        error = (dz[:, part] - true_dz[:, part]).norm(dim=-1)
+        assert (error <= 1e-4 * true_dz[:, part].norm(dim=-1)).all()
+
+
+def results(options, threads):
+    generator = torch.Generator().manual_seed(7)
+    hidden, weight, t_weight = (torch.randn(n, 48, generator=generator) for n in (130, 5000, 5000))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        student = LazyLogits(hidden.requires_grad_(), weight.requires_grad_())
+        out = distillation_loss(student, LazyLogits(hidden.detach(), t_weight), **options)
+        return out.loss.detach(), *torch.autograd.grad(out.loss, (hidden, weight))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "one_pass"},
+        {"method": "recompute"},
+        {"support": "full"},
+        {"gradient_filter": 2.0**-14},
+        {"objective": partial(reverse_kl, tail="renormalize")},
+    ],
+)
+def test_two_runs_are_bitwise_equal_and_threads_matter_to_rounding_only(backend, options):
+    options = options | {"backend": backend}
+    runs = [results(options, threads) for threads in (2, 2, 1, 3)]
+    for a, b in zip(*runs[:2], strict=True):
+        assert torch.equal(a, b)
+    for one, other in itertools.combinations(runs, 2):
+        for a, b in zip(one, other, strict=True):
+            # A matrix product may sum in another order: a few roundings of the largest entry.
+            assert_close(a, b, rtol=1e-5, atol=4e-6 * b.abs().max().item())
