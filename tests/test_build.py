@@ -1,0 +1,116 @@
+"""Installing from source: without a compiler, with a broken one, and what a broken build does."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from opd_kernels.backends import cpu
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of what is needed to build, without anything that was built."""
+    for name in ("opd_kernels", "trainer", "csrc"):
+        skip = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=skip)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tmp_path / "source")
+    return tmp_path / "source"
+
+
+def run(arguments, cwd, **environment):
+    names = ("CXX", "CC", "OPD_BUILD", "OPD_SANITIZE", "PYTHONPATH")
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=clean | environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def install(source, target, **environment):
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--verbose"]
+    return run(
+        ["-m", "pip", "install", *options, "--target", str(target), "."], source, **environment
+    )
+
+
+@pytest.fixture
+def no_compiler(tmp_path):
+    """A PATH with Python alone in it."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "python").symlink_to(sys.executable)
+    return str(folder)
+
+
+def test_without_a_compiler_the_torch_backend_is_installed(source, tmp_path, no_compiler):
+    target = tmp_path / "site"
+    done = install(source, target, PATH=no_compiler)
+    assert done.returncode == 0, done.stdout
+    assert "no C++ compiler was found, so the C++ backend is not built" in done.stdout
+    assert not list(target.rglob("*.so"))
+    # An editable installation would find its own extension for the package that is tested here.
+    code = """import sys
+sys.meta_path = [f for f in sys.meta_path if "Editable" not in repr(f)]
+import torch, opd_kernels as o
+x = o.LazyLogits(torch.eye(2), torch.arange(6.0).view(3, 2))
+print(o.__file__, o.available_backends(), x.topk(1).ids.tolist())"""
+    done = run(["-c", code], tmp_path, PYTHONPATH=str(target))
+    assert done.stdout.split() == f"{target}/opd_kernels/__init__.py ['torch'] [[2], [2]]".split()
+
+
+def test_a_backend_that_was_asked_for_is_not_left_out(source, tmp_path, no_compiler):
+    done = install(source, tmp_path / "site", PATH=no_compiler, OPD_BUILD="cpu")
+    assert done.returncode != 0
+    assert not (tmp_path / "site" / "opd_kernels").exists()
+
+
+@pytest.mark.parametrize("named", ["by CXX", "in PATH"])
+def test_a_broken_compiler_fails_the_installation(source, tmp_path, no_compiler, named):
+    broken = Path(no_compiler) / "c++"
+    broken.write_text("#!/bin/sh\necho 'c++: internal compiler error' >&2\nexit 4\n")
+    broken.chmod(0o755)
+    environment = {"CXX": str(broken)} if named == "by CXX" else {"PATH": no_compiler}
+    done = install(source, tmp_path / "site", **environment)
+    assert done.returncode != 0
+    assert not (tmp_path / "site" / "opd_kernels").exists()
+
+
+def test_unknown_build_options_are_refused(source, tmp_path):
+    done = install(source, tmp_path / "site", OPD_BUILD="gpu")
+    assert done.returncode != 0
+    assert "OPD_BUILD: expected auto, cpu or none, got 'gpu'" in done.stdout
+
+
+def test_a_broken_extension_raises_instead_of_falling_back(source):
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert capability in ("AVX512", "AVX2", "DEFAULT")
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    (source / f"opd_kernels/_cpu_{capability.lower()}{suffix}").write_bytes(b"not a library")
+    done = run(["-c", "import opd_kernels"], source)
+    assert done.returncode != 0
+    assert "ImportError" in done.stdout
+
+
+def test_the_source_distribution_holds_every_source(source, tmp_path):
+    done = run(["setup.py", "-q", "sdist", "--dist-dir", str(tmp_path / "dist")], source)
+    assert done.returncode == 0, done.stdout
+    with tarfile.open(next((tmp_path / "dist").iterdir())) as archive:
+        packed = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
+    sources = [p.relative_to(source) for p in (source / "csrc").rglob("*") if p.is_file()]
+    assert len(sources) > 5
+    assert packed.issuperset({*sources, Path("setup.py"), Path("opd_kernels/py.typed")})
+
+
+@pytest.mark.skipif(os.environ.get("OPD_SANITIZE") != "1", reason="`make sanitize` sets it")
+def test_the_sanitizers_watch_the_extension():
+    assert b"__asan_report_load" in Path(cpu.extension.__file__).read_bytes()
