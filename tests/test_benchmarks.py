@@ -29,7 +29,8 @@ def test_the_benchmark_sees_full_logits():
 @pytest.mark.parametrize("family", [DISTILLATION, LABELS], ids=["distillation", "labels"])
 def test_providers_do_the_same_work(family):
     """With K = V every reverse KL is the full one: same loss, same gradients, peers included."""
-    pytest.importorskip("liger_kernel")
+    for peer in ("liger_kernel", "trl"):
+        pytest.importorskip(peer)
     results = {}
     for name, provider in family.items():
         if name in ("floor", "cut_labels"):  # no loss; compiles for minutes
