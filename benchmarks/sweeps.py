@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from benchmarks.problems import Problem
 
-BASE = Problem(tokens=512, dim=256, vocab=151_936)
+BASE = Problem(tokens=512, dim=128, vocab=151_936)
 SWEEPS = {
     "tokens": [512, 1024, 2048, 4096, 8192, 16_384],
     "vocab": [16_384, 32_768, 65_536, 131_072, 262_144],
