@@ -48,6 +48,8 @@ class Gradients:
         if self.dhidden is not None:
             entries.add_to_hidden_(self.dhidden[rows], head.rows(0, head.vocab_size))
         if self.dweight is not None:
+            if self.dweight_is_zero:
+                self.dweight.zero_()  # faults its pages in one after the other, not as rows come
             entries.add_to_weight_(self.dweight, hidden)
             self.dweight_is_zero = False
         if self.dbias is not None:

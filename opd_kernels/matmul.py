@@ -9,16 +9,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_ROWS_PER_UPCAST = 8192
+_UPCAST_BYTES = 2 << 20  # stays in the cache
 
 
 def _upcast_slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     if weight.dtype == dtype:
         yield slice(0, weight.shape[0]), weight
         return
-    for first in range(0, weight.shape[0], _ROWS_PER_UPCAST):
-        rows = slice(first, min(first + _ROWS_PER_UPCAST, weight.shape[0]))
-        yield rows, weight[rows].to(dtype)
+    most = max(1, _UPCAST_BYTES // (weight.shape[1] * dtype.itemsize))
+    buffer = weight.new_empty((min(most, weight.shape[0]), weight.shape[1]), dtype=dtype)
+    for first in range(0, weight.shape[0], most):
+        rows = slice(first, min(first + most, weight.shape[0]))
+        yield rows, buffer[: rows.stop - first].copy_(weight[rows])
 
 
 def project(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:

@@ -44,18 +44,15 @@ def _accumulate_(out: Tensor, rows: Tensor, columns: Tensor, values: Tensor, den
     if values.numel() == 0:
         return
     has_product = out.device.type == "cpu" and torch.backends.mkl.is_available()
-    if has_product and dense.dtype == out.dtype:
+    # MKL's product goes through all of out, so it pays where most rows of out are written.
+    if has_product and dense.dtype == out.dtype and out.shape[0] <= 4 * values.shape[0]:
         torch.addmm(
             out, _csr(rows, columns, values, (out.shape[0], dense.shape[0])), dense, out=out
         )
         return
     for block in _blocks(values, dense.shape[1]):
         gathered = dense[columns[block]].to(out.dtype)
-        if has_product:
-            in_order = torch.arange(gathered.shape[0])
-            _accumulate_(out, rows[block], in_order, values[block], gathered)
-        else:
-            _add_rows_(out, rows[block], gathered.mul_(values[block, None]))
+        _add_rows_(out, rows[block], gathered.mul_(values[block, None]))
 
 
 def _csr(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

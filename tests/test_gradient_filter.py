@@ -1,5 +1,6 @@
 """gradient_filter against full logits: the same gradient with its small entries put to 0."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -64,6 +65,16 @@ def test_nothing_is_dropped_where_the_loss_stays_on_the_support(backend):
         student, teacher, k=K, objective=objective, gradient_filter=0.5, backend=backend
     )
     assert torch.equal(out.dropped, torch.zeros(TOKENS, dtype=torch.float64))
+
+
+def test_a_row_of_nan_is_not_filtered_away(backend):
+    student, teacher = pair()
+    hidden = student.hidden.detach().clone()
+    hidden[4, 2] = torch.nan
+    student = replace(student, hidden=hidden.requires_grad_())
+    out = distillation_loss(student, teacher, k=K, gradient_filter=EPS, backend=backend)
+    dhidden = torch.autograd.grad(out.loss, student.hidden)[0]
+    assert dhidden[4].isnan().all()
 
 
 def test_without_gradient_nothing_is_filtered():

@@ -198,14 +198,19 @@ T filter_row(const T* raw, const Chunk<T>& chunk, const Head<T>& head, const T* 
     const T peak = head.logits(raw, first, count, z);
     const bool has_target = target != targets.end() && target->column < first + count;
     if (peak < threshold && !has_target) continue;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t column = first + i;
-      if (target != targets.end() && target->column == column) {
-        entries.push_back({column, dvalues[target++->slot] * head.derivative_at(raw, column)});
-      } else if (z[i] >= threshold && z[i] != -kInfinity<T>) {
-        const T softmax = std::exp(z[i] - tail);
-        kept += softmax;
-        entries.push_back({column, softmax * dtail * head.derivative_at(raw, column)});
+    for (auto t = target; t != targets.end() && t->column < first + count; ++t)
+      z[t->column - first] = kInfinity<T>;
+    for (int64_t i = 0; i < padded<T>(count); i += Vec<T>::size()) {
+      if ((Vec<T>::loadu(z + i) < Vec<T>(threshold)).zero_mask() == 0) continue;
+      for (int64_t j = i; j < std::min(i + Vec<T>::size(), count); ++j) {
+        const int64_t column = first + j;
+        if (target != targets.end() && target->column == column) {
+          entries.push_back({column, dvalues[target++->slot] * head.derivative_at(raw, column)});
+        } else if (z[j] >= threshold && z[j] != -kInfinity<T>) {
+          const T softmax = std::exp(z[j] - tail);
+          kept += softmax;
+          entries.push_back({column, softmax * dtail * head.derivative_at(raw, column)});
+        }
       }
     }
   }
