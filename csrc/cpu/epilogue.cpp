@@ -206,7 +206,7 @@ T filter_row(const T* raw, const Chunk<T>& chunk, const Head<T>& head, const T* 
         const int64_t column = first + j;
         if (target != targets.end() && target->column == column) {
           entries.push_back({column, dvalues[target++->slot] * head.derivative_at(raw, column)});
-        } else if (z[j] >= threshold && z[j] != -kInfinity<T>) {
+        } else if (!(z[j] < threshold) && z[j] != -kInfinity<T>) {
           const T softmax = std::exp(z[j] - tail);
           kept += softmax;
           entries.push_back({column, softmax * dtail * head.derivative_at(raw, column)});

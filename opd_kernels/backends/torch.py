@@ -72,7 +72,8 @@ def filtered_gradient(
         logits = _with_spare_column(head.logits(scores))
         columns = _columns(ids[rows], 0, chunk.shape[1])
         logits.scatter_(1, columns, -torch.inf)
-        kept = (logits >= threshold[rows, None]) & (logits != -torch.inf)
+        # A threshold of NaN keeps everything, so that a row of NaN stays one.
+        kept = ~(logits < threshold[rows, None]) & (logits != -torch.inf)
         softmax = (logits - tail[rows, None]).exp().masked_fill(~kept, 0.0)
         shares.append(softmax.sum(1))
         dlogits = (softmax * dtail[rows, None]).scatter_(1, columns, dvalues[rows])
