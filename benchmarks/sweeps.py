@@ -60,7 +60,8 @@ def plot(axis: str, records: list[dict[str, Any]], path: Path) -> None:
     for panel, label in zip(panels, ("seconds, forward + backward", "peak extra MiB"), strict=True):
         panel.set(xscale="log", yscale="log", xlabel=LABELS[axis], ylabel=label)
         panel.grid(True, which="major", alpha=0.3)
-    panels[0].legend()
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
     figure.suptitle(f"{title}, float32, two models, on the CPU")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
