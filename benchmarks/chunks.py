@@ -10,7 +10,7 @@ import time
 
 from tqdm import tqdm
 
-from benchmarks.compare import MIB
+from benchmarks.measurement import MIB
 from benchmarks.problems import Inputs, Problem
 from opd_kernels import distillation_loss
 from opd_kernels.chunking import one_pass_rows, recompute_sizes

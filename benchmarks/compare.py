@@ -1,71 +1,20 @@
 """Time and peak memory of every provider on the heads of real models, side by side.
 
-Each provider has its own process, all on the same inputs; rounds alternate over them and the median
-is shown, as seconds and as a ratio to the bare matrix products.
+The median over the rounds is shown, as seconds and as a ratio to the bare matrix products.
 """
 
 import argparse
 import json
 import statistics
-import sys
-import tempfile
-from collections.abc import Iterable
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from benchmarks import sweeps
+from benchmarks.measurement import MIB, Figures, measure
 from benchmarks.problems import HEADS, Problem
 from benchmarks.providers import DISTILLATION, LABELS, PROVIDERS
-from benchmarks.worker import Worker
-
-MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class Figures:
-    """One provider on one problem; times are one entry a round, in seconds."""
-
-    forward: list[float]
-    backward: list[float]
-    peak_extra_bytes: int
-
-    def rounds(self) -> list[float]:
-        return [f + b for f, b in zip(self.forward, self.backward, strict=True)]
-
-    def median(self) -> float:
-        return statistics.median(self.rounds())
-
-    def ratio(self, base: "Figures") -> float:
-        """The median over the rounds of this provider's time to another's in the same round."""
-        return statistics.median(a / b for a, b in zip(self.rounds(), base.rounds(), strict=True))
-
-
-def measure(problem: Problem, providers: Iterable[str], rounds: int) -> dict[str, Figures]:
-    """Alternating rounds over the providers; one that cannot run is left out, with its reason."""
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        path = Path(folder) / "inputs.pt"
-        torch.save(problem.tensors(), path)
-        workers, peaks = {}, {}
-        for name in tqdm(list(providers), desc="memory", leave=False):
-            worker = stack.enter_context(Worker(name, problem, path))
-            try:
-                worker.seconds()  # the first pass compiles, allocates and faults pages in
-                peaks[name] = worker.peak_extra_bytes()
-                workers[name] = worker
-            except RuntimeError as error:
-                tqdm.write(str(error), file=sys.stderr)
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
-        for _ in tqdm(range(rounds), desc="rounds", leave=False):
-            for name, worker in workers.items():
-                times[name].append(worker.seconds())
-    return {
-        name: Figures([f for f, _ in pairs], [b for _, b in pairs], peaks[name])
-        for name, pairs in times.items()
-    }
 
 
 def table(figures: dict[str, Figures]) -> str:
@@ -100,10 +49,8 @@ def main(arguments: argparse.Namespace) -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     machine = f"{threads} CPU threads, {capability}, PyTorch {torch.__version__}"
-    report, records = (
-        [f"Measured on {machine}; median of {arguments.rounds} alternating rounds."],
-        [],
-    )
+    report = [f"Measured on {machine}; median of {arguments.rounds} alternating rounds."]
+    records = []
     for head in arguments.heads:
         problem = Problem(arguments.tokens, *HEADS[head], arguments.k, arguments.dtype)
         for family in (DISTILLATION, LABELS):
@@ -122,4 +69,4 @@ def main(arguments: argparse.Namespace) -> None:
         (arguments.output / "compare.md").write_text("\n\n".join(report) + "\n")
         (arguments.output / "compare.json").write_text(json.dumps(records, indent=2))
     for axis in arguments.sweeps:
-        print(sweeps.run(axis, arguments.output, measure), flush=True)
+        print(sweeps.run(axis, arguments.output), flush=True)

@@ -1,13 +1,13 @@
 """Time and peak memory against one of N, V and K, the others fixed, as plots."""
 
 import json
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.measurement import MIB, measure
 from benchmarks.problems import Problem
 
 BASE = Problem(tokens=512, dim=128, vocab=151_936)
@@ -21,10 +21,8 @@ LABELS = {"tokens": "N, tokens", "vocab": "V, vocabulary", "k": "K, size of the 
 # Full logits are not tried past this many bytes of them: eager code holds several at a time.
 _MOST_LOGITS = 2 << 30
 
-Measure = Callable[[Problem, Iterable[str], int], dict[str, Any]]
 
-
-def run(axis: str, output: Path, measure: Measure) -> str:
+def run(axis: str, output: Path) -> str:
     """Measure along an axis, write figures and plot; returns what was written."""
     records = []
     for value in tqdm(SWEEPS[axis], desc=axis):
@@ -53,7 +51,7 @@ def plot(axis: str, records: list[dict[str, Any]], path: Path) -> None:
         x = [r[axis] for r in points]
         style = {"marker": "o", "label": name, "linestyle": "--" if "eager" in name else "-"}
         panels[0].plot(x, [r["seconds"] for r in points], **style)
-        panels[1].plot(x, [r["peak_extra_bytes"] / 2**20 for r in points], **style)
+        panels[1].plot(x, [r["peak_extra_bytes"] / MIB for r in points], **style)
     fixed = {"tokens": "N", "dim": "D", "vocab": "V", "k": "K"}
     base = asdict(BASE)
     title = ", ".join(f"{letter} = {base[f]:,}" for f, letter in fixed.items() if f != axis)

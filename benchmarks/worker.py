@@ -25,7 +25,7 @@ class Worker:
 
     def __init__(self, provider: str, problem: Problem, inputs: Path) -> None:
         self.provider = provider
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in __exit__)
         arguments = [provider, json.dumps(asdict(problem)), str(inputs)]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", *arguments], text=True,

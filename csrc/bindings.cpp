@@ -81,15 +81,22 @@ void update(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias,
   });
 }
 
-void gradient_(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias,
-               std::optional<double> softcap, double scale, double temperature, const Tensor& ids,
-               const Tensor& dvalues, const Tensor& tail, const Tensor& dtail) {
-  check_chunk(chunk, first_id);
+// Checks what both forms of the gradient take; returns K.
+int64_t check_gradient(const Tensor& chunk, const Tensor& ids, const Tensor& dvalues,
+                       const Tensor& tail, const Tensor& dtail) {
   const int64_t rows = chunk.size(0), k = ids.dim() == 2 ? ids.size(1) : 0;
   check(ids, "ids", at::kLong, {rows, k});
   check(dvalues, "dvalues", chunk.scalar_type(), {rows, k});
   check(tail, "tail", chunk.scalar_type(), {rows});
   check(dtail, "dtail", chunk.scalar_type(), {rows});
+  return k;
+}
+
+void gradient_(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias,
+               std::optional<double> softcap, double scale, double temperature, const Tensor& ids,
+               const Tensor& dvalues, const Tensor& tail, const Tensor& dtail) {
+  check_chunk(chunk, first_id);
+  const int64_t k = check_gradient(chunk, ids, dvalues, tail, dtail);
   for_dtype_of(chunk, [&](auto zero) {
     using T = decltype(zero);
     const auto head = head_of<T>(chunk, bias, softcap, scale, temperature);
@@ -105,11 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> filtered_gradient(
     double temperature, const Tensor& ids, const Tensor& dvalues, const Tensor& tail,
     const Tensor& dtail, const Tensor& threshold) {
   check_chunk(chunk, 0);
-  const int64_t rows = chunk.size(0), k = ids.dim() == 2 ? ids.size(1) : 0;
-  check(ids, "ids", at::kLong, {rows, k});
-  check(dvalues, "dvalues", chunk.scalar_type(), {rows, k});
-  check(tail, "tail", chunk.scalar_type(), {rows});
-  check(dtail, "dtail", chunk.scalar_type(), {rows});
+  const int64_t rows = chunk.size(0), k = check_gradient(chunk, ids, dvalues, tail, dtail);
   check(threshold, "threshold", chunk.scalar_type(), {rows});
   Tensor row_ids, columns, values, kept = at::empty({rows}, chunk.options());
   for_dtype_of(chunk, [&](auto zero) {

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, and hold the bounds that the README names."""
+"""The benchmarks measure what they say, and hold bounds on memory."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import sweeps
 from benchmarks.__main__ import main
-from benchmarks.compare import MIB, Figures, measure
+from benchmarks.measurement import MIB, Figures, measure
 from benchmarks.problems import Inputs, Problem
 from benchmarks.providers import DISTILLATION, LABELS
 

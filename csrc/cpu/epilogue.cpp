@@ -186,6 +186,7 @@ void gradient_row(T* raw, const Chunk<T>& chunk, const Head<T>& head, const int6
   }
 }
 
+// The columns of S are put above every threshold. One of NaN keeps all: a row of NaN stays one.
 template <typename T>
 T filter_row(const T* raw, const Chunk<T>& chunk, const Head<T>& head, const T* dvalues, T tail,
              T dtail, T threshold, const std::vector<Target>& targets,
