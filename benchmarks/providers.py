@@ -122,7 +122,9 @@ DISTILLATION: dict[str, Provider] = {
     "ours_recompute": partial(ours, method="recompute"),
     "ours_filtered": partial(ours, gradient_filter=2.0**-14),
     "ours_full": partial(ours, support="full"),
-    "ours_renormalize": partial(ours, objective=partial(reverse_kl, tail="renormalize")),
+    "ours_renormalize": partial(
+        ours, objective=partial(reverse_kl, tail="renormalize"), method="recompute"
+    ),
     "eager_topk": eager_topk,
     "eager_full": eager_full,
     "liger_jsd": liger_jsd,
