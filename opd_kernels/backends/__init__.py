@@ -1,11 +1,14 @@
 """Choice of a backend: the module that supplies the epilogues on a chunk of logits."""
 
+import importlib
+import importlib.util
 import os
-from typing import Protocol
+from functools import cache
+from typing import Any, Protocol, cast
 
 # The submodule backends.torch takes the name `torch` in this namespace, so the library is not
 # imported here.
-from torch import Tensor
+from torch import Tensor, cuda
 from torch import device as device_type
 
 from opd_kernels.backends import cpu
@@ -55,14 +58,27 @@ class Epilogues(Protocol):
     ) -> Tensor: ...
 
 
-_BACKENDS: dict[str, Epilogues] = {"torch": torch_backend}
-if cpu.extension is not None:
-    _BACKENDS["cpu"] = cpu
+@cache
+def _backends() -> dict[str, Epilogues]:
+    backends: dict[str, Any] = {"torch": torch_backend}
+    if cpu.extension is not None:
+        backends["cpu"] = cpu
+    if importlib.util.find_spec("triton") is not None and (cuda.is_available() or _interprets()):
+        backends["triton"] = importlib.import_module("opd_kernels.backends.triton")
+    return cast(dict[str, Epilogues], backends)
+
+
+def _interprets() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def available_backends() -> list[str]:
-    """The names that `backend=` and OPD_BACKEND accept on this installation, besides "auto"."""
-    return sorted(_BACKENDS)
+    """The names that `backend=` and OPD_BACKEND accept on this machine, besides "auto".
+
+    "triton" is among them where there is a GPU, or TRITON_INTERPRET=1.
+    """
+    return sorted(_backends())
 
 
 def select_backend(name: str, device: device_type) -> Epilogues:
@@ -74,13 +90,24 @@ def select_backend(name: str, device: device_type) -> Epilogues:
     """
     if name == "auto":
         name = os.environ.get("OPD_BACKEND", "auto")
+    backends = _backends()
     if name == "auto":
-        name = "cpu" if device.type == "cpu" and "cpu" in _BACKENDS else "torch"
-    if name == "cpu" and name in _BACKENDS and device.type != "cpu":
-        raise ValueError(f"backend: 'cpu' works on CPU tensors, got tensors on {device}")
-    if name not in _BACKENDS:
+        fastest = "cpu" if device.type == "cpu" else "triton"
+        name = fastest if fastest in backends and _reaches(fastest, device) else "torch"
+    if name in backends and not _reaches(name, device):
+        raise ValueError(
+            f"backend: {name!r} does not reach tensors on {device}; 'torch' works on any device"
+        )
+    if name not in backends:
         raise ValueError(
             f"backend: expected 'auto' or one of {available_backends()}, got {name!r} for tensors "
             f"on {device}; choose an installed backend, or unset OPD_BACKEND"
         )
-    return _BACKENDS[name]
+    return backends[name]
+
+
+def _reaches(name: str, device: device_type) -> bool:
+    on_cpu = device.type == "cpu"
+    if name == "triton":
+        return _interprets() if on_cpu else device.type == "cuda" and not _interprets()
+    return name != "cpu" or on_cpu

@@ -1,0 +1,122 @@
+"""The epilogues as Triton kernels, for chunks on a GPU; TRITON_INTERPRET=1 runs them on a CPU."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from opd_kernels.backends import torch as definition
+from opd_kernels.backends.state import RowState
+from opd_kernels.backends.triton import configs
+from opd_kernels.backends.triton.divergence import FORWARD, JSD, REVERSE, divergence_kernel
+from opd_kernels.backends.triton.rows import gradient_kernel, update_kernel
+from opd_kernels.head import Head
+from opd_kernels.sparse_rows import SparseRows
+
+
+def update(chunk: Tensor, first_id: int, head: Head, state: RowState) -> None:
+    """As in backends/torch.py."""
+    (rows, columns), k = chunk.shape, state.values.shape[1]
+    if k > (configs.MAX_SELECTED if state.selects else configs.MAX_GIVEN):
+        return definition.update(chunk, first_id, head, state)
+    if rows == 0:
+        return
+    config = configs.UPDATE.fitted(columns, state.values.dtype)
+    with _device_of(chunk):
+        update_kernel[(rows,)](
+            chunk, chunk.stride(0), columns, first_id, *_operands(head, first_id, chunk),
+            state.values, state.ids, k, state.max, state.sum,
+            state.max if state.moment is None else state.moment,
+            SELECTS=state.selects, HAS_MOMENT=state.moment is not None, **_flags(head),
+            K=triton.next_power_of_2(k), BLOCK=config.block, num_warps=config.warps,
+        )  # fmt: skip
+
+
+def gradient_(
+    chunk: Tensor,
+    first_id: int,
+    head: Head,
+    ids: Tensor,
+    dvalues: Tensor,
+    tail: Tensor,
+    dtail: Tensor,
+) -> None:
+    """As in backends/torch.py."""
+    (rows, columns), k = chunk.shape, ids.shape[1]
+    if k > configs.MAX_GIVEN:
+        return definition.gradient_(chunk, first_id, head, ids, dvalues, tail, dtail)
+    if rows == 0:
+        return
+    ids, dvalues, tail, dtail = (t.contiguous() for t in (ids, dvalues, tail, dtail))
+    config = configs.GRADIENT.fitted(columns, dvalues.dtype)
+    span = config.block * configs.GRADIENT_BLOCKS
+    with _device_of(chunk):
+        gradient_kernel[(rows, triton.cdiv(columns, span))](
+            chunk, chunk.stride(0), columns, first_id, *_operands(head, first_id, chunk),
+            ids, dvalues, k, tail, dtail, chunk, chunk.stride(0), **_flags(head),
+            K=triton.next_power_of_2(k), BLOCK=config.block, SPAN=span, num_warps=config.warps,
+        )  # fmt: skip
+
+
+# What is kept has a size that only the data tells, so this one synchronises in any case.
+def filtered_gradient(
+    chunk: Tensor,
+    head: Head,
+    ids: Tensor,
+    dvalues: Tensor,
+    tail: Tensor,
+    dtail: Tensor,
+    threshold: Tensor,
+) -> tuple[SparseRows, Tensor]:
+    """As in backends/torch.py."""
+    return definition.filtered_gradient(chunk, head, ids, dvalues, tail, dtail, threshold)
+
+
+def divergence_(
+    chunk: Tensor,
+    head: Head,
+    teacher_chunk: Tensor,
+    teacher_head: Head,
+    beta: float,
+    upstream: Tensor | None,
+) -> Tensor:
+    """As in backends/torch.py."""
+    rows, columns = chunk.shape
+    dtype = torch.float64 if chunk.dtype == torch.float64 else torch.float32
+    losses = chunk.new_empty(rows, dtype=dtype)
+    if rows == 0:
+        return losses
+    config = configs.DIVERGENCE.fitted(columns, dtype)
+    with _device_of(chunk):
+        divergence_kernel[(rows,)](
+            chunk, chunk.stride(0), *_operands(head, 0, chunk),
+            teacher_chunk, teacher_chunk.stride(0), *_operands(teacher_head, 0, teacher_chunk),
+            columns, beta, losses if upstream is None else upstream.contiguous(), losses,
+            KIND={0.0: FORWARD, 1.0: REVERSE}.get(beta, JSD).value,
+            HAS_GRADIENT=upstream is not None, **_flags(head),
+            TEACHER_HAS_BIAS=teacher_head.bias is not None,
+            TEACHER_CAPPED=teacher_head.softcap is not None,
+            BLOCK=config.block, num_warps=config.warps,
+        )  # fmt: skip
+    return losses
+
+
+def _operands(head: Head, first_id: int, chunk: Tensor) -> tuple[Tensor, float, float]:
+    """The bias of the chunk's columns (without one, anything), and the head's two scalars."""
+    bias = chunk
+    if head.bias is not None:
+        bias = head.bias.detach()[first_id : first_id + chunk.shape[1]].contiguous()
+    if head.softcap is None:
+        return bias, 1.0, head.scale / head.temperature
+    return bias, head.scale / head.softcap, head.softcap / head.temperature
+
+
+def _flags(head: Head) -> dict[str, Any]:
+    return {"HAS_BIAS": head.bias is not None, "CAPPED": head.softcap is not None}
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
