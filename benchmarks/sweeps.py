@@ -57,6 +57,8 @@ def plot(axis: str, records: list[dict[str, Any]], path: Path) -> None:
     title = ", ".join(f"{letter} = {base[f]:,}" for f, letter in fixed.items() if f != axis)
     for panel, label in zip(panels, ("seconds, forward + backward", "peak extra MiB"), strict=True):
         panel.set(xscale="log", yscale="log", xlabel=LABELS[axis], ylabel=label)
+        panel.set_xticks(SWEEPS[axis], [f"{value:,}" for value in SWEEPS[axis]])
+        panel.minorticks_off()
         panel.grid(True, which="major", alpha=0.3)
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names))

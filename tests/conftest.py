@@ -1,7 +1,12 @@
 """Fixtures of all tests: fixed seeds, poisoned uninitialised memory, and the backends to try."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before Triton is imported: its kernels then run on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from opd_kernels import available_backends
 
