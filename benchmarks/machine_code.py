@@ -153,7 +153,9 @@ def _read(compiled: CompiledKernel, warps: int) -> MachineCode:
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
         listing = _run("nvdisasm", "-c", file.name)
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", listing, re.M)
+    opcodes = re.findall(
+        r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", listing, re.M
+    )
     resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return MachineCode(
         registers=resources["REG"],

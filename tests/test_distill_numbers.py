@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from opd_kernels import LazyLogits, distillation_loss, forward_kl, reverse_kl
+from opd_kernels import LazyLogits, distillation_loss, forward_kl, jsd, reverse_kl
 
 OBJECTIVES = {"reverse": reverse_kl, "forward": forward_kl}
 
@@ -48,6 +48,29 @@ def test_a_bucket_for_a_small_tail_is_right_to_a_ten_thousandth(
     for part in (slice(0, 20), slice(20, None)):  # each on its own scale
         error = (dz[:, part] - true_dz[:, part]).norm(dim=-1)
         assert (error <= 1e-4 * true_dz[:, part].norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_full_vocabulary_error_is_at_most_twice_that_of_log_softmax(backend, beta):
+    """Loss and gradient of peaked logits, on the scale of all rows."""
+    z, zt = 3 * torch.randn(48, 131), 3 * torch.randn(48, 131)
+    objective = partial(jsd, beta=beta)
+    options = {"support": "full", "backend": backend}
+    ours = loss_and_gradient(z, zt, objective, **options)
+    reference = loss_and_gradient(z.double(), zt.double(), objective, **options)
+    z.requires_grad_()
+    log_p, log_q = z.log_softmax(-1), zt.log_softmax(-1)
+    if beta in (0.0, 1.0):
+        first, second = (log_p, log_q) if beta else (log_q, log_p)
+        eager = (first.exp() * (first - second)).sum(-1)
+    else:
+        log_m = ((1 - beta) * log_p.exp() + beta * log_q.exp()).log()
+        eager = beta * (log_q.exp() * (log_q - log_m)).sum(-1)
+        eager = eager + (1 - beta) * (log_p.exp() * (log_p - log_m)).sum(-1)
+    theirs = eager.detach(), torch.autograd.grad(eager.mean(), z)[0]
+    for actual, peer, expected in zip(ours, theirs, reference, strict=True):
+        error, peer_error = (x.double() - expected for x in (actual, peer))
+        assert error.norm() <= 2 * peer_error.norm()
 
 
 def results(options, threads):

@@ -2,6 +2,8 @@
 
 #include "divergence.h"
 
+#include "online_sum.h"
+
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -36,10 +38,10 @@ class Pair {
       : raw_(raw), head_(head), teacher_raw_(teacher_raw), teacher_head_(teacher_head),
         columns_(columns) {}
 
-  // Both logsumexps, and E[z - z'] under p (reverse) or q (forward), from which the KL follows.
+  // Both logsumexps, and E[z - y] under the weights of z, each relative to its largest logit, from
+  // which the KL follows: z and y are student and teacher (reverse) or teacher and student (forward).
   T kl(bool reverse) {
-    double max = -kInfinity<double>, sum = 0, expected = 0;
-    double other_max = -kInfinity<double>, other_sum = 0;
+    OnlineSum<T> sum, other_sum;
     alignas(64) T ours[kBlock], theirs[kBlock];
     for (int64_t first = 0; first < columns_; first += kBlock) {
       const int64_t count = std::min(kBlock, columns_ - first);
@@ -47,25 +49,27 @@ class Pair {
       const T other_peak = teacher_head_.logits(teacher_raw_, first, count, theirs);
       T* weighted = reverse ? ours : theirs;
       T* other = reverse ? theirs : ours;
-      raise(reverse ? peak : other_peak, max, sum, &expected);
-      raise(reverse ? other_peak : peak, other_max, other_sum, nullptr);
-      const Vec<T> shift(finite(max)), other_shift(finite(other_max));
+      sum.raise(reverse ? peak : other_peak);
+      const double other_origin = other_sum.origin();
+      other_sum.raise(reverse ? other_peak : peak);
+      sum.weighted -= sum.total * (other_origin - other_sum.origin());
+      const Vec<T> shift(sum.origin()), other_shift(other_sum.origin());
       Vec<T> total(0), terms(0), other_total(0);
       for (int64_t i = 0; i < padded<T>(count); i += Vec<T>::size()) {
-        const auto z = Vec<T>::loadu(weighted + i), y = Vec<T>::loadu(other + i);
-        const auto weight = exp(z - shift);
+        const auto z = Vec<T>::loadu(weighted + i) - shift;
+        const auto y = Vec<T>::loadu(other + i) - other_shift;
+        const auto weight = exp(z);
         total = total + weight;
         terms = terms + where_positive(weight, weight * (z - y));
-        other_total = other_total + exp(y - other_shift);
+        other_total = other_total + exp(y);
       }
-      sum += sum_of(total);
-      expected += sum_of(terms);
-      other_sum += sum_of(other_total);
+      sum.total += sum_of(total);
+      sum.weighted += sum_of(terms);
+      other_sum.total += sum_of(other_total);
     }
-    const double lse = max + std::log(sum), other_lse = other_max + std::log(other_sum);
-    lse_ = reverse ? lse : other_lse;
-    teacher_lse_ = reverse ? other_lse : lse;
-    kl_ = expected / sum - lse + other_lse;
+    student_ = Normaliser(reverse ? sum : other_sum);
+    teacher_ = Normaliser(reverse ? other_sum : sum);
+    kl_ = sum.weighted / sum.total - std::log(sum.total) + std::log(other_sum.total);
     return kl_;
   }
 
@@ -80,8 +84,8 @@ class Pair {
       teacher_head_.logits(teacher_raw_, first, count, theirs);
       Vec<T> losses(0), slopes(0);
       for (int64_t i = 0; i < padded<T>(count); i += Vec<T>::size()) {
-        const auto log_p = Vec<T>::loadu(ours + i) - Vec<T>(lse_);
-        const auto log_q = Vec<T>::loadu(theirs + i) - Vec<T>(teacher_lse_);
+        const auto log_p = student_.log_probs(Vec<T>::loadu(ours + i));
+        const auto log_q = teacher_.log_probs(Vec<T>::loadu(theirs + i));
         const auto p = exp(log_p), q = exp(log_q);
         const auto log_m = mixture.log(p, q);
         const auto from_student = where_positive(p, p * mixture.student * (log_p - log_m));
@@ -97,39 +101,36 @@ class Pair {
   }
 
   void reverse_kl_gradient(T upstream) {
-    const Vec<T> shift(teacher_lse_ - lse_ - kl_);
-    overwrite(upstream, [&](Vec<T> log_p, Vec<T> z, Vec<T> y) {
+    overwrite(upstream, [&](Vec<T> log_p, Vec<T> log_q) {
       const auto p = exp(log_p);
-      return where_positive(p, p * (z - y + shift));
+      return where_positive(p, p * (log_p - log_q - Vec<T>(kl_)));
     });
   }
 
   void forward_kl_gradient(T upstream) {
-    overwrite(upstream, [&](Vec<T> log_p, Vec<T>, Vec<T> y) {
-      return exp(log_p) - exp(y - Vec<T>(teacher_lse_));
-    });
+    overwrite(upstream, [&](Vec<T> log_p, Vec<T> log_q) { return exp(log_p) - exp(log_q); });
   }
 
   void jsd_gradient(T upstream, double beta) {
     const Mixture<T> mixture(beta);
-    overwrite(upstream, [&](Vec<T> log_p, Vec<T>, Vec<T> y) {
-      const auto p = exp(log_p), q = exp(y - Vec<T>(teacher_lse_));
+    overwrite(upstream, [&](Vec<T> log_p, Vec<T> log_q) {
+      const auto p = exp(log_p), q = exp(log_q);
       const auto w = mixture.student * (log_p - mixture.log(p, q));
       return where_positive(p, p * (w - Vec<T>(slope_)));
     });
   }
 
  private:
-  static double finite(double max) { return max == -kInfinity<double> ? 0 : max; }
+  // log p = (z - max) - log(sum): rounding max + log(sum) would cost every entry more.
+  struct Normaliser {
+    T max = 0, log_sum = 0;
 
-  // Raises the shift of an online sum.
-  static void raise(T peak, double& max, double& sum, double* expected) {
-    if (!(peak > max) && peak == peak) return;
-    const double decay = max == -kInfinity<double> ? 0 : std::exp(max - peak);
-    sum *= decay;
-    if (expected) *expected *= decay;
-    max = peak;
-  }
+    Normaliser() = default;
+    explicit Normaliser(const OnlineSum<T>& sum)
+        : max(sum.origin()), log_sum(std::log(sum.total)) {}
+
+    Vec<T> log_probs(Vec<T> z) const { return z - Vec<T>(max) - Vec<T>(log_sum); }
+  };
 
   template <typename Gradient>
   void overwrite(T upstream, const Gradient& gradient) {
@@ -138,7 +139,7 @@ class Pair {
       const auto score = head_.score(raw_, i, count);
       const auto z = head_.logit(score);
       const auto y = teacher_head_.logit(teacher_head_.score(teacher_raw_, i, count));
-      const auto dz = gradient(z - Vec<T>(lse_), z, y);
+      const auto dz = gradient(student_.log_probs(z), teacher_.log_probs(y));
       (dz * Vec<T>(upstream) * head_.derivative(score)).store(raw_ + i, count);
     }
   }
@@ -148,7 +149,8 @@ class Pair {
   const T* teacher_raw_;
   const Head<T>& teacher_head_;
   int64_t columns_;
-  T lse_ = 0, teacher_lse_ = 0, kl_ = 0, slope_ = 0;
+  Normaliser student_, teacher_;
+  T kl_ = 0, slope_ = 0;
 };
 
 }  // namespace

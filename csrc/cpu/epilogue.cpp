@@ -6,6 +6,8 @@
 
 #include "epilogue.h"
 
+#include "online_sum.h"
+
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -89,35 +91,25 @@ void load_targets(const int64_t* ids, int64_t k, const Chunk<T>& chunk,
             [](const Target& a, const Target& b) { return a.column < b.column; });
 }
 
-// Running logsumexp of a row, and sum exp(z - max) (z - max) for its entropy. The sums over a block
-// are taken in T, those over blocks in double.
+// Takes a block of logits into the sum; their first moment, for the entropy, only where asked for.
 template <typename T>
-struct Online {
-  double max, sum, moment;
-
-  void absorb(const T* z, int64_t count, T peak, bool with_moment) {
-    if (peak == -kInfinity<T>) return;
-    if (peak > max || peak != peak) {
-      const double decay = std::exp(max - peak);
-      moment = max == -kInfinity<double> ? 0 : decay * (moment + sum * (max - peak));
-      sum *= decay;
-      max = peak;
+void absorb(OnlineSum<T>& sum, const T* z, int64_t count, T peak, bool with_moment) {
+  if (peak == -kInfinity<T>) return;
+  sum.raise(peak);
+  const Vec<T> shift(sum.max);
+  Vec<T> total(0), products(0);
+  for (int64_t i = 0; i < padded<T>(count); i += Vec<T>::size()) {
+    const auto gap = Vec<T>::loadu(z + i) - shift;
+    const auto weight = exp(gap);
+    total = total + weight;
+    if (with_moment) {
+      const Vec<T> finite(std::numeric_limits<T>::lowest());
+      products = at::vec::fmadd(weight, at::vec::maximum(gap, finite), products);
     }
-    const Vec<T> shift(max);
-    Vec<T> total(0), products(0);
-    for (int64_t i = 0; i < padded<T>(count); i += Vec<T>::size()) {
-      const auto gap = Vec<T>::loadu(z + i) - shift;
-      const auto weight = exp(gap);
-      total = total + weight;
-      if (with_moment) {
-        const Vec<T> finite(std::numeric_limits<T>::lowest());
-        products = at::vec::fmadd(weight, at::vec::maximum(gap, finite), products);
-      }
-    }
-    sum += sum_of(total);
-    if (with_moment) moment += sum_of(products);
   }
-};
+  sum.total += sum_of(total);
+  if (with_moment) sum.weighted += sum_of(products);
+}
 
 // Moves every logit of the block that beats the running top-K into it; what it evicts takes its
 // place in the block, and so joins the tail.
@@ -140,7 +132,7 @@ void update_row(const T* raw, const Chunk<T>& chunk, const Head<T>& head, const 
     best.load(values, ids, state.k);
   else
     load_targets(ids, state.k, chunk, targets);
-  Online<T> tail{state.max[row], state.sum[row], state.moment ? state.moment[row] : T(0)};
+  OnlineSum<T> tail{state.max[row], state.sum[row], state.moment ? state.moment[row] : T(0)};
   auto target = targets.begin();
   alignas(64) T z[kBlock];
   for (int64_t first = 0; first < chunk.columns; first += kBlock) {
@@ -156,12 +148,12 @@ void update_row(const T* raw, const Chunk<T>& chunk, const Head<T>& head, const 
         z[target->column - first] = -kInfinity<T>;
       }
     }
-    tail.absorb(z, count, taken ? max_of(z, count) : peak, state.moment != nullptr);
+    absorb(tail, z, count, taken ? max_of(z, count) : peak, state.moment != nullptr);
   }
   if (state.selects) best.store(values, ids);
   state.max[row] = tail.max;
-  state.sum[row] = tail.sum;
-  if (state.moment) state.moment[row] = tail.moment;
+  state.sum[row] = tail.total;
+  if (state.moment) state.moment[row] = tail.weighted;
 }
 
 template <typename T>

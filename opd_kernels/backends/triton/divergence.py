@@ -101,10 +101,10 @@ def divergence_kernel(
         other_total = other_total * tl.exp(other_gap) + tl.sum(tl.exp(y))
         peak, other_peak = new_peak, new_other_peak
     log_total, other_log_total = tl.log(total), tl.log(other_total)
+    # log p is (z - peak) - log_total from here on: rounding their sum would cost every entry more.
     loss = expected / total - (log_total - other_log_total)
-    lse, teacher_lse = peak + log_total, other_peak + other_log_total
     if KIND == FORWARD:
-        lse, teacher_lse = teacher_lse, lse
+        peak, log_total, other_peak, other_log_total = other_peak, other_log_total, peak, log_total
 
     # The gradient is p (w - E[w]): for the reverse KL E[w] is the loss.
     mean = loss
@@ -115,9 +115,10 @@ def divergence_kernel(
             column = start + tl.arange(0, BLOCK)
             live = column < columns
             scores = scores_of(raw, bias, column, live, HAS_BIAS, dtype)
-            log_p = logits_of(scores, inner, outer, CAPPED) - lse
+            log_p = logits_of(scores, inner, outer, CAPPED) - peak - log_total
             scores = scores_of(teacher_raw, teacher_bias, column, live, TEACHER_HAS_BIAS, dtype)
-            log_q = logits_of(scores, teacher_inner, teacher_outer, TEACHER_CAPPED) - teacher_lse
+            log_q = logits_of(scores, teacher_inner, teacher_outer, TEACHER_CAPPED)
+            log_q = log_q - other_peak - other_log_total
             p = _zero_where(live == 0, tl.exp(log_p))
             q = _zero_where(live == 0, tl.exp(log_q))
             log_m = _log_mixture(p, q, beta, dtype)
@@ -132,9 +133,10 @@ def divergence_kernel(
             column = start + tl.arange(0, BLOCK)
             live = column < columns
             student_scores = scores_of(raw, bias, column, live, HAS_BIAS, dtype)
-            log_p = logits_of(student_scores, inner, outer, CAPPED) - lse
+            log_p = logits_of(student_scores, inner, outer, CAPPED) - peak - log_total
             scores = scores_of(teacher_raw, teacher_bias, column, live, TEACHER_HAS_BIAS, dtype)
-            log_q = logits_of(scores, teacher_inner, teacher_outer, TEACHER_CAPPED) - teacher_lse
+            log_q = logits_of(scores, teacher_inner, teacher_outer, TEACHER_CAPPED)
+            log_q = log_q - other_peak - other_log_total
             p, q = tl.exp(log_p), tl.exp(log_q)
             if KIND == FORWARD:
                 dlogits = p - q

@@ -84,9 +84,7 @@ def update_kernel(
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         live = column < columns
-        z = logits_of(
-            scores_of(raw, bias, column, live, HAS_BIAS, dtype), inner, outer, CAPPED
-        )
+        z = logits_of(scores_of(raw, bias, column, live, HAS_BIAS, dtype), inner, outer, CAPPED)
         z = tl.where(live, z, float("-inf"))
         if SELECTS:
             # What a better logit evicts takes its place in the block, and so joins the tail.
