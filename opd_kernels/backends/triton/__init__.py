@@ -1,8 +1,5 @@
 """The epilogues as Triton kernels, for chunks on a GPU; TRITON_INTERPRET=1 runs them on a CPU."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
@@ -11,6 +8,7 @@ from opd_kernels.backends import torch as definition
 from opd_kernels.backends.state import RowState
 from opd_kernels.backends.triton import configs
 from opd_kernels.backends.triton.divergence import FORWARD, JSD, REVERSE, divergence_kernel
+from opd_kernels.backends.triton.launch import device_of, flags, operands
 from opd_kernels.backends.triton.rows import gradient_kernel, update_kernel
 from opd_kernels.head import Head
 from opd_kernels.sparse_rows import SparseRows
@@ -24,12 +22,12 @@ def update(chunk: Tensor, first_id: int, head: Head, state: RowState) -> None:
     if rows == 0:
         return
     config = configs.UPDATE.fitted(columns, state.values.dtype)
-    with _device_of(chunk):
+    with device_of(chunk):
         update_kernel[(rows,)](
-            chunk, chunk.stride(0), columns, first_id, *_operands(head, first_id, chunk),
+            chunk, chunk.stride(0), columns, first_id, *operands(head, first_id, columns, chunk),
             state.values, state.ids, k, state.max, state.sum,
             state.max if state.moment is None else state.moment,
-            SELECTS=state.selects, HAS_MOMENT=state.moment is not None, **_flags(head),
+            SELECTS=state.selects, HAS_MOMENT=state.moment is not None, **flags(head),
             K=triton.next_power_of_2(k), BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
 
@@ -52,10 +50,10 @@ def gradient_(
     ids, dvalues, tail, dtail = (t.contiguous() for t in (ids, dvalues, tail, dtail))
     config = configs.GRADIENT.fitted(columns, dvalues.dtype)
     span = config.block * configs.GRADIENT_BLOCKS
-    with _device_of(chunk):
+    with device_of(chunk):
         gradient_kernel[(rows, triton.cdiv(columns, span))](
-            chunk, chunk.stride(0), columns, first_id, *_operands(head, first_id, chunk),
-            ids, dvalues, k, tail, dtail, chunk, chunk.stride(0), **_flags(head),
+            chunk, chunk.stride(0), columns, first_id, *operands(head, first_id, columns, chunk),
+            ids, dvalues, k, tail, dtail, chunk, chunk.stride(0), **flags(head),
             K=triton.next_power_of_2(k), BLOCK=config.block, SPAN=span, num_warps=config.warps,
         )  # fmt: skip
 
@@ -89,34 +87,15 @@ def divergence_(
     if rows == 0:
         return losses
     config = configs.DIVERGENCE.fitted(columns, dtype)
-    with _device_of(chunk):
+    with device_of(chunk):
         divergence_kernel[(rows,)](
-            chunk, chunk.stride(0), *_operands(head, 0, chunk),
-            teacher_chunk, teacher_chunk.stride(0), *_operands(teacher_head, 0, teacher_chunk),
+            chunk, chunk.stride(0), *operands(head, 0, columns, chunk),
+            teacher_chunk, teacher_chunk.stride(0), *operands(teacher_head, 0, columns, teacher_chunk),
             columns, beta, losses if upstream is None else upstream.contiguous(), losses,
             KIND={0.0: FORWARD, 1.0: REVERSE}.get(beta, JSD).value,
-            HAS_GRADIENT=upstream is not None, **_flags(head),
+            HAS_GRADIENT=upstream is not None, **flags(head),
             TEACHER_HAS_BIAS=teacher_head.bias is not None,
             TEACHER_CAPPED=teacher_head.softcap is not None,
             BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
     return losses
-
-
-def _operands(head: Head, first_id: int, chunk: Tensor) -> tuple[Tensor, float, float]:
-    """The bias of the chunk's columns (without one, anything), and the head's two scalars."""
-    bias = chunk
-    if head.bias is not None:
-        bias = head.bias.detach()[first_id : first_id + chunk.shape[1]].contiguous()
-    if head.softcap is None:
-        return bias, 1.0, head.scale / head.temperature
-    return bias, head.scale / head.softcap, head.softcap / head.temperature
-
-
-def _flags(head: Head) -> dict[str, Any]:
-    return {"HAS_BIAS": head.bias is not None, "CAPPED": head.softcap is not None}
-
-
-def _device_of(tensor: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

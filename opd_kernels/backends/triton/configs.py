@@ -33,5 +33,51 @@ UPDATE = RowConfig(block=4096, warps=4)
 GRADIENT = RowConfig(block=2048, warps=4)
 DIVERGENCE = RowConfig(block=2048, warps=4)
 
+@dataclass(frozen=True)
+class TileConfig:
+    """How a kernel with a matrix product inside tiles [N, V]."""
+
+    rows: int
+    columns: int
+    depth: int  # of D at a time
+    warps: int
+    stages: int
+
+    def fitted(self) -> "TileConfig":
+        """Tiles of which even a test's small problem has several."""
+        return TileConfig(16, 16, 16, self.warps, self.stages) if INTERPRETED else self
+
+
+# By compute capability; a GPU between two of them takes the lower one's.
+_TILES = {
+    80: TileConfig(rows=128, columns=128, depth=64, warps=8, stages=3),
+    86: TileConfig(rows=128, columns=128, depth=64, warps=8, stages=2),
+    90: TileConfig(rows=128, columns=128, depth=64, warps=8, stages=4),
+    100: TileConfig(rows=128, columns=128, depth=64, warps=8, stages=4),
+    120: TileConfig(rows=128, columns=128, depth=64, warps=8, stages=2),
+}
+
+
+def capability(device: torch.device) -> int:
+    """The device's compute capability as one number, 90 for 9.0; without a GPU the lowest one."""
+    if device.type != "cuda":
+        return min(_TILES)
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def tiles(device: torch.device) -> TileConfig:
+    """The tiles for a device."""
+    own = capability(device)
+    return _TILES[max((c for c in _TILES if c <= own), default=min(_TILES))].fitted()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side at least."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 # Blocks of one program of the gradient kernel: enough to pay for reading S.
 GRADIENT_BLOCKS = 8

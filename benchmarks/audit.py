@@ -1,0 +1,132 @@
+"""What the Triton kernels become on each architecture: registers, spills, instructions. No GPU needed.
+
+Every launch is recorded from the package's own epilogues at the shape of a real head, with each
+shipped configuration, plain and with every option.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.machine_code import TARGETS, MachineCode, compile_for, launches_of
+from opd_kernels.backends import RowState, triton
+from opd_kernels.head import Head
+
+TOKENS, VOCAB = 2_048, 151_936
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel of one case on one target."""
+
+    case: str
+    kernel: str
+    target: str
+    code: MachineCode
+    resident_warps: int
+
+
+def _chunk(every_option: bool, dtype: torch.dtype) -> tuple[torch.Tensor, Head]:
+    chunk = torch.empty(TOKENS, VOCAB, dtype=dtype, device="meta")
+    bias = torch.empty(VOCAB, dtype=torch.bfloat16, device="meta") if every_option else None
+    softcap = 30.0 if every_option else None
+    return chunk, Head(chunk[:1].T, bias, softcap, 1.0, 1.0, VOCAB)
+
+
+def _update(k: int, selects: bool, every_option: bool, dtype: torch.dtype = torch.float32) -> None:
+    chunk, head = _chunk(every_option, dtype)
+    like = torch.empty(0, dtype=torch.float32, device="meta")
+    state = RowState.for_topk(TOKENS, k, every_option, like)
+    if not selects:
+        state = RowState.for_ids(state.ids, every_option, like)
+    triton.update(chunk, 0, head, state)
+
+
+def _gradient(k: int, every_option: bool, dtype: torch.dtype = torch.float32) -> None:
+    chunk, head = _chunk(every_option, dtype)
+    values = torch.empty(TOKENS, k, dtype=torch.float32, device="meta")
+    ids = torch.empty(TOKENS, k, dtype=torch.int64, device="meta")
+    triton.gradient_(chunk, 0, head, ids, values, values[:, 0], values[:, 0])
+
+
+def _divergence(beta: float, every_option: bool) -> None:
+    chunk, head = _chunk(every_option, torch.float32)
+    upstream = torch.empty(TOKENS, dtype=torch.float32, device="meta")
+    triton.divergence_(chunk, head, chunk, head, beta, upstream)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "select K=1": partial(_update, 1, True, False),
+    "select K=20": partial(_update, 20, True, False),
+    "select K=20, all options": partial(_update, 20, True, True),
+    "select K=20, bf16 chunk": partial(_update, 20, True, False, torch.bfloat16),
+    "select K=128, all options": partial(_update, 128, True, True),
+    "gather K=1": partial(_update, 1, False, False),
+    "gather K=20": partial(_update, 20, False, False),
+    "gather K=20, all options": partial(_update, 20, False, True),
+    "gather K=1024, all options": partial(_update, 1024, False, True),
+    "gradient K=1": partial(_gradient, 1, False),
+    "gradient K=20": partial(_gradient, 20, False),
+    "gradient K=20, all options": partial(_gradient, 20, True),
+    "gradient K=20, bf16 chunk": partial(_gradient, 20, False, torch.bfloat16),
+    "gradient K=1024, all options": partial(_gradient, 1024, True),
+    "forward KL, all options": partial(_divergence, 0.0, True),
+    "reverse KL": partial(_divergence, 1.0, False),
+    "JSD, all options": partial(_divergence, 0.5, True),
+}
+
+
+def audit(case: str, target: str) -> list[Row]:
+    """Compile what one case launches for one target."""
+    rows = []
+    for launch in launches_of(CASES[case]):
+        code = compile_for(launch, TARGETS[target])
+        warps = TARGETS[target].resident_warps(code)
+        rows.append(Row(case, launch.kernel.fn.__name__, target, code, warps))
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown."""
+    columns = ["case", "target", "registers", "spilled bytes", "shared bytes", "resident warps"]
+    columns += ["instructions", "loads", "stores", "exp", "tensor"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        code = row.code
+        tensor = code.count(TARGETS[row.target].tensor_instruction)
+        counts = [code.total, code.count("LDG"), code.count("STG"), code.count("MUFU"), tensor]
+        resources = [code.registers, code.spilled_bytes, code.shared_bytes, row.resident_warps]
+        cells = [row.case, row.target, *map(str, resources + counts)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("audit", help="what the Triton kernels compile to, without a GPU")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path("runs/audit"))
+    parser.set_defaults(run=main)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Print a Markdown table; write it, and the figures as JSON."""
+    if triton.configs.INTERPRETED:
+        sys.exit("audit: TRITON_INTERPRET is set, so that kernels are not compiled; unset it")
+    work = [(case, target) for case in arguments.cases for target in arguments.targets]
+    with ProcessPoolExecutor(arguments.processes) as pool:
+        results = tqdm(pool.map(audit, *zip(*work, strict=True)), total=len(work), desc="compiling")
+        rows = [row for result in results for row in result]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "audit.md").write_text(table(rows) + "\n")
+    (arguments.output / "audit.json").write_text(json.dumps([asdict(r) for r in rows], indent=2))
+    print(table(rows))

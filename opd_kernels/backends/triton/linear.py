@@ -1,0 +1,298 @@
+"""update and gradient with the matrix product inside: logits live in registers, a tile at a time.
+
+linear_update takes given ids only. Each program walks a piece of the vocabulary for a block of
+rows; pieces are merged in their order afterwards, so that two runs are bitwise equal. The entries of
+S come sorted by column, so a tile finds its own at a cursor.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from opd_kernels.backends.state import RowState
+from opd_kernels.backends.triton import configs
+from opd_kernels.backends.triton.elementwise import derivatives_of, logits_of
+from opd_kernels.backends.triton.launch import device_of, flags, operands
+from opd_kernels.head import Head
+
+_NO_COLUMN = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """The entries of S of each block of rows in the order of their columns, a sentinel behind."""
+
+    columns: Tensor  # [blocks, T] int32
+    places: Tensor  # [blocks, T] int32: row in the block * K + slot
+    starts: Tensor  # [blocks, pieces] int32: the first entry in each piece of the vocabulary
+
+    @classmethod
+    def of(cls, ids: Tensor, block: int, first_columns: Tensor) -> "_Targets":
+        """ids [n, K] from sparse.canonical_ids; first_columns [pieces] where each piece begins."""
+        rows, k = ids.shape
+        blocks = triton.cdiv(rows, block)
+        columns = ids.new_full((blocks * block * k + blocks,), _NO_COLUMN, dtype=torch.int32)
+        columns = columns.view(blocks, block * k + 1)
+        live = ids.masked_fill(ids < 0, _NO_COLUMN).to(torch.int32).reshape(-1)
+        padded = live.new_full((blocks * block * k,), _NO_COLUMN)
+        padded[: live.numel()] = live
+        columns[:, :-1] = padded.view(blocks, block * k)
+        columns, places = columns.sort(dim=1, stable=True)
+        wanted = first_columns.to(torch.int32).expand(blocks, -1).contiguous()
+        starts = torch.searchsorted(columns, wanted)
+        return cls(columns, places.to(torch.int32), starts.to(torch.int32))
+
+
+@triton.jit
+def _project(
+    hidden,  # [n, D]
+    hidden_stride,
+    row,  # [ROWS]
+    live_rows,
+    weight,  # [v, D]
+    weight_stride,
+    column,  # [COLUMNS]
+    live_columns,
+    depth,  # D
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """A tile of hidden @ weight.T in float32."""
+    inner = tl.arange(0, DEPTH)
+    a = hidden + row.to(tl.int64)[:, None] * hidden_stride + inner[None, :]
+    b = weight + column.to(tl.int64)[None, :] * weight_stride + inner[:, None]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, depth, DEPTH):
+        rest = depth - first
+        x = tl.load(a + first, mask=live_rows[:, None] & (inner[None, :] < rest), other=0.0)
+        y = tl.load(b + first, mask=live_columns[None, :] & (inner[:, None] < rest), other=0.0)
+        if UPCAST:  # the interpreter multiplies the bits of bfloat16
+            x, y = x.to(tl.float32), y.to(tl.float32)
+        total = tl.dot(x, y, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def linear_update_kernel(
+    hidden,  # [n, D]
+    hidden_stride,
+    weight,  # [V, D]
+    weight_stride,
+    rows,  # n
+    depth,  # D
+    vocab,  # V
+    bias,  # [V]
+    inner: tl.float64,
+    outer: tl.float64,
+    target_columns,  # [blocks, T]
+    target_places,  # [blocks, T]
+    targets,  # T
+    starts,  # [blocks, pieces]
+    tiles,  # tiles of a piece
+    values,  # [n, k]
+    k,
+    maxima,  # [pieces, n]
+    sums,  # [pieces, n]
+    moments,  # [pieces, n]
+    HAS_MOMENT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    block, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    inner, outer = tl.full((), inner, tl.float32), tl.full((), outer, tl.float32)
+    local = tl.arange(0, ROWS)
+    row = block * ROWS + local
+    live_rows = row < rows
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    moment = tl.zeros((ROWS,), tl.float32)
+    target = block * targets + tl.load(starts + block * tl.num_programs(1) + piece)
+    target_column = tl.load(target_columns + target)
+    last = tl.minimum((piece + 1) * tiles * COLUMNS, vocab)
+    for first in range(piece * tiles * COLUMNS, last, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        live = column < vocab
+        scores = _project(
+            hidden, hidden_stride, row, live_rows, weight, weight_stride, column, live, depth,
+            ROWS, COLUMNS, DEPTH, UPCAST,
+        )  # fmt: skip
+        if HAS_BIAS:
+            scores += tl.load(bias + column, mask=live, other=0.0).to(tl.float32)[None, :]
+        z = logits_of(scores, inner, outer, CAPPED)
+        z = tl.where(live[None, :], z, float("-inf"))
+        while target_column < first + COLUMNS:
+            place = tl.load(target_places + target)
+            here = (local[:, None] == place // k) & (column[None, :] == target_column)
+            value = tl.sum(tl.sum(tl.where(here, z, 0.0), axis=1), axis=0)
+            tl.store(values + block * ROWS * k + place, value)
+            z = tl.where(here, float("-inf"), z)
+            target += 1
+            target_column = tl.load(target_columns + target)
+        new_peak = tl.maximum(peak, tl.max(z, axis=1))
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        gap = peak - shift
+        decay = tl.exp(gap)
+        z = z - shift[:, None]
+        weights = tl.exp(z)
+        if HAS_MOMENT:
+            carried = moment + tl.where(decay == 0.0, 0.0, total * gap)
+            products = tl.where(weights == 0.0, 0.0, weights * z)
+            moment = tl.sum(products, axis=1) + decay * carried
+        total = total * decay + tl.sum(weights, axis=1)
+        peak = new_peak
+    place_of = piece * rows + row
+    tl.store(maxima + place_of, peak, mask=live_rows)
+    tl.store(sums + place_of, total, mask=live_rows)
+    if HAS_MOMENT:
+        tl.store(moments + place_of, moment, mask=live_rows)
+
+
+@triton.jit
+def linear_gradient_kernel(
+    hidden,  # [n, D]
+    hidden_stride,
+    weight,  # [v, D]
+    weight_stride,
+    rows,  # n
+    depth,  # D
+    columns,  # v
+    first_id,
+    bias,  # [v]
+    inner: tl.float64,
+    outer: tl.float64,
+    target_columns,  # [blocks, T]
+    target_places,  # [blocks, T]
+    targets,  # T
+    starts,  # [blocks, tiles]
+    dvalues,  # [n, k]
+    k,
+    tails,  # [n]
+    dtails,  # [n]
+    out,  # [n, v]
+    out_stride,
+    HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    block, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    inner, outer = tl.full((), inner, tl.float32), tl.full((), outer, tl.float32)
+    local = tl.arange(0, ROWS)
+    row = block * ROWS + local
+    live_rows = row < rows
+    first = tile * COLUMNS
+    column = first + tl.arange(0, COLUMNS)
+    live = column < columns
+    scores = _project(
+        hidden, hidden_stride, row, live_rows, weight, weight_stride, column, live, depth,
+        ROWS, COLUMNS, DEPTH, UPCAST,
+    )  # fmt: skip
+    if HAS_BIAS:
+        scores += tl.load(bias + column, mask=live, other=0.0).to(tl.float32)[None, :]
+    tail = tl.load(tails + row, mask=live_rows, other=0.0)
+    dtail = tl.load(dtails + row, mask=live_rows, other=0.0)
+    # A row whose tail is -inf has no mass off S, and -inf - -inf would be NaN.
+    shift = tl.where(tail == float("-inf"), float("inf"), tail)
+    dlogits = tl.exp(logits_of(scores, inner, outer, CAPPED) - shift[:, None]) * dtail[:, None]
+    target = block * targets + tl.load(starts + block * tl.num_programs(1) + tile)
+    target_column = tl.load(target_columns + target)
+    while target_column < first_id + first + COLUMNS:
+        place = tl.load(target_places + target)
+        dvalue = tl.load(dvalues + block * ROWS * k + place)
+        here = (local[:, None] == place // k) & (column[None, :] == target_column - first_id)
+        dlogits = tl.where(here, dvalue, dlogits)
+        target += 1
+        target_column = tl.load(target_columns + target)
+    draw = dlogits * derivatives_of(scores, inner, outer, CAPPED)
+    at = out + row[:, None] * out_stride + column[None, :]
+    tl.store(at, draw.to(out.dtype.element_ty), mask=live_rows[:, None] & live[None, :])
+
+
+def linear_update(hidden: Tensor, head: Head, state: RowState) -> None:
+    """Fill the state of given ids [N, K] from hidden [N, D], without a logits chunk in memory.
+
+    hidden and the weight share a 16-bit dtype, or are float32 (multiplied exactly, not in TF32).
+    """
+    (rows, depth), k = hidden.shape, state.ids.shape[1]
+    config = configs.tiles(hidden.device)
+    blocks = triton.cdiv(rows, config.rows)
+    tiles = triton.cdiv(head.vocab_size, config.columns)
+    # Two programs for every multiprocessor at least, so that few rows fill the machine too.
+    pieces = min(tiles, triton.cdiv(2 * configs.multiprocessors(hidden.device), blocks))
+    tiles_a_piece = triton.cdiv(tiles, pieces)
+    pieces = triton.cdiv(tiles, tiles_a_piece)
+    width = tiles_a_piece * config.columns
+    first_columns = torch.arange(0, pieces * width, width, device=hidden.device)
+    targets = _Targets.of(state.ids, config.rows, first_columns)
+    maxima = state.max.new_empty((pieces, rows))
+    sums, moments = torch.empty_like(maxima), torch.empty_like(maxima)
+    with device_of(hidden):
+        linear_update_kernel[(blocks, pieces)](
+            hidden, hidden.stride(0), head.weight, head.weight.stride(0), rows, depth,
+            head.vocab_size, *operands(head, 0, head.vocab_size, hidden),
+            targets.columns, targets.places, targets.columns.shape[1], targets.starts,
+            tiles_a_piece, state.values, k, maxima, sums, moments,
+            HAS_MOMENT=state.moment is not None, **flags(head), **_tile_arguments(config),
+        )  # fmt: skip
+    _merge(maxima, sums, moments, state)
+
+
+def _merge(maxima: Tensor, sums: Tensor, moments: Tensor, state: RowState) -> None:
+    """The pieces' [pieces, N] running sums as one."""
+    peak = maxima.amax(0)
+    gap = maxima - peak.masked_fill(peak == -torch.inf, 0.0)
+    decay = gap.exp()
+    state.max.copy_(peak)
+    torch.sum(decay * sums, 0, out=state.sum)
+    if state.moment is not None:
+        moved = (sums * gap).masked_fill_(decay == 0, 0.0)
+        torch.sum(decay * (moments + moved), 0, out=state.moment)
+
+
+def linear_gradient(
+    hidden: Tensor,
+    first_id: int,
+    head: Head,
+    ids: Tensor,
+    dvalues: Tensor,
+    tail: Tensor,
+    dtail: Tensor,
+    out: Tensor,
+) -> None:
+    """Recompute the logits of columns [first_id, first_id + v) and write their gradient to out
+    [n, v]: `gradient_` after a matrix product, in one kernel.
+    """
+    (rows, depth), columns = hidden.shape, out.shape[1]
+    weight = head.rows(first_id, first_id + columns)
+    config = configs.tiles(hidden.device)
+    blocks, tiles = triton.cdiv(rows, config.rows), triton.cdiv(columns, config.columns)
+    first_columns = torch.arange(tiles, device=hidden.device) * config.columns + first_id
+    targets = _Targets.of(ids, config.rows, first_columns)
+    dvalues, tail, dtail = (t.contiguous() for t in (dvalues, tail, dtail))
+    with device_of(hidden):
+        linear_gradient_kernel[(blocks, tiles)](
+            hidden, hidden.stride(0), weight, weight.stride(0), rows, depth, columns, first_id,
+            *operands(head, first_id, columns, hidden),
+            targets.columns, targets.places, targets.columns.shape[1], targets.starts,
+            dvalues, ids.shape[1], tail, dtail, out, out.stride(0),
+            **flags(head), **_tile_arguments(config),
+        )  # fmt: skip
+
+
+def _tile_arguments(config: configs.TileConfig) -> dict[str, int | bool]:
+    return {
+        "ROWS": config.rows, "COLUMNS": config.columns, "DEPTH": config.depth,
+        "UPCAST": configs.INTERPRETED,
+        "num_warps": config.warps, "num_stages": config.stages,
+    }  # fmt: skip
