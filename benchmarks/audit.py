@@ -9,15 +9,18 @@ import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from tqdm import tqdm
 
 from benchmarks.machine_code import TARGETS, MachineCode, compile_for, launches_of
 from opd_kernels.backends import RowState, triton
+from opd_kernels.backends.triton import configs
+from opd_kernels.backends.triton.linear import linear_gradient, linear_update
 from opd_kernels.head import Head
 
 TOKENS, VOCAB = 2_048, 151_936
@@ -63,7 +66,25 @@ def _divergence(beta: float, every_option: bool) -> None:
     triton.divergence_(chunk, head, chunk, head, beta, upstream)
 
 
+def _linear(k: int, backward: bool, every_option: bool, dim: int = 1024) -> None:
+    hidden = torch.empty(TOKENS, dim, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(VOCAB, dim, dtype=torch.bfloat16, device="meta")
+    _, head = _chunk(every_option, torch.float32)
+    head = replace(head, weight=weight)
+    ids = torch.empty(TOKENS, k, dtype=torch.int64, device="meta")
+    rows = torch.empty(TOKENS, k, dtype=torch.float32, device="meta")
+    if backward:
+        out = torch.empty(TOKENS, 16_384, dtype=torch.bfloat16, device="meta")
+        linear_gradient(hidden, 0, head, ids, rows, rows[:, 0], rows[:, 0], out)
+    else:
+        linear_update(hidden, head, RowState.for_ids(ids, every_option, like=rows))
+
+
 CASES: dict[str, Callable[[], None]] = {
+    "matmul + gather K=1": partial(_linear, 1, False, False),
+    "matmul + gather K=20, all options": partial(_linear, 20, False, True),
+    "matmul + gradient K=20": partial(_linear, 20, True, False),
+    "matmul + gradient K=20, all options": partial(_linear, 20, True, True),
     "select K=1": partial(_update, 1, True, False),
     "select K=20": partial(_update, 20, True, False),
     "select K=20, all options": partial(_update, 20, True, True),
@@ -87,7 +108,9 @@ CASES: dict[str, Callable[[], None]] = {
 def audit(case: str, target: str) -> list[Row]:
     """Compile what one case launches for one target."""
     rows = []
-    for launch in launches_of(CASES[case]):
+    with patch.object(configs, "capability", lambda device: TARGETS[target].capability):
+        launches = launches_of(CASES[case])
+    for launch in launches:
         code = compile_for(launch, TARGETS[target])
         warps = TARGETS[target].resident_warps(code)
         rows.append(Row(case, launch.kernel.fn.__name__, target, code, warps))
@@ -120,7 +143,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Print a Markdown table; write it, and the figures as JSON."""
-    if triton.configs.INTERPRETED:
+    if configs.INTERPRETED:
         sys.exit("audit: TRITON_INTERPRET is set, so that kernels are not compiled; unset it")
     work = [(case, target) for case in arguments.cases for target in arguments.targets]
     with ProcessPoolExecutor(arguments.processes) as pool:
