@@ -1,5 +1,6 @@
 """Fixtures of all tests: fixed seeds, poisoned uninitialised memory, and the backends to try."""
 
+import inspect
 import os
 
 import pytest
@@ -9,6 +10,32 @@ if not torch.cuda.is_available():  # before Triton is imported: its kernels then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from opd_kernels import available_backends
+
+
+def _patch_only_what_is_not_patched():
+    """The interpreter looks for triton.language's builtins at every call of a device function. The
+    launch has patched them all, and looking is half of its time.
+    """
+    from triton.runtime import interpreter
+
+    patch_all, first_builtin = interpreter._patch_builtin, {}
+
+    def patch(package, *scope):
+        if package not in first_builtin:
+            members = inspect.getmembers(package)
+            names = (name for name, member in members if language.core.is_builtin(member))
+            first_builtin[package] = next(names, None)
+        name = first_builtin[package]
+        if name is not None and language.core.is_builtin(getattr(package, name)):
+            patch_all(package, *scope)
+
+    interpreter._patch_builtin = patch
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in available_backends():
+    from triton import language
+
+    _patch_only_what_is_not_patched()
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from opd_kernels import LazyLogits, distillation_loss, forward_kl, jsd, reverse_kl
 from opd_kernels.sparse_rows import SparseRows
 from tests.distill_cases import TOKENS, VOCAB, K, assert_same, pair
-from tests.reference import OPTIONS, eager_sparse, full_logits, operands, sorted_by_logit
+from tests.reference import OPTIONS, eager_sparse, full_logits, operands, rows_for, sorted_by_logit
 
 EPS = 0.02  # of 53 tokens: some entries of most rows fall, and some stay
 
@@ -87,7 +87,8 @@ def test_without_gradient_nothing_is_filtered():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_filtered_gradients_repeat_bitwise_and_are_near_float64(backend, dtype):
-    hidden, weight, teacher = (torch.randn(rows, 32).to(dtype) for rows in (70, 3000, 3000))
+    sizes = (rows_for(backend, 70), 3000, 3000)
+    hidden, weight, teacher = (torch.randn(rows, 32).to(dtype) for rows in sizes)
 
     def run(hidden, weight, teacher):
         student = LazyLogits(hidden.clone().requires_grad_(), weight.clone().requires_grad_())

@@ -13,6 +13,7 @@ from tests.reference import (
     in_float64,
     make_logits,
     outside_lse,
+    rows_for,
     sorted_by_logit,
 )
 
@@ -23,9 +24,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("options", OPTIONS[:4])
 def test_error_is_at_most_twice_that_of_same_dtype_pytorch(backend, dtype, options):
     """STYLE's tolerance rule, at fixed ids; the loss weighs every output."""
-    logits = make_logits(tokens=64, dim=96, vocab=1500, dtype=dtype, **options)
+    tokens = rows_for(backend, 64)
+    logits = make_logits(tokens=tokens, dim=96, vocab=1500, dtype=dtype, **options)
     ids = sorted_by_logit(full_logits(logits), 20)
-    weights = torch.randn(64, 20, dtype=torch.float64)
+    weights = torch.randn(tokens, 20, dtype=torch.float64)
 
     def loss_of(values, tail):
         return (values * weights.to(values.dtype)).sum() + tail.sum()
@@ -100,7 +102,7 @@ def test_entropy_of_a_peaked_row_is_right_to_float32(backend):
 
 
 def test_two_runs_are_bitwise_equal(backend):
-    logits = make_logits(tokens=70, vocab=3000, dtype=torch.float32)
+    logits = make_logits(tokens=rows_for(backend, 70), vocab=3000, dtype=torch.float32)
     results = []
     for _ in range(2):
         s = logits.topk(9, entropy=True, backend=backend)
