@@ -1,4 +1,4 @@
-"""What the Triton kernels become on each architecture: registers, spills, instructions. No GPU needed.
+"""What the Triton kernels compile to, without a GPU: registers, spills, instructions.
 
 Every launch is recorded from the package's own epilogues at the shape of a real head, with each
 shipped configuration, plain and with every option.

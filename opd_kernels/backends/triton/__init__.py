@@ -90,7 +90,8 @@ def divergence_(
     with device_of(chunk):
         divergence_kernel[(rows,)](
             chunk, chunk.stride(0), *operands(head, 0, columns, chunk),
-            teacher_chunk, teacher_chunk.stride(0), *operands(teacher_head, 0, columns, teacher_chunk),
+            teacher_chunk, teacher_chunk.stride(0),
+            *operands(teacher_head, 0, columns, teacher_chunk),
             columns, beta, losses if upstream is None else upstream.contiguous(), losses,
             KIND={0.0: FORWARD, 1.0: REVERSE}.get(beta, JSD).value,
             HAS_GRADIENT=upstream is not None, **flags(head),

@@ -33,6 +33,7 @@ UPDATE = RowConfig(block=4096, warps=4)
 GRADIENT = RowConfig(block=2048, warps=4)
 DIVERGENCE = RowConfig(block=2048, warps=4)
 
+
 @dataclass(frozen=True)
 class TileConfig:
     """How a kernel with a matrix product inside tiles [N, V]."""

@@ -9,9 +9,11 @@ from torch import Tensor
 from opd_kernels.head import Head
 
 
-def operands(head: Head, first_id: int, columns: int, unused: Tensor) -> tuple[Tensor, float, float]:
-    """The bias of some columns (without one, any tensor), and the two scalars of elementwise.py."""
-    bias = unused
+def operands(
+    head: Head, first_id: int, columns: int, placeholder: Tensor
+) -> tuple[Tensor, float, float]:
+    """The bias of some columns, or the placeholder, and the two scalars of elementwise.py."""
+    bias = placeholder
     if head.bias is not None:
         bias = head.bias.detach()[first_id : first_id + columns].contiguous()
     if head.softcap is None:

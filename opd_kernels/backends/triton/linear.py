@@ -1,8 +1,8 @@
 """update and gradient with the matrix product inside: logits live in registers, a tile at a time.
 
 linear_update takes given ids only. Each program walks a piece of the vocabulary for a block of
-rows; pieces are merged in their order afterwards, so that two runs are bitwise equal. The entries of
-S come sorted by column, so a tile finds its own at a cursor.
+rows; pieces are merged in their order afterwards, so that two runs are bitwise equal. The entries
+of S come sorted by column, so a tile finds its own at a cursor.
 """
 
 from dataclasses import dataclass
