@@ -7,8 +7,7 @@ user's GPU would get: the same configuration, flags and specialisation.
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -65,17 +64,16 @@ class Launch:
     """One call of a kernel."""
 
     kernel: JITFunction
-    grid: tuple[int, ...]
     arguments: dict[str, Any]
     options: dict[str, Any]  # num_warps and the like
 
     @classmethod
-    def of(cls, kernel: JITFunction, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]):
+    def of(cls, kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Launch":
         names = set(kernel.arg_names)
         options = {name: value for name, value in kwargs.items() if name not in names}
         named = {name: value for name, value in kwargs.items() if name in names}
         arguments = dict(signature(kernel.fn).bind(*args, **named).arguments)
-        return cls(kernel, grid(arguments) if callable(grid) else grid, arguments, options)
+        return cls(kernel, arguments, options)
 
     def source(self) -> ASTSource:
         """The kernel with Triton's specialisation: 1 is a constant, multiples of 16 are known."""
@@ -99,21 +97,14 @@ class Launch:
         return ASTSource(self.kernel, types, constants, attributes)
 
 
-@contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Kernels called in this context are not run; the list is filled with their launches."""
+def launches_of(call: Callable[[], object]) -> list[Launch]:
+    """The launches that a call makes; the kernels are not run."""
     launches: list[Launch] = []
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append(Launch.of(kernel, grid, args, kwargs))
+        launches.append(Launch.of(kernel, args, kwargs))
 
     with patch.object(JITFunction, "run", record):
-        yield launches
-
-
-def launches_of(call: Callable[[], object]) -> list[Launch]:
-    """The launches that a call makes."""
-    with recorded() as launches:
         call()
     return launches
 

@@ -16,6 +16,7 @@ def _patch_only_what_is_not_patched():
     """The interpreter looks for triton.language's builtins at every call of a device function. The
     launch has patched them all, and looking is half of its time.
     """
+    from triton import language
     from triton.runtime import interpreter
 
     patch_all, first_builtin = interpreter._patch_builtin, {}
@@ -33,8 +34,6 @@ def _patch_only_what_is_not_patched():
 
 
 if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in available_backends():
-    from triton import language
-
     _patch_only_what_is_not_patched()
 
 

@@ -17,6 +17,11 @@ OPTIONS = [
 ]
 
 
+def head_in_float64(head):
+    """The head for an epilogue on float64 logits; its weight is not used there."""
+    return replace(head, bias=None if head.bias is None else head.bias.double())
+
+
 def rows_for(backend, rows):
     """Fewer for Triton: an interpreted kernel takes a thousand times longer."""
     return max(5, rows // 8) if backend == "triton" else rows

@@ -11,6 +11,7 @@ from opd_kernels.backends import RowState, available_backends, select_backend
 from opd_kernels.backends import torch as definition
 from opd_kernels.head import Head
 from opd_kernels.sparse import canonical_ids
+from tests.reference import head_in_float64
 
 pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason="needs Triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,10 +49,7 @@ def state_of(backend, raw, head, k_or_ids, entropy=True, pieces=1):
 
 
 def in_float64(raw, head):
-    bias = None if head.bias is None else head.bias.double()
-    return raw.double(), Head(
-        head.weight, bias, head.softcap, head.scale, head.temperature, head.vocab_size
-    )
+    return raw.double(), head_in_float64(head)
 
 
 def assert_no_worse(actual, same_dtype, reference):

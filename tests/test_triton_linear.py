@@ -9,6 +9,7 @@ from opd_kernels.backends import RowState, available_backends
 from opd_kernels.backends import torch as definition
 from opd_kernels.head import Head
 from opd_kernels.sparse import canonical_ids
+from tests.reference import head_in_float64
 
 if "triton" not in available_backends():
     pytest.skip("needs Triton", allow_module_level=True)
@@ -30,10 +31,6 @@ def make_problem(rows, dim, vocab, k, dtype, every_option):
     return hidden, head, ids, hidden.double() @ weight[:vocab].double().T
 
 
-def in_float64(head):
-    return replace(head, bias=None if head.bias is None else head.bias.double())
-
-
 def assert_close_to_float32(actual, reference, terms):
     """A sum of D products in float32: a rounding for each, on the scale of the largest."""
     finite = reference.isfinite()
@@ -51,7 +48,7 @@ def test_update(shape, dtype, every_option):
     state = RowState.for_ids(ids, every_option, like)
     linear_update(hidden, head, state)
     expected = RowState.for_ids(ids, every_option, like.double())
-    definition.update(raw, 0, in_float64(head), expected)
+    definition.update(raw, 0, head_in_float64(head), expected)
     assert_close_to_float32(state.values, expected.values, shape[1])
     assert_close_to_float32(state.tail(), expected.tail(), shape[1])
     if every_option:
@@ -69,12 +66,12 @@ def test_gradient(shape, dtype, every_option):
     hidden, head, ids, raw = make_problem(*shape, dtype, every_option)
     rows, dim, vocab, k = shape
     state = RowState.for_ids(ids, False, torch.empty(0, dtype=torch.float64, device=DEVICE))
-    definition.update(raw, 0, in_float64(head), state)
+    definition.update(raw, 0, head_in_float64(head), state)
     dvalues, dtail = torch.randn(rows, k, device=DEVICE), torch.randn(rows, device=DEVICE)
     first, tail = vocab // 3, state.tail()
     expected = raw[:, first:].clone()
     definition.gradient_(
-        expected, first, in_float64(head), ids, dvalues.double(), tail, dtail.double()
+        expected, first, head_in_float64(head), ids, dvalues.double(), tail, dtail.double()
     )
     out = torch.empty(rows, vocab - first, dtype=dtype, device=DEVICE)
     linear_gradient(hidden, first, head, ids, dvalues, tail.float(), dtail, out)

@@ -8,21 +8,21 @@ import triton
 import triton.language as tl
 
 from opd_kernels.backends.triton.elementwise import derivatives_of, logits_of, scores_of
+from opd_kernels.backends.triton.online_sum import carry, origin
 
 FORWARD, REVERSE, JSD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def _finite(peak):
-    return tl.where(peak == float("-inf"), 0.0, peak)
-
-
-@triton.jit
-def _carry(total, expected, gap):
-    """Sums of weights and of weights * (term), when the terms' origin moves by gap <= 0."""
-    decay = tl.exp(gap)
-    moved = tl.where(decay == 0.0, 0.0, decay * (expected + total * gap))
-    return total * decay, moved
+def _log_probs(
+    raw, bias, inner, outer, peak, log_total, column, live,
+    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Scores and log-probabilities of some columns. Rounding peak + log_total, the logsumexp, would
+    cost every entry more than taking one after the other.
+    """
+    scores = scores_of(raw, bias, column, live, HAS_BIAS, DTYPE)
+    return scores, logits_of(scores, inner, outer, CAPPED) - peak - log_total
 
 
 @triton.jit
@@ -89,10 +89,10 @@ def divergence_kernel(
             z, y = y, z
         new_peak = tl.maximum(peak, tl.max(z))
         new_other_peak = tl.maximum(other_peak, tl.max(y))
-        shift, other_shift = _finite(new_peak), _finite(new_other_peak)
+        shift, other_shift = origin(new_peak), origin(new_other_peak)
         z -= shift
         y -= other_shift
-        total, expected = _carry(total, expected, peak - shift)
+        total, expected = carry(total, expected, peak - shift)
         other_gap = other_peak - other_shift
         expected -= _zero_where(total == 0.0, total * other_gap)
         weights = tl.exp(z)
@@ -101,7 +101,6 @@ def divergence_kernel(
         other_total = other_total * tl.exp(other_gap) + tl.sum(tl.exp(y))
         peak, other_peak = new_peak, new_other_peak
     log_total, other_log_total = tl.log(total), tl.log(other_total)
-    # log p is (z - peak) - log_total from here on: rounding their sum would cost every entry more.
     loss = expected / total - (log_total - other_log_total)
     if KIND == FORWARD:
         peak, log_total, other_peak, other_log_total = other_peak, other_log_total, peak, log_total
@@ -114,11 +113,13 @@ def divergence_kernel(
         for start in range(0, columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
             live = column < columns
-            scores = scores_of(raw, bias, column, live, HAS_BIAS, dtype)
-            log_p = logits_of(scores, inner, outer, CAPPED) - peak - log_total
-            scores = scores_of(teacher_raw, teacher_bias, column, live, TEACHER_HAS_BIAS, dtype)
-            log_q = logits_of(scores, teacher_inner, teacher_outer, TEACHER_CAPPED)
-            log_q = log_q - other_peak - other_log_total
+            _, log_p = _log_probs(
+                raw, bias, inner, outer, peak, log_total, column, live, HAS_BIAS, CAPPED, dtype
+            )
+            _, log_q = _log_probs(
+                teacher_raw, teacher_bias, teacher_inner, teacher_outer, other_peak,
+                other_log_total, column, live, TEACHER_HAS_BIAS, TEACHER_CAPPED, dtype,
+            )  # fmt: skip
             p = _zero_where(live == 0, tl.exp(log_p))
             q = _zero_where(live == 0, tl.exp(log_q))
             log_m = _log_mixture(p, q, beta, dtype)
@@ -132,11 +133,13 @@ def divergence_kernel(
         for start in range(0, columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
             live = column < columns
-            student_scores = scores_of(raw, bias, column, live, HAS_BIAS, dtype)
-            log_p = logits_of(student_scores, inner, outer, CAPPED) - peak - log_total
-            scores = scores_of(teacher_raw, teacher_bias, column, live, TEACHER_HAS_BIAS, dtype)
-            log_q = logits_of(scores, teacher_inner, teacher_outer, TEACHER_CAPPED)
-            log_q = log_q - other_peak - other_log_total
+            scores, log_p = _log_probs(
+                raw, bias, inner, outer, peak, log_total, column, live, HAS_BIAS, CAPPED, dtype
+            )
+            _, log_q = _log_probs(
+                teacher_raw, teacher_bias, teacher_inner, teacher_outer, other_peak,
+                other_log_total, column, live, TEACHER_HAS_BIAS, TEACHER_CAPPED, dtype,
+            )  # fmt: skip
             p, q = tl.exp(log_p), tl.exp(log_q)
             if KIND == FORWARD:
                 dlogits = p - q
@@ -146,5 +149,5 @@ def divergence_kernel(
                     w = (1.0 - beta) * (log_p - _log_mixture(p, q, beta, dtype))
                 dlogits = _zero_where(p == 0.0, p * (w - mean))
             dlogits = _zero_where(scale == 0.0, dlogits * scale)
-            draw = dlogits * derivatives_of(student_scores, inner, outer, CAPPED)
+            draw = dlogits * derivatives_of(scores, inner, outer, CAPPED)
             tl.store(raw + column, draw.to(chunk.dtype.element_ty), mask=live)

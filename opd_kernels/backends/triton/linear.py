@@ -16,6 +16,7 @@ from opd_kernels.backends.state import RowState
 from opd_kernels.backends.triton import configs
 from opd_kernels.backends.triton.elementwise import derivatives_of, logits_of
 from opd_kernels.backends.triton.launch import device_of, flags, operands
+from opd_kernels.backends.triton.online_sum import absorb
 from opd_kernels.head import Head
 
 _NO_COLUMN = 2**31 - 1
@@ -47,7 +48,7 @@ class _Targets:
 
 
 @triton.jit
-def _project(
+def _scores(
     hidden,  # [n, D]
     hidden_stride,
     row,  # [ROWS]
@@ -57,12 +58,14 @@ def _project(
     column,  # [COLUMNS]
     live_columns,
     depth,  # D
+    bias,  # [v]
+    HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """A tile of hidden @ weight.T in float32."""
+    """A tile of hidden @ weight.T + bias in float32."""
     inner = tl.arange(0, DEPTH)
     a = hidden + row.to(tl.int64)[:, None] * hidden_stride + inner[None, :]
     b = weight + column.to(tl.int64)[None, :] * weight_stride + inner[:, None]
@@ -74,6 +77,8 @@ def _project(
         if UPCAST:  # the interpreter multiplies the bits of bfloat16
             x, y = x.to(tl.float32), y.to(tl.float32)
         total = tl.dot(x, y, total, input_precision="ieee")
+    if HAS_BIAS:
+        total += tl.load(bias + column, mask=live_columns, other=0.0).to(tl.float32)[None, :]
     return total
 
 
@@ -121,12 +126,10 @@ def linear_update_kernel(
     for first in range(piece * tiles * COLUMNS, last, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         live = column < vocab
-        scores = _project(
+        scores = _scores(
             hidden, hidden_stride, row, live_rows, weight, weight_stride, column, live, depth,
-            ROWS, COLUMNS, DEPTH, UPCAST,
+            bias, HAS_BIAS, ROWS, COLUMNS, DEPTH, UPCAST,
         )  # fmt: skip
-        if HAS_BIAS:
-            scores += tl.load(bias + column, mask=live, other=0.0).to(tl.float32)[None, :]
         z = logits_of(scores, inner, outer, CAPPED)
         z = tl.where(live[None, :], z, float("-inf"))
         while target_column < first + COLUMNS:
@@ -137,18 +140,8 @@ def linear_update_kernel(
             z = tl.where(here, float("-inf"), z)
             target += 1
             target_column = tl.load(target_columns + target)
-        new_peak = tl.maximum(peak, tl.max(z, axis=1))
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        gap = peak - shift
-        decay = tl.exp(gap)
-        z = z - shift[:, None]
-        weights = tl.exp(z)
-        if HAS_MOMENT:
-            carried = moment + tl.where(decay == 0.0, 0.0, total * gap)
-            products = tl.where(weights == 0.0, 0.0, weights * z)
-            moment = tl.sum(products, axis=1) + decay * carried
-        total = total * decay + tl.sum(weights, axis=1)
-        peak = new_peak
+        block_peak = tl.max(z, axis=1)
+        peak, total, moment = absorb(z, block_peak, peak, total, moment, HAS_MOMENT, 1)
     place_of = piece * rows + row
     tl.store(maxima + place_of, peak, mask=live_rows)
     tl.store(sums + place_of, total, mask=live_rows)
@@ -194,12 +187,10 @@ def linear_gradient_kernel(
     first = tile * COLUMNS
     column = first + tl.arange(0, COLUMNS)
     live = column < columns
-    scores = _project(
+    scores = _scores(
         hidden, hidden_stride, row, live_rows, weight, weight_stride, column, live, depth,
-        ROWS, COLUMNS, DEPTH, UPCAST,
+        bias, HAS_BIAS, ROWS, COLUMNS, DEPTH, UPCAST,
     )  # fmt: skip
-    if HAS_BIAS:
-        scores += tl.load(bias + column, mask=live, other=0.0).to(tl.float32)[None, :]
     tail = tl.load(tails + row, mask=live_rows, other=0.0)
     dtail = tl.load(dtails + row, mask=live_rows, other=0.0)
     # A row whose tail is -inf has no mass off S, and -inf - -inf would be NaN.

@@ -1,15 +1,16 @@
 """update and gradient: one program a row of a logits chunk, walking its columns block by block.
 
-What belongs to S is taken out of a block before the rest joins the online logsumexp (Milakov and
-Gimelshein, arXiv 1805.02867), so that a tail far below the best logits keeps its precision. There
-are few such entries, so they are found one after the other: a loop with a scalar condition costs a
-comparison a column, where a sort of the block would cost a hundred.
+What belongs to S is taken out of a block before the rest joins the online logsumexp, so that a tail
+far below the best logits keeps its precision. There are few such entries, so they are found one
+after the other: a loop with a scalar condition costs a comparison a column and entry, where a sort
+of the block would cost every column a hundred.
 """
 
 import triton
 import triton.language as tl
 
 from opd_kernels.backends.triton.elementwise import derivatives_of, logits_of, scores_of
+from opd_kernels.backends.triton.online_sum import absorb
 
 _NO_ID = tl.constexpr(2**31 - 1)
 
@@ -79,6 +80,7 @@ def update_kernel(
         next_id = _next_id(support_ids, tl.maximum(first_id, 0))
     peak = tl.load(maxima + row)
     total = tl.load(sums + row)
+    moment = tl.zeros((), dtype)
     if HAS_MOMENT:
         moment = tl.load(moments + row)
     for start in range(0, columns, BLOCK):
@@ -102,17 +104,7 @@ def update_kernel(
                 z = tl.where(column == next_id - first_id, float("-inf"), z)
                 next_id = _next_id(support_ids, next_id + 1)
             block_peak = tl.max(z)
-        new_peak = tl.maximum(peak, block_peak)
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        gap = peak - shift
-        decay = tl.exp(gap)
-        weights = tl.exp(z - shift)
-        if HAS_MOMENT:
-            carried = moment + tl.where(decay == 0.0, 0.0, total * gap)
-            products = tl.where(weights == 0.0, 0.0, weights * (z - shift))
-            moment = tl.sum(products) + decay * carried
-        total = total * decay + tl.sum(weights)
-        peak = new_peak
+        peak, total, moment = absorb(z, block_peak, peak, total, moment, HAS_MOMENT, 0)
     if SELECTS:
         sorted_place = row * k + _ranks(best, support_ids, live_slots)
         tl.store(values + sorted_place, best, mask=live_slots)
