@@ -37,7 +37,7 @@ SANITIZED := build/sanitize
 CXX ?= c++
 sanitize: $(VENV)/installed
 	OPD_BUILD=cpu OPD_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
-	OPD_BACKEND=cpu OPD_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	OPD_BACKEND=cpu OPD_SANITIZE=1 TRITON_INTERPRET=0 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		$(BIN)/pytest --import-mode=append -o pythonpath=$(SANITIZED)/lib -p no:cacheprovider \
 		tests/test_build.py::test_the_sanitizers_watch_the_extension tests/test_linear.py tests/test_linear_numbers.py \
