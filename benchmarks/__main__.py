@@ -2,13 +2,13 @@
 
 import argparse
 
-from benchmarks import audit, chunks, compare, gradient_filter
+from benchmarks import audit, chunks, compare, gradient_filter, roofline
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for module in (compare, chunks, gradient_filter, audit):
+    for module in (compare, chunks, gradient_filter, audit, roofline):
         module.add_parser(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)

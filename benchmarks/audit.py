@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from benchmarks.machine_code import TARGETS, MachineCode, compile_for, launches_of
 from opd_kernels.backends import RowState, triton
-from opd_kernels.backends.triton import configs
-from opd_kernels.backends.triton.linear import linear_gradient, linear_update
+from opd_kernels.backends.triton import configs, linear
 from opd_kernels.head import Head
 
 TOKENS, VOCAB = 2_048, 151_936
@@ -57,13 +56,15 @@ def _gradient(k: int, every_option: bool, dtype: torch.dtype = torch.float32) ->
     chunk, head = _chunk(every_option, dtype)
     values = torch.empty(TOKENS, k, dtype=torch.float32, device="meta")
     ids = torch.empty(TOKENS, k, dtype=torch.int64, device="meta")
-    triton.gradient_(chunk, 0, head, ids, values, values[:, 0], values[:, 0])
+    out = torch.empty_like(chunk, dtype=torch.bfloat16)
+    triton.gradient(chunk, 0, head, ids, values, values[:, 0], values[:, 0], out)
 
 
 def _divergence(beta: float, every_option: bool) -> None:
     chunk, head = _chunk(every_option, torch.float32)
     upstream = torch.empty(TOKENS, dtype=torch.float32, device="meta")
-    triton.divergence_(chunk, head, chunk, head, beta, upstream)
+    out = torch.empty_like(chunk, dtype=torch.bfloat16)
+    triton.divergence(chunk, head, chunk, head, beta, upstream, out)
 
 
 def _linear(k: int, backward: bool, every_option: bool, dim: int = 1024) -> None:
@@ -75,9 +76,10 @@ def _linear(k: int, backward: bool, every_option: bool, dim: int = 1024) -> None
     rows = torch.empty(TOKENS, k, dtype=torch.float32, device="meta")
     if backward:
         out = torch.empty(TOKENS, 16_384, dtype=torch.bfloat16, device="meta")
-        linear_gradient(hidden, 0, head, ids, rows, rows[:, 0], rows[:, 0], out)
+        support = linear.support(ids, hidden)
+        linear.gradient(hidden, 0, head, support, rows, rows[:, 0], rows[:, 0], out)
     else:
-        linear_update(hidden, head, RowState.for_ids(ids, every_option, like=rows))
+        linear.update(hidden, head, RowState.for_ids(ids, every_option, like=rows))
 
 
 CASES: dict[str, Callable[[], None]] = {

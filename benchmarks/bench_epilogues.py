@@ -66,7 +66,7 @@ def test_gather(benchmark, epilogues, chunk, head):
 def test_gradient(benchmark, epilogues, chunk, head):
     state = reduced(epilogues, chunk, head)
     rows = (state.ids, torch.randn(ROWS, K), state.tail(), torch.randn(ROWS))
-    measure(benchmark, chunk, 2, lambda c: epilogues.gradient_(c, 0, head, *rows))
+    measure(benchmark, chunk, 2, lambda c: epilogues.gradient(c, 0, head, *rows, c))
 
 
 def test_filtered_gradient(benchmark, epilogues, chunk, head):
@@ -78,7 +78,5 @@ def test_filtered_gradient(benchmark, epilogues, chunk, head):
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_full_divergence(benchmark, epilogues, chunk, head, beta):
-    teacher, upstream = chunk + torch.randn_like(chunk), torch.ones(ROWS)
-    measure(
-        benchmark, chunk, 3, lambda c: epilogues.divergence_(c, head, teacher, head, beta, upstream)
-    )
+    teacher = (chunk + torch.randn_like(chunk), head, beta, torch.ones(ROWS))
+    measure(benchmark, chunk, 3, lambda c: epilogues.divergence(c, head, *teacher, c))

@@ -1,37 +1,40 @@
-"""How much of the logits lives at a time, from the shape and a memory budget.
+"""How much of the logits lives at a time, and which order is cheaper so.
 
-Two costs decide. In the one-pass order every token chunk reads and writes the whole [V, D] gradient
-of the weight, so a chunk must hold enough rows to pay for that; below that, recomputing the logits
-is cheaper. In the recompute order every vocabulary chunk reads and writes the [N, D] gradient of
-the hidden states, so a chunk must hold enough columns. The measurements are in docs/log.md.
+In the one-pass order every token chunk reads and writes the whole [V, D] gradient of the weight, so
+a chunk is as large as the budget allows; where that is too small, recomputing the logits is cheaper
+by the cost model. In the recompute order a chunk is to stay in the cache between the kernels that
+use it, but every vocabulary chunk reads and writes the [N, D] gradient of the hidden states, so it
+holds MIN_COLUMNS at least. The measurements are in docs/log.md.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
+from opd_kernels.cost_model import (
+    Kernel,
+    Machine,
+    Shape,
+    one_pass,
+    pieces,
+    recompute,
+    reduction,
+    seconds,
+)
+
 MIN_COLUMNS = 4096
+# D up to which a GPU backend's kernels with the product inside are the faster way. Writing a logit
+# and reading it again costs as much as about 1,200 terms of its product on an H100, and a product
+# of our own is assumed to run at two thirds of cuBLAS's speed or better: by that they draw at 2,400.
+MAX_FUSED_DIM = 2048
 # Rows of a chunk that start at a multiple of a vector's size multiply up to a quarter faster.
 _ALIGNMENT = 64
 _MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class _Limits:
-    budget: int  # bytes of logits that may live at a time, unless the user sets chunk_bytes
-    recompute_chunk: int  # bytes past which a recompute chunk buys nothing
-    one_pass_rows: int  # rows below which one_pass loses to recompute
-
-
-_LIMITS = {
-    "cpu": _Limits(budget=192 * _MIB, recompute_chunk=24 * _MIB, one_pass_rows=128),
-    "cuda": _Limits(budget=1536 * _MIB, recompute_chunk=256 * _MIB, one_pass_rows=2048),
-}
-
-
-def _limits(device: torch.device) -> _Limits:
-    return _LIMITS["cpu" if device.type == "cpu" else "cuda"]
+# Bytes of logits that may live at a time, unless the user sets chunk_bytes.
+_CPU_BUDGET, _GPU_BUDGET = 192 * _MIB, 1536 * _MIB
 
 
 def _even_size(total: int, most: int) -> int:
@@ -46,7 +49,7 @@ def _aligned(columns: int) -> int:
 
 def _budget(device: torch.device, chunk_bytes: int | None) -> int:
     if chunk_bytes is None:
-        return _limits(device).budget
+        return _CPU_BUDGET if device.type == "cpu" else _GPU_BUDGET
     if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < 1:
         raise ValueError(
             f"chunk_bytes: expected a positive number of bytes or None, got {chunk_bytes!r}; it "
@@ -56,10 +59,15 @@ def _budget(device: torch.device, chunk_bytes: int | None) -> int:
 
 
 def recompute_sizes(
-    tokens: int, vocab: int, itemsize: int, device: torch.device, chunk_bytes: int | None
+    tokens: int, vocab: int, bytes_a_logit: int, device: torch.device, chunk_bytes: int | None
 ) -> tuple[int, int]:
     """Rows and columns of a logits chunk in the recompute order."""
-    budget = min(_budget(device, chunk_bytes), _limits(device).recompute_chunk) // itemsize
+    budget = min(_budget(device, chunk_bytes), Machine.of(device, 2).cache)
+    return _recompute_sizes(tokens, vocab, budget // bytes_a_logit)
+
+
+def _recompute_sizes(tokens: int, vocab: int, budget: int) -> tuple[int, int]:
+    """Within a budget of so many logits."""
     most = max(MIN_COLUMNS, budget // max(tokens, 1) // _ALIGNMENT * _ALIGNMENT)
     columns = min(vocab, _aligned(_even_size(vocab, most)))
     rows = _even_size(tokens, max(1, budget // columns))
@@ -72,15 +80,53 @@ def chunk_buffer(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> T
 
 
 def one_pass_rows(
-    tokens: int, vocab: int, itemsize: int, device: torch.device, chunk_bytes: int | None
+    tokens: int, vocab: int, bytes_a_logit: int, device: torch.device, chunk_bytes: int | None
 ) -> int:
     """Rows of a logits chunk in the one-pass order: as many as the budget holds, or one."""
-    return _even_size(tokens, _budget(device, chunk_bytes) // (_aligned(vocab) * itemsize))
+    return _even_size(tokens, _budget(device, chunk_bytes) // (_aligned(vocab) * bytes_a_logit))
 
 
 def prefers_one_pass(
-    tokens: int, vocab: int, itemsize: int, device: torch.device, chunk_bytes: int | None
+    shape: Shape, device: torch.device, chunk_bytes: int | None, fused: bool
 ) -> bool:
-    """Whether the budget holds enough rows for one_pass to beat recompute."""
-    rows = one_pass_rows(tokens, vocab, itemsize, device, chunk_bytes)
-    return rows >= min(tokens, _limits(device).one_pass_rows)
+    """Whether one_pass, in the chunks that the budget holds, costs no more than recompute."""
+    if shape.tokens == 0:
+        return True
+    machine = Machine.of(device, shape.operand)
+    orders = orders_of(shape, machine, _budget(device, chunk_bytes), fused)
+    return seconds(orders["one_pass"], machine) <= seconds(orders["recompute"], machine)
+
+
+def recompute_chunks(
+    shape: Shape, machine: Machine, budget: int, fused: bool
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and columns of a chunk of the recompute order's forward and of its backward pass."""
+    near = min(budget, machine.cache)
+    bytes_a_logit = shape.operand if fused else shape.bytes_a_logit
+    extent = (shape.tokens, shape.vocab)
+    return (
+        _recompute_sizes(*extent, near // shape.logit),
+        _recompute_sizes(*extent, near // bytes_a_logit),
+    )
+
+
+def orders_of(
+    shape: Shape, machine: Machine, budget: int, fused: bool, teacher: Shape | None = None
+) -> dict[str, Iterator[Kernel]]:
+    """The kernels of student and teacher in both orders, in the chunks that a budget of bytes
+    holds; a teacher that gathers at the student's ids, or none.
+    """
+    rows = _even_size(shape.tokens, budget // (_aligned(shape.vocab) * shape.bytes_a_logit))
+    forward, backward = recompute_chunks(shape, machine, budget, fused)
+    orders = {
+        "one_pass": one_pass(shape, rows, machine),
+        "recompute": recompute(shape, forward, backward, machine, fused),
+    }
+    if teacher is not None:
+        for order, most in (("one_pass", rows), ("recompute", shape.tokens)):
+            for tokens in pieces(shape.tokens, most):
+                part = replace(teacher, tokens=tokens)
+                sizes, _ = recompute_chunks(part, machine, budget, fused)
+                gathered = reduction(part, *sizes, machine, selects=False, fused=fused)
+                orders[order] = chain(orders[order], gathered)
+    return orders

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from opd_kernels.arguments import check_arguments, check_denominator, check_gradient_filter
+from opd_kernels.backends import select_backend
 from opd_kernels.chunking import prefers_one_pass
+from opd_kernels.cost_model import Shape
 from opd_kernels.divergences import reverse_kl
 from opd_kernels.head import accumulator_dtype
 from opd_kernels.lazy_logits import LazyLogits, check_ids, check_k
 from opd_kernels.loss_functions import OnePassLoss, RecomputedFullLoss
+from opd_kernels.matmul import operand_dtype
 from opd_kernels.objective import Objective, freeze_rows, per_token_loss
 from opd_kernels.one_pass import LossOptions, WalkResult, walk
 from opd_kernels.output import DistillationOutput, restore
@@ -58,8 +61,8 @@ def distillation_loss(
         denominator: what "mean" divides by, default sum(token_weights). Pass the global number of
             tokens under gradient accumulation or several ranks.
         method: "one_pass" (token chunks [c, V], gradient during forward, no recomputation),
-            "recompute" (vocabulary chunks [N, v], smallest memory), or "auto" by the cost model of
-            chunking.py.
+            "recompute" (vocabulary chunks [N, v], smallest memory), or "auto", whichever costs
+            less by cost_model.py.
         missing: for a served teacher without a value on S: "error", or "drop" the slot from S.
         entropy: also fill the entropy of student and teacher (of the whole rows), from the same
             pass.
@@ -291,15 +294,21 @@ def _resolve_method(student: LazyLogits, options: LossOptions, reduction: str, m
         return "one_pass"
     if isinstance(options.support, str) and options.support == "full":
         return "one_pass"  # chunks of tokens either way
-    dtype = accumulator_dtype(student.hidden, student.weight)
-    fits = prefers_one_pass(
-        student.hidden.shape[0],
+    hidden, weight = student.hidden, student.weight
+    operand, trains = operand_dtype(hidden, weight), torch.is_grad_enabled()
+    shape = Shape(
+        *hidden.shape,
         student.head.vocab_size,
-        dtype.itemsize,
-        student.hidden.device,
-        options.chunk_bytes,
+        options.k,
+        operand.itemsize,
+        *[accumulator_dtype(hidden, weight).itemsize] * 2,
+        trains and hidden.requires_grad,
+        trains and weight.requires_grad,
     )
-    return "one_pass" if fits else "recompute"
+    epilogues = select_backend(options.backend, hidden.device)
+    fused = epilogues.fused(operand, student.head) is not None
+    cheaper = prefers_one_pass(shape, hidden.device, options.chunk_bytes, fused)
+    return "one_pass" if cheaper else "recompute"
 
 
 def _same_vocabulary(

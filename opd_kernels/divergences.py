@@ -180,6 +180,7 @@ def _check_pair(student: SparseLogits, teacher: SparseLogits) -> None:
             f"teacher: expected the student's shape [..., K] = {tuple(student.values.shape)}, got "
             f"{tuple(teacher.values.shape)}; gather it at student.ids"
         )
+    # To compare the values makes the host wait for the device.
     if student.ids is teacher.ids or torch.compiler.is_compiling():
         return
     if not torch.equal(student.ids, teacher.ids):

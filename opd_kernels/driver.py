@@ -1,36 +1,40 @@
 """The chunked driver in the recompute order: vocabulary chunks outside, blocks of tokens inside.
 
-Both functions hold one [n, v] chunk of logits at a time. The weight is read chunk by chunk, each
-row block of dweight is written once, and dhidden accumulates in the accumulator's dtype.
+Both functions hold one [n, v] chunk of logits, or of their gradient, at a time. The weight is read
+chunk by chunk, each row block of dweight is written once, and dhidden accumulates in float32
+(float64). Where a backend has the matrix product inside its kernels, logits are never in memory.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from opd_kernels import matmul
-from opd_kernels.backends import Epilogues, RowState
+from opd_kernels.backends import Epilogues, FusedEpilogues, RowState
 from opd_kernels.chunking import recompute_sizes
 from opd_kernels.head import Head
 
 
 @dataclass(frozen=True)
 class _Chunks:
-    """The walk over [N, V] and the one buffer that every chunk of it reuses."""
+    """The walk over [N, V]."""
 
-    hidden: Tensor  # [N, D] in the accumulator's dtype
+    hidden: Tensor  # [N, D] in the operand dtype
     head: Head
     rows: int
     columns: int
-    buffer: Tensor
 
     @classmethod
-    def plan(cls, hidden: Tensor, head: Head, chunk_bytes: int | None) -> "_Chunks":
-        rows, columns = recompute_sizes(
-            hidden.shape[0], head.vocab_size, hidden.element_size(), hidden.device, chunk_bytes
-        )
-        return cls(hidden, head, rows, columns, hidden.new_empty(rows * columns))
+    def plan(
+        cls, hidden: Tensor, head: Head, dtypes: set[torch.dtype], chunk_bytes: int | None
+    ) -> "_Chunks":
+        """For a chunk of each of the dtypes."""
+        bytes_a_logit = sum(dtype.itemsize for dtype in dtypes)
+        extent = (hidden.shape[0], head.vocab_size)
+        sizes = recompute_sizes(*extent, bytes_a_logit, hidden.device, chunk_bytes)
+        return cls(hidden, head, *sizes)
 
     def columns_of(self) -> list[tuple[int, int]]:
         starts = range(0, self.head.vocab_size, self.columns)
@@ -40,23 +44,37 @@ class _Chunks:
         tokens = self.hidden.shape[0]
         return [slice(f, min(f + self.rows, tokens)) for f in range(0, tokens, self.rows)]
 
-    def logits(self, rows: slice, weight: Tensor) -> Tensor:
-        shape = (rows.stop - rows.start, weight.shape[0])
-        out = self.buffer[: shape[0] * shape[1]].view(shape)
-        return matmul.project(self.hidden[rows], weight, out)
+    def buffer(self, dtype: torch.dtype) -> Callable[[slice, Tensor], Tensor]:
+        """One buffer that every chunk reuses: a function to its view for some rows and weights."""
+        memory = self.hidden.new_empty(self.rows * self.columns, dtype=dtype)
+
+        def view(rows: slice, weight: Tensor) -> Tensor:
+            shape = (rows.stop - rows.start, weight.shape[0])
+            return memory[: shape[0] * shape[1]].view(shape)
+
+        return view
 
 
 def reduce_logits(
     hidden: Tensor, head: Head, state: RowState, epilogues: Epilogues, chunk_bytes: int | None
 ) -> None:
-    """One pass over the vocabulary: bring every logit of hidden [N, D] into the state."""
+    """One pass over the vocabulary: bring every logit of hidden [N, D] into the state. hidden is of
+    the operand dtype of matmul.py.
+    """
     if hidden.shape[0] == 0:
         return
-    chunks = _Chunks.plan(hidden, head, chunk_bytes)
+    fused = epilogues.fused(hidden.dtype, head)
+    if fused is not None and not state.selects:
+        fused.update(hidden, head, state)
+        return
+    dtype = state.values.dtype
+    chunks = _Chunks.plan(hidden, head, {dtype}, chunk_bytes)
+    buffer = chunks.buffer(dtype)
     for first, last in chunks.columns_of():
         weight = head.rows(first, last)
         for rows in chunks.rows_of():
-            epilogues.update(chunks.logits(rows, weight), first, head, state.rows(rows))
+            logits = matmul.project(hidden[rows], weight, buffer(rows, weight))
+            epilogues.update(logits, first, head, state.rows(rows))
 
 
 def backpropagate(
@@ -74,37 +92,103 @@ def backpropagate(
 ) -> None:
     """Recompute every chunk of logits and add its gradient to dhidden, dweight and dbias.
 
-    dhidden [N, D] is zeroed and in the accumulator's dtype; dweight [V_padded, D] and dbias
-    [V_padded] are zeroed and of any floating dtype: a row block is accumulated apart and rounded
-    once.
+    hidden is of the operand dtype of matmul.py. dhidden [N, D] is zeroed and in the dtype of
+    dvalues; dweight [V_padded, D] and dbias [V_padded] are zeroed and of any floating dtype: a row
+    block is accumulated apart and rounded once.
     """
     if hidden.shape[0] == 0:
         return
-    chunks = _Chunks.plan(hidden, head, chunk_bytes)
+    unit = matmul.float16_unit(hidden.dtype, dvalues, dtail)
+    if unit is not None:
+        dvalues, dtail = dvalues / unit, dtail / unit
+    fused = epilogues.fused(hidden.dtype, head)
+    dtypes = {hidden.dtype} if fused is not None else {hidden.dtype, dvalues.dtype}
+    chunks = _Chunks.plan(hidden, head, dtypes, chunk_bytes)
+    on_rows = (ids, dvalues, tail, dtail)
+    if fused is not None:
+        gradient = _recomputed_inside(chunks, *on_rows, fused)
+    else:
+        gradient = _recomputed(chunks, *on_rows, epilogues)
     for first, last in chunks.columns_of():
         weight = head.rows(first, last)
         dweight_rows = dbias_rows = None
         if dweight is not None:
-            dweight_rows = _accumulator(dweight[first:last], hidden.dtype)
+            dweight_rows = _accumulator(dweight[first:last], dvalues.dtype)
         if dbias is not None:
-            dbias_rows = _accumulator(dbias[first:last], hidden.dtype)
-        for rows in chunks.rows_of():
-            dlogits = chunks.logits(rows, weight)
-            epilogues.gradient_(
-                dlogits, first, head, ids[rows], dvalues[rows], tail[rows], dtail[rows]
-            )
+            dbias_rows = _accumulator(dbias[first:last], dvalues.dtype)
+        for block, rows in enumerate(chunks.rows_of()):
+            dlogits = gradient(block, first, weight)
             if dhidden is not None:
                 matmul.add_hidden_gradient_(dhidden[rows], dlogits, weight)
             if dweight_rows is not None:
-                first_block = rows.start == 0
-                matmul.add_weight_gradient_(dweight_rows, dlogits, hidden[rows], first_block)
+                matmul.add_weight_gradient_(dweight_rows, dlogits, hidden[rows], block == 0)
             if dbias_rows is not None:
-                dbias_rows.add_(dlogits.sum(0))
-        if dweight is not None and dweight_rows is not None:
-            dweight[first:last].copy_(dweight_rows)
-        if dbias is not None and dbias_rows is not None:
-            dbias[first:last].copy_(dbias_rows)
+                dbias_rows.add_(dlogits.sum(0, dtype=dbias_rows.dtype))
+        _write(dweight, dweight_rows, first, unit)
+        _write(dbias, dbias_rows, first, unit)
+    if dhidden is not None and unit is not None:
+        dhidden.mul_(unit)
+
+
+# The gradient [n, v] of a block of rows at some rows of the weight, the first of them the given id;
+# in the operand dtype.
+_Gradient = Callable[[int, int, Tensor], Tensor]
+
+
+def _recomputed(
+    chunks: _Chunks,
+    ids: Tensor,
+    dvalues: Tensor,
+    tail: Tensor,
+    dtail: Tensor,
+    epilogues: Epilogues,
+) -> _Gradient:
+    hidden, blocks = chunks.hidden, chunks.rows_of()
+    logits = gradients = chunks.buffer(dvalues.dtype)
+    if hidden.dtype != dvalues.dtype:
+        gradients = chunks.buffer(hidden.dtype)
+
+    def gradient(block: int, first: int, weight: Tensor) -> Tensor:
+        rows = blocks[block]
+        chunk = matmul.project(hidden[rows], weight, logits(rows, weight))
+        out = chunk if logits is gradients else gradients(rows, weight)
+        on_rows = (ids[rows], dvalues[rows], tail[rows], dtail[rows])
+        epilogues.gradient(chunk, first, chunks.head, *on_rows, out)
+        return out
+
+    return gradient
+
+
+def _recomputed_inside(
+    chunks: _Chunks,
+    ids: Tensor,
+    dvalues: Tensor,
+    tail: Tensor,
+    dtail: Tensor,
+    fused: FusedEpilogues,
+) -> _Gradient:
+    hidden, blocks = chunks.hidden, chunks.rows_of()
+    gradients = chunks.buffer(hidden.dtype)
+    supports = [fused.support(ids[rows], hidden) for rows in blocks]
+
+    def gradient(block: int, first: int, weight: Tensor) -> Tensor:
+        rows = blocks[block]
+        out = gradients(rows, weight)
+        on_rows = (supports[block], dvalues[rows], tail[rows], dtail[rows])
+        fused.gradient(hidden[rows], first, chunks.head, *on_rows, out)
+        return out
+
+    return gradient
 
 
 def _accumulator(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return rows if rows.dtype == dtype else torch.zeros_like(rows, dtype=dtype)
+
+
+def _write(gradient: Tensor | None, rows: Tensor | None, first: int, unit: Tensor | None) -> None:
+    """Round a row block's sum into the gradient, of which it may be a view."""
+    if gradient is None or rows is None:
+        return
+    if unit is not None:
+        rows.mul_(unit)
+    gradient[first : first + rows.shape[0]].copy_(rows)

@@ -14,29 +14,35 @@ from opd_kernels.objective import Objective, jsd_beta, per_token_loss
 _BLOCK_BYTES = 2 << 20
 
 
-def full_losses_(
-    ours: LogitsChunk, theirs: LogitsChunk, objective: Objective, upstream: Tensor | None
-) -> Tensor:
-    """The loss [c] of each row over all of V.
-
-    Given upstream [c], it overwrites ours.raw [c, V] with upstream * dloss / draw.
-    """
-    beta = jsd_beta(objective)
-    same_scale = ours.head.temperature == theirs.head.temperature
-    if beta is not None and same_scale and ours.raw.dtype == theirs.raw.dtype:
-        return ours.epilogues.divergence_(
-            ours.raw, ours.head, theirs.raw, theirs.head, beta, upstream
-        )
-    rows = max(1, _BLOCK_BYTES // (ours.raw.shape[1] * ours.raw.element_size()))
-    blocks = [slice(first, first + rows) for first in range(0, max(1, ours.raw.shape[0]), rows)]
-    return torch.cat([_by_autograd_(ours, theirs, objective, upstream, x) for x in blocks])
-
-
-def _by_autograd_(
+def full_losses(
     ours: LogitsChunk,
     theirs: LogitsChunk,
     objective: Objective,
     upstream: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    """The loss [c] of each row over all of V.
+
+    Given upstream [c], it writes upstream * dloss / draw to out [c, V], which may be ours.raw, used
+    up, or of a 16-bit dtype.
+    """
+    beta = jsd_beta(objective)
+    same_scale = ours.head.temperature == theirs.head.temperature
+    if beta is not None and same_scale and ours.raw.dtype == theirs.raw.dtype:
+        return ours.epilogues.divergence(
+            ours.raw, ours.head, theirs.raw, theirs.head, beta, upstream, out
+        )
+    rows = max(1, _BLOCK_BYTES // (ours.raw.shape[1] * ours.raw.element_size()))
+    blocks = [slice(first, first + rows) for first in range(0, max(1, ours.raw.shape[0]), rows)]
+    return torch.cat([_by_autograd(ours, theirs, objective, upstream, out, x) for x in blocks])
+
+
+def _by_autograd(
+    ours: LogitsChunk,
+    theirs: LogitsChunk,
+    objective: Objective,
+    upstream: Tensor | None,
+    out: Tensor,
     rows: slice,
 ) -> Tensor:
     with torch.set_grad_enabled(upstream is not None):
@@ -45,6 +51,6 @@ def _by_autograd_(
     if upstream is not None:
         dlogits = torch.autograd.grad(per_token, s.values, upstream[rows])[0]
         dlogits.masked_fill_((upstream[rows] == 0)[:, None], 0.0)
-        raw = ours.raw[rows]
-        torch.mul(dlogits, ours.head.derivative(ours.head.scores(raw, 0)), out=raw)
+        scores = ours.head.scores(ours.raw[rows], 0)
+        torch.mul(dlogits, ours.head.derivative(scores), out=out[rows])
     return per_token.detach()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from opd_kernels import matmul
@@ -21,6 +22,7 @@ class Gradients:
     dweight: Tensor | None  # [V_padded, D]
     dbias: Tensor | None  # [V_padded]
     dweight_is_zero: bool = True
+    unit: Tensor | None = None  # of all three, where they are sums of float16 chunks
 
     @classmethod
     def zeros(cls, student: LazyLogits, needs: tuple[bool, bool, bool]) -> "Gradients":
@@ -41,7 +43,7 @@ class Gradients:
             matmul.add_weight_gradient_(self.dweight[:vocab], dlogits, hidden, self.dweight_is_zero)
             self.dweight_is_zero = False
         if self.dbias is not None:
-            self.dbias[:vocab] += dlogits.sum(0)
+            self.dbias[:vocab] += dlogits.sum(0, dtype=self.dbias.dtype)
 
     def add_entries(self, rows: slice, entries: SparseRows, hidden: Tensor, head: Head) -> None:
         """Add the products of a gradient chunk of which few entries are kept."""
@@ -67,6 +69,8 @@ class Gradients:
 
     def scaled(self, factor: Tensor | None, student: LazyLogits) -> tuple[Tensor | None, ...]:
         """The gradients times a scalar, each in its operand's dtype; consumes the sums."""
+        if self.unit is not None:
+            factor = self.unit if factor is None else factor * self.unit
         results = []
         for total, operand in (
             (self.dhidden, student.hidden),
@@ -74,6 +78,14 @@ class Gradients:
             (self.dbias, student.bias),
         ):
             if total is not None and operand is not None:
-                total = (total if factor is None else total.mul_(factor)).to(operand.dtype)
+                total = _in_dtype(total, factor, operand.dtype)
             results.append(total)
         return tuple(results)
+
+
+def _in_dtype(total: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """total * factor, rounded to dtype; total is used up."""
+    if factor is None:
+        return total.to(dtype)
+    out = total if total.dtype == dtype else torch.empty_like(total, dtype=dtype)
+    return torch.mul(total, factor, out=out)

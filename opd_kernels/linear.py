@@ -15,6 +15,7 @@ from opd_kernels.backends import RowState, select_backend
 from opd_kernels.driver import backpropagate, reduce_logits
 from opd_kernels.head import Head, accumulator_dtype
 from opd_kernels.lazy_zeros import lazy_zeros_like
+from opd_kernels.matmul import operand_dtype
 from opd_kernels.sparse import canonical_ids, gather_logits, sparse_gradients
 
 
@@ -34,12 +35,13 @@ def linear_topk(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """values [N, K], ids [N, K], tail [N] and entropy [N] (or [0]) of hidden [N, D]."""
     head = Head(weight, bias, softcap, scale, temperature, vocab_size)
-    hidden = hidden.to(accumulator_dtype(hidden, weight))
-    state = RowState.for_topk(hidden.shape[0], k, entropy, like=hidden)
+    like = hidden.new_empty(0, dtype=accumulator_dtype(hidden, weight))
+    state = RowState.for_topk(hidden.shape[0], k, entropy, like)
     with torch.autocast(hidden.device.type, enabled=False):
         epilogues = select_backend(backend, hidden.device)
-        reduce_logits(hidden, head, state, epilogues, chunk_bytes)
-    return state.values, state.ids, state.tail(), _entropy_or_empty(state, hidden)
+        operand = hidden.to(operand_dtype(hidden, weight))
+        reduce_logits(operand, head, state, epilogues, chunk_bytes)
+    return state.values, state.ids, state.tail(), _entropy_or(like, state)
 
 
 @torch.library.custom_op("opd_kernels::linear_gather", mutates_args=())
@@ -59,15 +61,16 @@ def linear_gather(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """values [N, K], tail [N] (or [0]) and entropy [N] (or [0]) of hidden [N, D] at ids [N, K]."""
     head = Head(weight, bias, softcap, scale, temperature, vocab_size)
-    hidden = hidden.to(accumulator_dtype(hidden, weight))
     ids = canonical_ids(ids, vocab_size)
+    like = hidden.new_empty(0, dtype=accumulator_dtype(hidden, weight))
     with torch.autocast(hidden.device.type, enabled=False):
         if not tail:
-            return gather_logits(hidden, head, ids), hidden.new_empty(0), hidden.new_empty(0)
-        state = RowState.for_ids(ids, entropy, like=hidden)
+            return gather_logits(hidden.to(like.dtype), head, ids), like, like.clone()
+        state = RowState.for_ids(ids, entropy, like)
         epilogues = select_backend(backend, hidden.device)
-        reduce_logits(hidden, head, state, epilogues, chunk_bytes)
-    return state.values, state.tail(), _entropy_or_empty(state, hidden)
+        operand = hidden.to(operand_dtype(hidden, weight))
+        reduce_logits(operand, head, state, epilogues, chunk_bytes)
+    return state.values, state.tail(), _entropy_or(like, state)
 
 
 @torch.library.custom_op("opd_kernels::linear_backward", mutates_args=())
@@ -96,9 +99,8 @@ def linear_backward(
     gradient, never by its values, so that no host synchronisation is needed.
     """
     head = Head(weight, bias, softcap, scale, temperature, vocab_size)
-    operand = hidden.to(values.dtype)
     ids = canonical_ids(ids, vocab_size)
-    dhidden = torch.zeros_like(operand) if needs_dhidden else None
+    dhidden = torch.zeros_like(hidden, dtype=values.dtype) if needs_dhidden else None
     dweight = lazy_zeros_like(weight, weight.dtype) if needs_dweight else None
     dbias = torch.zeros_like(bias) if needs_dbias and bias is not None else None
     with torch.autocast(hidden.device.type, enabled=False):
@@ -107,7 +109,7 @@ def linear_backward(
         if dtail is not None:
             epilogues = select_backend(backend, hidden.device)
             backpropagate(
-                operand,
+                hidden.to(operand_dtype(hidden, weight)),
                 head,
                 ids,
                 dvalues,
@@ -123,7 +125,9 @@ def linear_backward(
             # A 16-bit sum over tokens would round at every addition.
             dweight_sum = None if dweight is None else dweight.to(values.dtype)
             dbias_sum = None if dbias is None else dbias.to(values.dtype)
-            sparse_gradients(operand, head, ids, values, dvalues, dhidden, dweight_sum, dbias_sum)
+            sparse_gradients(
+                hidden.to(values.dtype), head, ids, values, dvalues, dhidden, dweight_sum, dbias_sum
+            )
             dweight = None if dweight_sum is None else dweight_sum.to(weight.dtype)
             dbias = None if dbias_sum is None or bias is None else dbias_sum.to(bias.dtype)
     nothing = hidden.new_empty(0)
@@ -134,8 +138,8 @@ def linear_backward(
     )
 
 
-def _entropy_or_empty(state: RowState, like: Tensor) -> Tensor:
-    return like.new_empty(0) if state.moment is None else state.entropy()
+def _entropy_or(nothing: Tensor, state: RowState) -> Tensor:
+    return nothing if state.moment is None else state.entropy()
 
 
 @linear_topk.register_fake

@@ -16,7 +16,7 @@ from torch import Tensor
 from opd_kernels import matmul
 from opd_kernels.backends import Epilogues, select_backend
 from opd_kernels.chunking import chunk_buffer, one_pass_rows
-from opd_kernels.full_support import full_losses_
+from opd_kernels.full_support import full_losses
 from opd_kernels.gradients import Gradients
 from opd_kernels.head import Head, accumulator_dtype
 from opd_kernels.lazy_logits import LazyLogits
@@ -92,10 +92,11 @@ class _Walker:
     options: LossOptions
     upstream: Tensor | None
     gradients: Gradients | None
-    hidden: Tensor  # [N, D] in the accumulator's dtype
+    hidden: Tensor  # [N, D] in the operand dtype of matmul.py
     head: Head
     epilogues: Epilogues
-    buffer: Tensor  # [c, V]
+    buffer: Tensor  # [c, V] logits
+    gradient_buffer: Tensor  # [c, V] of the operand dtype; the same one, if it is of that dtype
     teacher_buffer: Tensor | None  # [c, V] for support="full"
     dropped: list[Tensor] = field(default_factory=list)  # a gradient filter's, by chunk
 
@@ -109,15 +110,25 @@ class _Walker:
         needs: tuple[bool, bool, bool],
     ) -> "_Walker":
         head = student.head
-        hidden = student.hidden.to(accumulator_dtype(student.hidden, student.weight))
+        hidden = student.hidden.to(matmul.operand_dtype(student.hidden, student.weight))
+        dtype = accumulator_dtype(student.hidden, student.weight)
         full = options.support == "full" if isinstance(options.support, str) else False
         rows = one_pass_rows(
             hidden.shape[0],
             head.vocab_size,
-            hidden.element_size(),
+            sum(dtype.itemsize for dtype in {dtype, hidden.dtype}),
             hidden.device,
             options.chunk_bytes,
         )
+        buffer = gradient_buffer = chunk_buffer(rows, head.vocab_size, hidden, dtype)
+        if hidden.dtype != dtype and upstream is not None:
+            gradient_buffer = chunk_buffer(rows, head.vocab_size, hidden, hidden.dtype)
+        gradients = None
+        if upstream is not None:
+            gradients = Gradients.zeros(student, needs)
+            gradients.unit = matmul.float16_unit(hidden.dtype, upstream)
+            if gradients.unit is not None:
+                upstream = upstream / gradients.unit
         teacher_buffer = None
         if full:
             assert isinstance(teacher, LazyLogits)  # distillation_loss refuses a server here
@@ -128,11 +139,12 @@ class _Walker:
             teacher,
             options,
             upstream,
-            None if upstream is None else Gradients.zeros(student, needs),
+            gradients,
             hidden,
             head,
             select_backend(options.backend, hidden.device),
-            chunk_buffer(rows, head.vocab_size, hidden, hidden.dtype),
+            buffer,
+            gradient_buffer,
             teacher_buffer,
         )
 
@@ -188,8 +200,9 @@ class _Walker:
             gradients.add_sparse(rows, hidden, head, leaf, dvalues)
             kept = torch.ones_like(tail)  # the gradient off S is 0
         elif eps is None:
-            self.epilogues.gradient_(raw, 0, head, leaf.ids, dvalues, tail, dtail)
-            gradients.add_dense(rows, raw, hidden, head)
+            out = self._gradient_chunk(raw)
+            self.epilogues.gradient(raw, 0, head, leaf.ids, dvalues, tail, dtail, out)
+            gradients.add_dense(rows, out, hidden, head)
         else:
             threshold = leaf.lse + math.log(eps)
             entries, kept = self.epilogues.filtered_gradient(
@@ -198,6 +211,11 @@ class _Walker:
             gradients.add_entries(rows, entries, hidden, head)
         if eps is not None:
             self.dropped.append(leaf.log_tail.exp() * (1.0 - kept).clamp_min(0.0))
+
+    def _gradient_chunk(self, raw: Tensor) -> Tensor:
+        """Where the gradient of a chunk of logits goes: the chunk itself, if that has the dtype."""
+        same = self.gradient_buffer.dtype == raw.dtype
+        return raw if same else self.gradient_buffer[: raw.shape[0]]
 
     def _teacher_rows(self, rows: slice) -> Recomputed | Served:
         if isinstance(self.teacher, SparseLogits):
@@ -216,7 +234,7 @@ class _Walker:
         teacher_head = teacher.head
         teacher_raw = self.teacher_buffer[: rows.stop - rows.start]
         matmul.project(
-            teacher.hidden.to(teacher_raw.dtype),
+            teacher.hidden.to(matmul.operand_dtype(teacher.hidden, teacher.weight)),
             teacher_head.rows(0, teacher_head.vocab_size),
             teacher_raw,
         )
@@ -226,7 +244,8 @@ class _Walker:
         s = logits.topk(self.options.k).detach()
         t = teacher_logits.gather(s.ids).detach()
         upstream = None if self.upstream is None else self.upstream[rows]
-        per_token = full_losses_(logits, teacher_logits, self.options.objective, upstream)
+        out = self._gradient_chunk(logits.raw)
+        per_token = full_losses(logits, teacher_logits, self.options.objective, upstream, out)
         if self.gradients is not None:
-            self.gradients.add_dense(rows, logits.raw, self.hidden[rows], self.head)
+            self.gradients.add_dense(rows, out, self.hidden[rows], self.head)
         return per_token, s, t

@@ -109,8 +109,8 @@ class SparseLogits:
         return replace(self, values=kept, tail=_logsumexp(dropped, self.lse_outside))
 
     def detach(self) -> "SparseLogits":
-        """The same tensors, cut from the graph."""
-        return self.map(Tensor.detach)
+        """The same tensors, cut from the graph; `ids` stays the same object, see _check_pair."""
+        return replace(self.map(Tensor.detach), ids=self.ids)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "SparseLogits":
         """Apply a function of the leading dimensions, such as an index, to every tensor."""

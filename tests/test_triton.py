@@ -99,12 +99,14 @@ def test_update_and_gradient_at_given_ids(kernels, dtype, k):
     dtail[2] = 0.0
     exact, exact_head = in_float64(raw, head)
     tail = reference.tail()
-    definition.gradient_(
-        exact, 0, exact_head, reference.ids, dvalues.double(), tail, dtail.double()
-    )
+    wide = (exact_head, reference.ids, dvalues.double(), tail, dtail.double())
+    definition.gradient(exact, 0, *wide, exact)
     same = raw.to(torch.float32, copy=True)
-    definition.gradient_(same, 0, head, theirs.ids, dvalues, theirs.tail(), dtail)
-    kernels.gradient_(raw, 0, head, ours.ids, dvalues, ours.tail(), dtail)
+    definition.gradient(same, 0, head, theirs.ids, dvalues, theirs.tail(), dtail, same)
+    apart = torch.empty(6, 203, dtype=torch.bfloat16, device=DEVICE)
+    kernels.gradient(raw, 0, head, ours.ids, dvalues, ours.tail(), dtail, apart)
+    assert_no_worse(apart, same.to(apart.dtype), exact)
+    kernels.gradient(raw, 0, head, ours.ids, dvalues, ours.tail(), dtail, raw)
     assert_no_worse(raw, same.to(dtype), exact)
 
 
@@ -143,7 +145,7 @@ def test_infinite_logits(kernels):
     torch.testing.assert_close(ours.values[:3], theirs.values[:3], rtol=1e-6, atol=0)
     torch.testing.assert_close(ours.tail()[:3], theirs.tail()[:3], rtol=1e-6, atol=0)
     dvalues, dtail = torch.ones(4, 3, device=DEVICE), torch.ones(4, device=DEVICE)
-    kernels.gradient_(raw, 0, head, ours.ids, dvalues, ours.tail(), dtail)
+    kernels.gradient(raw, 0, head, ours.ids, dvalues, ours.tail(), dtail, raw)
     assert raw[0].tolist() == [0.0] * 3 + [1.0] * 2 + [0.0] * 92
     assert raw[1, 5:].abs().max() == 0
     assert raw[3].isnan().any()
@@ -158,15 +160,18 @@ def test_divergence(kernels, dtype, beta, options):
     upstream = torch.randn(5, device=DEVICE)
     upstream[3] = 0.0
     exact, exact_head = in_float64(raw, head)
-    reference = definition.divergence_(
-        exact, exact_head, teacher_raw.double(), teacher_head, beta, upstream.double()
-    )
+    wide = (teacher_raw.double(), teacher_head, beta, upstream.double())
+    reference = definition.divergence(exact, exact_head, *wide, exact)
     same = raw.to(torch.float32, copy=True)
-    theirs = definition.divergence_(same, head, teacher_raw.float(), teacher_head, beta, upstream)
+    single = (teacher_raw.float(), teacher_head, beta, upstream)
+    theirs = definition.divergence(same, head, *single, same)
     untouched = raw.clone()
-    without = kernels.divergence_(raw, head, teacher_raw, teacher_head, beta, None)
+    without = kernels.divergence(raw, head, teacher_raw, teacher_head, beta, None, raw)
+    apart = torch.empty(5, 131, dtype=torch.bfloat16, device=DEVICE)
+    kernels.divergence(raw, head, teacher_raw, teacher_head, beta, upstream, apart)
     assert torch.equal(raw, untouched)
-    loss = kernels.divergence_(raw, head, teacher_raw, teacher_head, beta, upstream)
+    assert_no_worse(apart, same.to(apart.dtype), exact)
+    loss = kernels.divergence(raw, head, teacher_raw, teacher_head, beta, upstream, raw)
     assert torch.equal(loss, without)
     assert_no_worse(loss, theirs, reference)
     assert_no_worse(raw, same.to(dtype), exact)
@@ -183,8 +188,9 @@ def test_divergence_of_padded_and_masked_vocabularies(kernels, beta):
     teacher_raw[2, 5] = -torch.inf
     same = raw.clone()
     upstream = torch.ones(3, device=DEVICE)
-    expected = definition.divergence_(same, head, teacher_raw.clone(), teacher_head, beta, upstream)
-    actual = kernels.divergence_(raw, head, teacher_raw, teacher_head, beta, upstream)
+    teacher = (teacher_raw, teacher_head, beta, upstream)
+    expected = definition.divergence(same, head, *teacher, same)
+    actual = kernels.divergence(raw, head, *teacher, raw)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(raw[:2], same[:2], rtol=1e-4, atol=1e-6)
 
@@ -193,4 +199,4 @@ def test_no_rows(kernels):
     raw, head = make_chunk(0, 40)
     state = state_of(kernels, raw, head, 4)
     assert state.values.shape == (0, 4)
-    assert kernels.divergence_(raw, head, raw, head, 1.0, None).shape == (0,)
+    assert kernels.divergence(raw, head, raw, head, 1.0, None, raw).shape == (0,)

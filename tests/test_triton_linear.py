@@ -13,7 +13,7 @@ from tests.reference import head_in_float64
 
 if "triton" not in available_backends():
     pytest.skip("needs Triton", allow_module_level=True)
-from opd_kernels.backends.triton.linear import linear_gradient, linear_update
+from opd_kernels.backends.triton import linear
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -46,7 +46,7 @@ def test_update(shape, dtype, every_option):
     hidden, head, ids, raw = make_problem(*shape, dtype, every_option)
     like = torch.empty(0, device=DEVICE)
     state = RowState.for_ids(ids, every_option, like)
-    linear_update(hidden, head, state)
+    linear.update(hidden, head, state)
     expected = RowState.for_ids(ids, every_option, like.double())
     definition.update(raw, 0, head_in_float64(head), expected)
     assert_close_to_float32(state.values, expected.values, shape[1])
@@ -54,7 +54,7 @@ def test_update(shape, dtype, every_option):
     if every_option:
         assert_close_to_float32(state.entropy(), expected.entropy(), shape[1])
     again = RowState.for_ids(ids, every_option, like)
-    linear_update(hidden, head, again)
+    linear.update(hidden, head, again)
     assert torch.equal(again.values, state.values)
     assert torch.equal(again.sum, state.sum)
 
@@ -70,11 +70,11 @@ def test_gradient(shape, dtype, every_option):
     dvalues, dtail = torch.randn(rows, k, device=DEVICE), torch.randn(rows, device=DEVICE)
     first, tail = vocab // 3, state.tail()
     expected = raw[:, first:].clone()
-    definition.gradient_(
-        expected, first, head_in_float64(head), ids, dvalues.double(), tail, dtail.double()
-    )
+    exact = (head_in_float64(head), ids, dvalues.double(), tail, dtail.double())
+    definition.gradient(expected, first, *exact, expected)
     out = torch.empty(rows, vocab - first, dtype=dtype, device=DEVICE)
-    linear_gradient(hidden, first, head, ids, dvalues, tail.float(), dtail, out)
+    support = linear.support(ids, hidden)
+    linear.gradient(hidden, first, head, support, dvalues, tail.float(), dtail, out)
     # exp turns an error of the logit into a relative one; the result is rounded to out's dtype.
     largest = raw.abs().max().item()
     bound = torch.finfo(torch.float32).eps * (dim + 4) * max(1.0, largest)
@@ -88,7 +88,7 @@ def test_an_infinite_bias_and_a_row_that_is_all_support():
     head = replace(head, softcap=None)
     ids = torch.arange(9, device=DEVICE).expand(3, 9).contiguous()
     state = RowState.for_ids(ids, True, torch.empty(0, device=DEVICE))
-    linear_update(hidden, head, state)
+    linear.update(hidden, head, state)
     assert (state.tail() == -torch.inf).all()
     z = head.logits(head.scores(hidden @ head.weight[:40].T, 0))
     torch.testing.assert_close(state.values, z[:, :9])
@@ -96,6 +96,7 @@ def test_an_infinite_bias_and_a_row_that_is_all_support():
     torch.testing.assert_close(state.entropy(), entropy)
     dvalues, dtail = torch.ones(3, 9, device=DEVICE), torch.ones(3, device=DEVICE)
     out = torch.empty(3, 40, device=DEVICE)
-    linear_gradient(hidden, 0, head, ids, dvalues, state.tail(), dtail, out)
+    support = linear.support(ids, hidden)
+    linear.gradient(hidden, 0, head, support, dvalues, state.tail(), dtail, out)
     assert out[:, 9:].abs().max() == 0
     torch.testing.assert_close(out[:, :9], torch.full((3, 9), 0.7 / 0.8))

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 
 # The submodule backends.torch takes the name `torch` in this namespace, so the library is not
 # imported here.
-from torch import Tensor, cuda
+from torch import Tensor, cuda, dtype
 from torch import device as device_type
 
 from opd_kernels.backends import cpu
@@ -17,7 +17,33 @@ from opd_kernels.backends.state import RowState
 from opd_kernels.head import Head
 from opd_kernels.sparse_rows import SparseRows
 
-__all__ = ["Epilogues", "RowState", "available_backends", "select_backend"]
+__all__ = ["Epilogues", "FusedEpilogues", "RowState", "available_backends", "select_backend"]
+
+
+class FusedEpilogues(Protocol):
+    """Epilogues with the matrix product inside: no chunk of logits in memory."""
+
+    def update(self, hidden: Tensor, head: Head, state: RowState) -> None:
+        """Fill a state of given ids from hidden [N, D]."""
+        ...
+
+    def support(self, ids: Tensor, hidden: Tensor) -> Any:
+        """ids [n, K] of some rows, as `gradient` wants them."""
+        ...
+
+    def gradient(
+        self,
+        hidden: Tensor,
+        first_id: int,
+        head: Head,
+        support: Any,
+        dvalues: Tensor,
+        tail: Tensor,
+        dtail: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Epilogues.gradient after the product, for the columns of out [n, v]."""
+        ...
 
 
 class Epilogues(Protocol):
@@ -25,7 +51,7 @@ class Epilogues(Protocol):
 
     def update(self, chunk: Tensor, first_id: int, head: Head, state: RowState) -> None: ...
 
-    def gradient_(
+    def gradient(
         self,
         chunk: Tensor,
         first_id: int,
@@ -34,6 +60,7 @@ class Epilogues(Protocol):
         dvalues: Tensor,
         tail: Tensor,
         dtail: Tensor,
+        out: Tensor,
     ) -> None: ...
 
     def filtered_gradient(
@@ -47,7 +74,7 @@ class Epilogues(Protocol):
         threshold: Tensor,
     ) -> tuple[SparseRows, Tensor]: ...
 
-    def divergence_(
+    def divergence(
         self,
         chunk: Tensor,
         head: Head,
@@ -55,7 +82,14 @@ class Epilogues(Protocol):
         teacher_head: Head,
         beta: float,
         upstream: Tensor | None,
+        out: Tensor,
     ) -> Tensor: ...
+
+    def fused(self, operand: dtype, head: Head) -> FusedEpilogues | None:
+        """The fused epilogues for hidden states of the operand dtype of matmul.py, where the backend
+        has them and they are the faster way.
+        """
+        ...
 
 
 @cache

@@ -46,7 +46,7 @@ def update(chunk: Tensor, first_id: int, head: Head, state: RowState) -> None:
     )  # fmt: skip
 
 
-def gradient_(
+def gradient(
     chunk: Tensor,
     first_id: int,
     head: Head,
@@ -54,10 +54,13 @@ def gradient_(
     dvalues: Tensor,
     tail: Tensor,
     dtail: Tensor,
+    out: Tensor,
 ) -> None:
     """As in backends/torch.py."""
     rows = (t.contiguous() for t in (ids, dvalues, tail, dtail))
     extension.gradient_(chunk, first_id, *_head(chunk, first_id, head), *rows)
+    if out is not chunk:
+        out.copy_(chunk)
 
 
 def filtered_gradient(
@@ -75,20 +78,26 @@ def filtered_gradient(
     return SparseRows(*entries), kept
 
 
-def divergence_(
+def divergence(
     chunk: Tensor,
     head: Head,
     teacher_chunk: Tensor,
     teacher_head: Head,
     beta: float,
     upstream: Tensor | None,
+    out: Tensor,
 ) -> Tensor:
     """As in backends/torch.py."""
     loss = chunk.new_empty(chunk.shape[0])
     upstream = None if upstream is None else upstream.contiguous()
     heads = _head(chunk, 0, head), _head(teacher_chunk, 0, teacher_head)
     extension.divergence_(chunk, *heads[0], teacher_chunk, *heads[1], beta, upstream, loss)
+    if upstream is not None and out is not chunk:
+        out.copy_(chunk)
     return loss
+
+
+fused = definition.fused
 
 
 def _head(

@@ -1,7 +1,7 @@
 """The epilogues in plain PyTorch: the definition that every other backend is tested against.
 
 A chunk holds raw products hidden @ weight.T, [n, v]. `update` only reads it, so that the one-pass
-order can call `gradient_` on the same chunk afterwards. Both walk in blocks of rows, which bounds
+order can call `gradient` on the same chunk afterwards. Both walk in blocks of rows, which bounds
 their temporaries and keeps them in cache.
 """
 
@@ -28,7 +28,7 @@ def update(chunk: Tensor, first_id: int, head: Head, state: RowState) -> None:
             _update_given(logits, first_id, state.rows(rows))
 
 
-def gradient_(
+def gradient(
     chunk: Tensor,
     first_id: int,
     head: Head,
@@ -36,8 +36,10 @@ def gradient_(
     dvalues: Tensor,
     tail: Tensor,
     dtail: Tensor,
+    out: Tensor,
 ) -> None:
-    """Overwrite a raw chunk [n, v] with the loss's gradient wrt it.
+    """Write the loss's gradient wrt a raw chunk [n, v] to out [n, v], which may be the chunk itself
+    or of a 16-bit dtype; the chunk is used up.
 
     dL/dz is dvalues [n, K] on S and dtail [n] * exp(z - tail [n]) off S; dL/draw follows by the
     chain rule.
@@ -50,7 +52,7 @@ def gradient_(
         shift = tail_rows.masked_fill(tail_rows == -torch.inf, torch.inf)
         dlogits = _with_spare_column((logits - shift).exp().mul_(dtail[rows, None]))
         dlogits.scatter_(1, _columns(ids[rows], first_id, logits.shape[1]), dvalues[rows])
-        torch.mul(dlogits[:, :-1], head.derivative(scores), out=chunk[rows])
+        torch.mul(dlogits[:, :-1], head.derivative(scores), out=out[rows])
 
 
 def filtered_gradient(
@@ -62,7 +64,7 @@ def filtered_gradient(
     dtail: Tensor,
     threshold: Tensor,
 ) -> tuple[SparseRows, Tensor]:
-    """What gradient_ writes to whole rows [n, V], without the entries off S whose logit is below
+    """What gradient writes to whole rows [n, V], without the entries off S whose logit is below
     threshold [n]; and the share [n] of the tail's softmax that is kept.
     """
     pieces = [(ids.new_empty(0), ids.new_empty(0), chunk.new_empty(0))]
@@ -86,18 +88,19 @@ def filtered_gradient(
     return SparseRows(row_ids, columns, values), torch.cat(shares)
 
 
-def divergence_(
+def divergence(
     chunk: Tensor,
     head: Head,
     teacher_chunk: Tensor,
     teacher_head: Head,
     beta: float,
     upstream: Tensor | None,
+    out: Tensor,
 ) -> Tensor:
     """The generalised JSD [n] of whole rows [n, V]: beta = 0 is forward and beta = 1 reverse KL.
 
-    Given upstream [n], it overwrites the student's chunk with upstream * dloss/draw, where dloss/dz
-    is p - q for the forward KL and p (w - sum p w) for the others, with w = log p - log q, or
+    Given upstream [n], it writes upstream * dloss/draw to out [n, V], which may be the student's
+    chunk, used up, or of a 16-bit dtype. dloss/dz is p - q for the forward KL and p (w - sum p w) for the others, with w = log p - log q, or
     (1 - beta) log(p / M).
     """
     losses = [chunk.new_empty(0)]
@@ -119,8 +122,12 @@ def divergence_(
         slope = p * (w - _expectation(p, w)[:, None])
         dlogits = p - q if beta == 0.0 else slope.masked_fill_(p == 0, 0.0)
         dlogits = (dlogits * upstream[rows, None]).masked_fill_((upstream[rows] == 0)[:, None], 0.0)
-        torch.mul(dlogits, head.derivative(scores), out=chunk[rows])
+        torch.mul(dlogits, head.derivative(scores), out=out[rows])
     return torch.cat(losses)
+
+
+def fused(operand: torch.dtype, head: Head) -> None:
+    """None: a product needs its logits in memory here."""
 
 
 def _expectation(weight: Tensor, term: Tensor) -> Tensor:

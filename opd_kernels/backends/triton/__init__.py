@@ -1,15 +1,18 @@
 """The epilogues as Triton kernels, for chunks on a GPU; TRITON_INTERPRET=1 runs them on a CPU."""
 
+from types import ModuleType
+
 import torch
 import triton
 from torch import Tensor
 
 from opd_kernels.backends import torch as definition
 from opd_kernels.backends.state import RowState
-from opd_kernels.backends.triton import configs
+from opd_kernels.backends.triton import configs, linear
 from opd_kernels.backends.triton.divergence import FORWARD, JSD, REVERSE, divergence_kernel
 from opd_kernels.backends.triton.launch import device_of, flags, operands
 from opd_kernels.backends.triton.rows import gradient_kernel, update_kernel
+from opd_kernels.chunking import MAX_FUSED_DIM
 from opd_kernels.head import Head
 from opd_kernels.sparse_rows import SparseRows
 
@@ -32,7 +35,7 @@ def update(chunk: Tensor, first_id: int, head: Head, state: RowState) -> None:
         )  # fmt: skip
 
 
-def gradient_(
+def gradient(
     chunk: Tensor,
     first_id: int,
     head: Head,
@@ -40,11 +43,12 @@ def gradient_(
     dvalues: Tensor,
     tail: Tensor,
     dtail: Tensor,
+    out: Tensor,
 ) -> None:
     """As in backends/torch.py."""
     (rows, columns), k = chunk.shape, ids.shape[1]
     if k > configs.MAX_GIVEN:
-        return definition.gradient_(chunk, first_id, head, ids, dvalues, tail, dtail)
+        return definition.gradient(chunk, first_id, head, ids, dvalues, tail, dtail, out)
     if rows == 0:
         return
     ids, dvalues, tail, dtail = (t.contiguous() for t in (ids, dvalues, tail, dtail))
@@ -53,7 +57,7 @@ def gradient_(
     with device_of(chunk):
         gradient_kernel[(rows, triton.cdiv(columns, span))](
             chunk, chunk.stride(0), columns, first_id, *operands(head, first_id, columns, chunk),
-            ids, dvalues, k, tail, dtail, chunk, chunk.stride(0), **flags(head),
+            ids, dvalues, k, tail, dtail, out, out.stride(0), **flags(head),
             K=triton.next_power_of_2(k), BLOCK=config.block, SPAN=span, num_warps=config.warps,
         )  # fmt: skip
 
@@ -72,13 +76,14 @@ def filtered_gradient(
     return definition.filtered_gradient(chunk, head, ids, dvalues, tail, dtail, threshold)
 
 
-def divergence_(
+def divergence(
     chunk: Tensor,
     head: Head,
     teacher_chunk: Tensor,
     teacher_head: Head,
     beta: float,
     upstream: Tensor | None,
+    out: Tensor,
 ) -> Tensor:
     """As in backends/torch.py."""
     rows, columns = chunk.shape
@@ -93,6 +98,7 @@ def divergence_(
             teacher_chunk, teacher_chunk.stride(0),
             *operands(teacher_head, 0, columns, teacher_chunk),
             columns, beta, losses if upstream is None else upstream.contiguous(), losses,
+            out, out.stride(0),
             KIND={0.0: FORWARD, 1.0: REVERSE}.get(beta, JSD).value,
             HAS_GRADIENT=upstream is not None, **flags(head),
             TEACHER_HAS_BIAS=teacher_head.bias is not None,
@@ -100,3 +106,9 @@ def divergence_(
             BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
     return losses
+
+
+def fused(operand: torch.dtype, head: Head) -> ModuleType | None:
+    """The kernels of linear.py, where the product is in 16 bits and of few terms."""
+    is_16_bit = operand.itemsize == 2 and operand == head.weight.dtype
+    return linear if is_16_bit and head.weight.shape[1] <= MAX_FUSED_DIM else None

@@ -39,7 +39,7 @@ def _zero_where(condition, value):
 
 @triton.jit
 def divergence_kernel(
-    chunk,  # [n, V], overwritten with the gradient
+    chunk,  # [n, V]
     stride,
     bias,  # [V]
     inner: tl.float64,
@@ -53,6 +53,8 @@ def divergence_kernel(
     beta: tl.float64,
     upstream,  # [n]
     losses,  # [n]
+    out,  # [n, V], may be the chunk
+    out_stride,
     KIND: tl.constexpr,
     HAS_GRADIENT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -150,4 +152,4 @@ def divergence_kernel(
                 dlogits = _zero_where(p == 0.0, p * (w - mean))
             dlogits = _zero_where(scale == 0.0, dlogits * scale)
             draw = dlogits * derivatives_of(scores, inner, outer, CAPPED)
-            tl.store(raw + column, draw.to(chunk.dtype.element_ty), mask=live)
+            tl.store(out + row * out_stride + column, draw.to(out.dtype.element_ty), mask=live)

@@ -1,6 +1,6 @@
 """update and gradient with the matrix product inside: logits live in registers, a tile at a time.
 
-linear_update takes given ids only. Each program walks a piece of the vocabulary for a block of
+update takes given ids only. Each program walks a piece of the vocabulary for a block of
 rows; pieces are merged in their order afterwards, so that two runs are bitwise equal. The entries
 of S come sorted by column, so a tile finds its own at a cursor.
 """
@@ -23,16 +23,15 @@ _NO_COLUMN = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class _Targets:
+class Support:
     """The entries of S of each block of rows in the order of their columns, a sentinel behind."""
 
     columns: Tensor  # [blocks, T] int32
     places: Tensor  # [blocks, T] int32: row in the block * K + slot
-    starts: Tensor  # [blocks, pieces] int32: the first entry in each piece of the vocabulary
 
     @classmethod
-    def of(cls, ids: Tensor, block: int, first_columns: Tensor) -> "_Targets":
-        """ids [n, K] from sparse.canonical_ids; first_columns [pieces] where each piece begins."""
+    def of(cls, ids: Tensor, block: int) -> "Support":
+        """ids [n, K] from sparse.canonical_ids, for blocks of so many rows."""
         rows, k = ids.shape
         blocks = triton.cdiv(rows, block)
         columns = ids.new_full((blocks * block * k + blocks,), _NO_COLUMN, dtype=torch.int32)
@@ -42,9 +41,14 @@ class _Targets:
         padded[: live.numel()] = live
         columns[:, :-1] = padded.view(blocks, block * k)
         columns, places = columns.sort(dim=1, stable=True)
-        wanted = first_columns.to(torch.int32).expand(blocks, -1).contiguous()
-        starts = torch.searchsorted(columns, wanted)
-        return cls(columns, places.to(torch.int32), starts.to(torch.int32))
+        return cls(columns, places.to(torch.int32))
+
+    def starts(self, first_columns: Tensor) -> Tensor:
+        """[blocks, pieces] int32: the first entry in each piece of the vocabulary, where
+        first_columns [pieces] says where the pieces begin.
+        """
+        wanted = first_columns.to(torch.int32).expand(self.columns.shape[0], -1).contiguous()
+        return torch.searchsorted(self.columns, wanted).to(torch.int32)
 
 
 @triton.jit
@@ -210,7 +214,7 @@ def linear_gradient_kernel(
     tl.store(at, draw.to(out.dtype.element_ty), mask=live_rows[:, None] & live[None, :])
 
 
-def linear_update(hidden: Tensor, head: Head, state: RowState) -> None:
+def update(hidden: Tensor, head: Head, state: RowState) -> None:
     """Fill the state of given ids [N, K] from hidden [N, D], without a logits chunk in memory.
 
     hidden and the weight share a 16-bit dtype, or are float32 (multiplied exactly, not in TF32).
@@ -225,15 +229,15 @@ def linear_update(hidden: Tensor, head: Head, state: RowState) -> None:
     pieces = triton.cdiv(tiles, tiles_a_piece)
     width = tiles_a_piece * config.columns
     first_columns = torch.arange(0, pieces * width, width, device=hidden.device)
-    targets = _Targets.of(state.ids, config.rows, first_columns)
+    support = Support.of(state.ids, config.rows)
     maxima = state.max.new_empty((pieces, rows))
     sums, moments = torch.empty_like(maxima), torch.empty_like(maxima)
     with device_of(hidden):
         linear_update_kernel[(blocks, pieces)](
             hidden, hidden.stride(0), head.weight, head.weight.stride(0), rows, depth,
             head.vocab_size, *operands(head, 0, head.vocab_size, hidden),
-            targets.columns, targets.places, targets.columns.shape[1], targets.starts,
-            tiles_a_piece, state.values, k, maxima, sums, moments,
+            support.columns, support.places, support.columns.shape[1],
+            support.starts(first_columns), tiles_a_piece, state.values, k, maxima, sums, moments,
             HAS_MOMENT=state.moment is not None, **flags(head), **_tile_arguments(config),
         )  # fmt: skip
     _merge(maxima, sums, moments, state)
@@ -251,32 +255,37 @@ def _merge(maxima: Tensor, sums: Tensor, moments: Tensor, state: RowState) -> No
         torch.sum(decay * (moments + moved), 0, out=state.moment)
 
 
-def linear_gradient(
+def support(ids: Tensor, hidden: Tensor) -> Support:
+    """ids [n, K] from sparse.canonical_ids in the order in which `gradient` meets them."""
+    return Support.of(ids, configs.tiles(hidden.device).rows)
+
+
+def gradient(
     hidden: Tensor,
     first_id: int,
     head: Head,
-    ids: Tensor,
+    support: Support,
     dvalues: Tensor,
     tail: Tensor,
     dtail: Tensor,
     out: Tensor,
 ) -> None:
     """Recompute the logits of columns [first_id, first_id + v) and write their gradient to out
-    [n, v]: `gradient_` after a matrix product, in one kernel.
+    [n, v], of any dtype: the row kernel's gradient after a matrix product, in one kernel.
     """
     (rows, depth), columns = hidden.shape, out.shape[1]
     weight = head.rows(first_id, first_id + columns)
     config = configs.tiles(hidden.device)
     blocks, tiles = triton.cdiv(rows, config.rows), triton.cdiv(columns, config.columns)
     first_columns = torch.arange(tiles, device=hidden.device) * config.columns + first_id
-    targets = _Targets.of(ids, config.rows, first_columns)
+    starts = support.starts(first_columns)
     dvalues, tail, dtail = (t.contiguous() for t in (dvalues, tail, dtail))
     with device_of(hidden):
         linear_gradient_kernel[(blocks, tiles)](
             hidden, hidden.stride(0), weight, weight.stride(0), rows, depth, columns, first_id,
             *operands(head, first_id, columns, hidden),
-            targets.columns, targets.places, targets.columns.shape[1], targets.starts,
-            dvalues, ids.shape[1], tail, dtail, out, out.stride(0),
+            support.columns, support.places, support.columns.shape[1], starts,
+            dvalues, dvalues.shape[1], tail, dtail, out, out.stride(0),
             **flags(head), **_tile_arguments(config),
         )  # fmt: skip
 

@@ -1,0 +1,225 @@
+"""What a pass costs on a machine, by the operations and bytes of its kernels: a model, not a
+measurement.
+
+`method="auto"` compares the two orders by it, and `python -m benchmarks roofline` draws it. Every
+kernel here stands for one that the driver launches, in the driver's order; its bytes are those of
+the tensors it is launched with (tests/test_cost_model.py). A kernel takes as long as its operations
+or its bytes, whichever is slower; a chunk that fits in the cache moves no bytes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+# Elementwise kernels on [c, K] that a divergence and its gradient launch, about.
+_OBJECTIVE_LAUNCHES = 60
+# Tensor-core operations per clock and multiprocessor on 16-bit operands with float32 sums, by
+# compute capability (from NVIDIA's architecture whitepapers), and float32 ones without them.
+_TENSOR_FLOPS = {75: 1024, 80: 2048, 86: 512, 89: 1024, 90: 4096, 100: 8192, 120: 1024}
+_FLOAT32_FLOPS = {75: 128, 80: 128, 86: 256, 89: 256, 90: 256, 100: 256, 120: 256}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a kernel's operations and bytes cost."""
+
+    flops: float  # per second, of matrix products of the operands' dtype
+    bandwidth: float  # bytes per second of memory
+    cache: int  # bytes of a chunk that stays near between two kernels
+    launch: float = 4e-6  # seconds that a kernel takes at least
+    overlaps: bool = True  # a kernel multiplies while it moves its bytes
+
+    @classmethod
+    def of(cls, device: torch.device, operand_bytes: int) -> "Machine":
+        """The machine behind a device; for CUDA from what its driver says of it."""
+        if device.type != "cuda":
+            return _CPU
+        gpu = torch.cuda.get_device_properties(device)
+        table = _TENSOR_FLOPS if operand_bytes == 2 else _FLOAT32_FLOPS
+        own = 10 * gpu.major + gpu.minor
+        per_clock = table[max((c for c in table if c <= own), default=min(table))]
+        # Clocks are in kHz; memory moves data twice a clock.
+        return cls(
+            flops=gpu.multi_processor_count * gpu.clock_rate * 1e3 * per_clock,
+            bandwidth=2 * gpu.memory_clock_rate * 1e3 * gpu.memory_bus_width / 8,
+            cache=gpu.L2_cache_size * 3 // 4,
+        )
+
+
+# Two cores with AVX2 (python -m benchmarks chunks); only the ratio of the first two decides. Bytes
+# and operations do not overlap there: one thread does both.
+_CPU = Machine(flops=150e9, bandwidth=12e9, cache=24 << 20, launch=1e-5, overlaps=False)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch, or several small ones, of a known kind."""
+
+    name: str
+    flops: float = 0.0
+    bytes: float = 0.0
+    launches: int = 1
+
+    def seconds(self, machine: Machine) -> float:
+        """How long it takes at least."""
+        times = (self.flops / machine.flops, self.bytes / machine.bandwidth)
+        return self.launches * machine.launch + (max(times) if machine.overlaps else sum(times))
+
+
+def seconds(kernels: Iterator[Kernel], machine: Machine) -> float:
+    """How long kernels take one after the other."""
+    return sum(kernel.seconds(machine) for kernel in kernels)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A head and its tokens as the products see them."""
+
+    tokens: int
+    dim: int
+    vocab: int
+    k: int
+    operand: int  # bytes of an element of hidden states, weight and gradient chunk in a product
+    logit: int = 4  # bytes of a logit in memory
+    sum: int = 4  # of an accumulated gradient, and of all that is kept of a row
+    dhidden: bool = True  # which gradients are needed
+    dweight: bool = True
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a backward pass."""
+        return self.dhidden or self.dweight
+
+    @property
+    def bytes_a_logit(self) -> int:
+        """Of a chunk in the one-pass order: the logit, and its gradient where that is apart."""
+        return self.logit if self.operand == self.logit else self.logit + self.operand
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """The kernels on a chunk of n tokens and v columns."""
+
+    shape: Shape
+    n: int
+    v: int
+    cache: int
+
+    def _chunk_bytes(self, itemsize: int) -> int:
+        """Of memory, not of cache."""
+        size = self.n * self.v * itemsize
+        return 0 if size <= self.cache else size
+
+    def _product(self, name: str, n_d: int, v_d: int, n_v: int) -> Kernel:
+        """A matrix product of n * v * D terms; the others are bytes an element of each operand."""
+        dim = self.shape.dim
+        moved = self.n * dim * n_d + self.v * dim * v_d + self._chunk_bytes(n_v)
+        return Kernel(name, 2.0 * self.n * self.v * dim, moved)
+
+    def logits(self) -> Kernel:
+        return self._product("logits", self.shape.operand, self.shape.operand, self.shape.logit)
+
+    def update(self, selects: bool) -> Kernel:
+        # Running values and ids are read and written, given ids are read, the two sums both.
+        slot = 2 * (self.shape.sum + 8) if selects else self.shape.sum + 8
+        rows = self.n * (self.shape.k * slot + 4 * self.shape.sum)
+        return Kernel("update", bytes=self._chunk_bytes(self.shape.logit) + rows)
+
+    def _gradient_rows(self) -> int:
+        return self.n * (self.shape.k * (self.shape.sum + 8) + 2 * self.shape.sum)
+
+    def gradient(self) -> Kernel:
+        chunk = self._chunk_bytes(self.shape.logit) + self._chunk_bytes(self.shape.operand)
+        return Kernel("gradient", bytes=chunk + self._gradient_rows())
+
+    def fused_update(self) -> Kernel:
+        product = self._product("fused update", self.shape.operand, self.shape.operand, 0)
+        rows = self.n * self.shape.k * (self.shape.sum + 8)
+        return Kernel(product.name, product.flops, product.bytes + rows)
+
+    def fused_gradient(self) -> Kernel:
+        operand = self.shape.operand
+        product = self._product("fused gradient", operand, operand, operand)
+        return Kernel(product.name, product.flops, product.bytes + self._gradient_rows())
+
+    def dhidden(self) -> Kernel:
+        return self._product("dhidden", 2 * self.shape.sum, self.shape.operand, self.shape.operand)
+
+    def dweight(self, first: bool) -> Kernel:
+        written = self.shape.sum * (1 if first else 2)
+        return self._product("dweight", self.shape.operand, written, self.shape.operand)
+
+
+def reduction(
+    shape: Shape, rows: int, columns: int, machine: Machine, selects: bool, fused: bool
+) -> Iterator[Kernel]:
+    """driver.reduce_logits in chunks of rows and columns."""
+    if fused and not selects:
+        yield _Chunk(shape, shape.tokens, shape.vocab, machine.cache).fused_update()
+        return
+    for v in pieces(shape.vocab, columns):
+        for n in pieces(shape.tokens, rows):
+            chunk = _Chunk(shape, n, v, machine.cache)
+            yield chunk.logits()
+            yield chunk.update(selects)
+
+
+def backpropagation(
+    shape: Shape, rows: int, columns: int, machine: Machine, fused: bool
+) -> Iterator[Kernel]:
+    """driver.backpropagate in chunks of rows and columns."""
+    for v in pieces(shape.vocab, columns):
+        for block, n in enumerate(pieces(shape.tokens, rows)):
+            chunk = _Chunk(shape, n, v, machine.cache)
+            if fused:
+                yield chunk.fused_gradient()
+            else:
+                yield chunk.logits()
+                yield chunk.gradient()
+            if shape.dhidden:
+                yield chunk.dhidden()
+            if shape.dweight:
+                yield chunk.dweight(block == 0)
+        if shape.dweight and shape.operand != shape.sum:
+            yield Kernel("round", bytes=v * shape.dim * (shape.sum + shape.operand))
+
+
+def recompute(
+    shape: Shape,
+    forward: tuple[int, int],
+    backward: tuple[int, int],
+    machine: Machine,
+    fused: bool,
+    selects: bool = True,
+) -> Iterator[Kernel]:
+    """A student's pass in the recompute order; chunks are given as rows and columns."""
+    yield from reduction(shape, *forward, machine, selects, fused)
+    yield Kernel("objective", launches=_OBJECTIVE_LAUNCHES)
+    if shape.trains:
+        yield from backpropagation(shape, *backward, machine, fused)
+
+
+def one_pass(shape: Shape, rows: int, machine: Machine, selects: bool = True) -> Iterator[Kernel]:
+    """A student's pass in the one-pass order, in chunks of rows."""
+    sums = shape.vocab * shape.dim
+    if shape.dweight:
+        yield Kernel("zero", bytes=sums * shape.sum)
+    for block, n in enumerate(pieces(shape.tokens, rows)):
+        chunk = _Chunk(shape, n, shape.vocab, machine.cache)
+        yield chunk.logits()
+        yield chunk.update(selects)
+        yield Kernel("objective", launches=_OBJECTIVE_LAUNCHES)
+        if shape.trains:
+            yield chunk.gradient()
+        if shape.dhidden:
+            yield chunk.dhidden()
+        if shape.dweight:
+            yield chunk.dweight(block == 0)
+    if shape.dweight:
+        yield Kernel("round", bytes=sums * (shape.sum + shape.operand))
+
+
+def pieces(total: int, most: int) -> list[int]:
+    """Sizes of the pieces of total."""
+    return [min(most, total - first) for first in range(0, total, most)]
