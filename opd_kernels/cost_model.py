@@ -203,8 +203,6 @@ def recompute(
 def one_pass(shape: Shape, rows: int, machine: Machine, selects: bool = True) -> Iterator[Kernel]:
     """A student's pass in the one-pass order, in chunks of rows."""
     sums = shape.vocab * shape.dim
-    if shape.dweight:
-        yield Kernel("zero", bytes=sums * shape.sum)
     for block, n in enumerate(pieces(shape.tokens, rows)):
         chunk = _Chunk(shape, n, shape.vocab, machine.cache)
         yield chunk.logits()

@@ -21,7 +21,7 @@ class Gradients:
     dhidden: Tensor | None  # [N, D]
     dweight: Tensor | None  # [V_padded, D]
     dbias: Tensor | None  # [V_padded]
-    dweight_is_zero: bool = True
+    dweight_is_fresh: bool = True  # nothing was added: zeros on a CPU, on a GPU uninitialised
     unit: Tensor | None = None  # of all three, where they are sums of float16 chunks
 
     @classmethod
@@ -29,7 +29,7 @@ class Gradients:
         dtype = accumulator_dtype(student.hidden, student.weight)
         operands = (student.hidden, student.weight, student.bias)
         dhidden, dweight, dbias = (
-            lazy_zeros_like(t, dtype) if need and t is not None else None
+            _fresh(t, dtype, t is student.weight) if need and t is not None else None
             for t, need in zip(operands, needs, strict=True)
         )
         return cls(dhidden, dweight, dbias)
@@ -40,8 +40,11 @@ class Gradients:
         if self.dhidden is not None:
             matmul.add_hidden_gradient_(self.dhidden[rows], dlogits, head.rows(0, vocab))
         if self.dweight is not None:
-            matmul.add_weight_gradient_(self.dweight[:vocab], dlogits, hidden, self.dweight_is_zero)
-            self.dweight_is_zero = False
+            fresh = self.dweight_is_fresh
+            matmul.add_weight_gradient_(self.dweight[:vocab], dlogits, hidden, fresh)
+            if fresh:
+                self.dweight[vocab:] = 0.0
+            self.dweight_is_fresh = False
         if self.dbias is not None:
             self.dbias[:vocab] += dlogits.sum(0, dtype=self.dbias.dtype)
 
@@ -50,10 +53,10 @@ class Gradients:
         if self.dhidden is not None:
             entries.add_to_hidden_(self.dhidden[rows], head.rows(0, head.vocab_size))
         if self.dweight is not None:
-            if self.dweight_is_zero:
+            if self.dweight_is_fresh:
                 self.dweight.zero_()  # faults its pages in one after the other, not as rows come
             entries.add_to_weight_(self.dweight, hidden)
-            self.dweight_is_zero = False
+            self.dweight_is_fresh = False
         if self.dbias is not None:
             entries.add_to_bias_(self.dbias)
 
@@ -61,14 +64,15 @@ class Gradients:
         self, rows: slice, hidden: Tensor, head: Head, leaf: SparseLogits, dvalues: Tensor
     ) -> None:
         """Add the gradient of a loss that never used the tail: no pass over the vocabulary."""
+        self._zero_if_uninitialised()
         dhidden = None if self.dhidden is None else self.dhidden[rows]
         sparse_gradients(
             hidden, head, leaf.ids, leaf.values, dvalues, dhidden, self.dweight, self.dbias
         )
-        self.dweight_is_zero = False
 
     def scaled(self, factor: Tensor | None, student: LazyLogits) -> tuple[Tensor | None, ...]:
         """The gradients times a scalar, each in its operand's dtype; consumes the sums."""
+        self._zero_if_uninitialised()
         if self.unit is not None:
             factor = self.unit if factor is None else factor * self.unit
         results = []
@@ -81,6 +85,18 @@ class Gradients:
                 total = _in_dtype(total, factor, operand.dtype)
             results.append(total)
         return tuple(results)
+
+    def _zero_if_uninitialised(self) -> None:
+        if self.dweight is not None and self.dweight_is_fresh and self.dweight.device.type != "cpu":
+            self.dweight.zero_()
+        self.dweight_is_fresh = False
+
+
+def _fresh(operand: Tensor, dtype: torch.dtype, is_written_whole: bool) -> Tensor:
+    """Zeros; on a GPU uninitialised memory for what is written before anything is added to it."""
+    if is_written_whole and operand.device.type != "cpu":
+        return torch.empty_like(operand, dtype=dtype)
+    return lazy_zeros_like(operand, dtype)
 
 
 def _in_dtype(total: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,15 +43,24 @@ def per_token_loss(objective: Objective, student: SparseLogits, teacher: SparseL
     return loss
 
 
+def reverse_kl_options(objective: Objective) -> tuple[bool, bool] | None:
+    """(stop_gradient, bucket) of the package's own reverse KL that does not renormalise; None for
+    other objectives.
+    """
+    function, options = _unpacked(objective)
+    stop_gradient, tail = options.pop("stop_gradient", True), options.pop("tail", "drop")
+    if function is not reverse_kl or options or tail not in ("drop", "bucket"):
+        return None
+    return bool(stop_gradient), tail == "bucket"
+
+
 def jsd_beta(objective: Objective) -> float | None:
     """The beta of the generalised JSD that an objective is where S is all of V; None for others.
 
     There forward KL is beta = 0, reverse KL is beta = 1, and neither the tail nor the stop-gradient
     makes a difference.
     """
-    options: dict[str, object] = {}
-    if isinstance(objective, partial) and not objective.args:
-        options, objective = dict(objective.keywords), objective.func
+    objective, options = _unpacked(objective)
     tail, beta = options.pop("tail", "drop"), options.pop("beta", 0.5)
     options.pop("stop_gradient", None)
     if options or tail not in ("drop", "bucket"):
@@ -58,3 +68,10 @@ def jsd_beta(objective: Objective) -> float | None:
     if objective is jsd and isinstance(beta, (int, float)) and 0 <= beta <= 1:
         return float(beta)
     return 1.0 if objective is reverse_kl else 0.0 if objective is forward_kl else None
+
+
+def _unpacked(objective: Objective) -> tuple[Objective, dict[str, Any]]:
+    """The function under a functools.partial of keywords, and these."""
+    if isinstance(objective, partial) and not objective.args:
+        return objective.func, dict(objective.keywords)
+    return objective, {}

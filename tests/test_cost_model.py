@@ -79,7 +79,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         is_sum = isinstance(out, torch.Tensor) and out.dim() == 2 and out.shape[1] == self.dim
-        if is_sum and out.shape[0] != TOKENS:
+        if is_sum and out.shape[0] not in (0, TOKENS):
             name = function.overloadpacket.__name__
             if name in ("zeros_like", "zero_"):
                 self.records.append(("zero", 0.0, out.nbytes))

@@ -85,6 +85,21 @@ class Epilogues(Protocol):
         out: Tensor,
     ) -> Tensor: ...
 
+    def reverse_kl(
+        self,
+        values: Tensor,
+        tail: Tensor,
+        teacher_values: Tensor,
+        teacher_tail: Tensor,
+        upstream: Tensor,
+        stop_gradient: bool,
+        bucket: bool,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """divergences.reverse_kl [n] on S, with tail="bucket" or "drop", and upstream [n] times its
+        gradient wrt values [n, K] and tail [n]; None where autograd is to do it.
+        """
+        ...
+
     def fused(self, operand: dtype, head: Head) -> FusedEpilogues | None:
         """The fused epilogues for hidden states of the operand dtype of matmul.py, where the backend
         has them and they are the faster way.

@@ -97,6 +97,7 @@ def divergence(
     return loss
 
 
+reverse_kl = definition.reverse_kl
 fused = definition.fused
 
 

@@ -126,6 +126,18 @@ def divergence(
     return torch.cat(losses)
 
 
+def reverse_kl(
+    values: Tensor,
+    tail: Tensor,
+    teacher_values: Tensor,
+    teacher_tail: Tensor,
+    upstream: Tensor,
+    stop_gradient: bool,
+    bucket: bool,
+) -> None:
+    """None: autograd is the definition."""
+
+
 def fused(operand: torch.dtype, head: Head) -> None:
     """None: a product needs its logits in memory here."""
 

@@ -11,6 +11,7 @@ from opd_kernels.backends.state import RowState
 from opd_kernels.backends.triton import configs, linear
 from opd_kernels.backends.triton.divergence import FORWARD, JSD, REVERSE, divergence_kernel
 from opd_kernels.backends.triton.launch import device_of, flags, operands
+from opd_kernels.backends.triton.reverse_kl import reverse_kl_kernel
 from opd_kernels.backends.triton.rows import gradient_kernel, update_kernel
 from opd_kernels.chunking import MAX_FUSED_DIM
 from opd_kernels.head import Head
@@ -106,6 +107,33 @@ def divergence(
             BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
     return losses
+
+
+def reverse_kl(
+    values: Tensor,
+    tail: Tensor,
+    teacher_values: Tensor,
+    teacher_tail: Tensor,
+    upstream: Tensor,
+    stop_gradient: bool,
+    bucket: bool,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """As in backends/__init__.py."""
+    rows, k = values.shape
+    if rows == 0 or k > configs.MAX_GIVEN:
+        return None
+    tensors = (values, tail, teacher_values, teacher_tail, upstream)
+    losses, dvalues, dtail = (torch.empty_like(t, memory_format=torch.contiguous_format)
+                              for t in (tail, values, tail))  # fmt: skip
+    slots = triton.next_power_of_2(k)
+    block = max(1, configs.LOSS.block // slots)
+    with device_of(values):
+        reverse_kl_kernel[(triton.cdiv(rows, block),)](
+            *(t.contiguous() for t in tensors), losses, dvalues, dtail, rows, k,
+            STOP_GRADIENT=stop_gradient, BUCKET=bucket, ROWS=block, K=slots,
+            num_warps=configs.LOSS.warps,
+        )  # fmt: skip
+    return losses, dvalues, dtail
 
 
 def fused(operand: torch.dtype, head: Head) -> ModuleType | None:

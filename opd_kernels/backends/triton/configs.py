@@ -32,6 +32,7 @@ class RowConfig:
 UPDATE = RowConfig(block=4096, warps=4)
 GRADIENT = RowConfig(block=2048, warps=4)
 DIVERGENCE = RowConfig(block=2048, warps=4)
+LOSS = RowConfig(block=1024, warps=4)  # slots of several rows
 
 
 @dataclass(frozen=True)

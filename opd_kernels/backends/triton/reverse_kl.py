@@ -1,0 +1,71 @@
+"""reverse_kl: the top-K reverse KL of rows and its gradient, from the two models' values on S.
+
+With c = log p - log q and m = sum_S p c, the gradient is p (c - m) on S and -p m off it: the tail's
+share of the mass. Without stop-gradient c becomes c + 1, and with a bucket the tail is one more
+slot, see ../../divergences.py.
+"""
+
+import triton
+import triton.language as tl
+
+from opd_kernels.backends.triton.online_sum import origin
+
+
+@triton.jit
+def _log_probs(z, tail):
+    """Log-probabilities of slots [ROWS, K] and tails [ROWS], relative to the row's largest."""
+    peak = origin(tl.maximum(tl.max(z, axis=1), tail))
+    z, tail = z - peak[:, None], tail - peak
+    log_total = tl.log(tl.sum(tl.exp(z), axis=1) + tl.exp(tail))
+    return z - log_total[:, None], tail - log_total
+
+
+@triton.jit
+def reverse_kl_kernel(
+    values,  # [n, k]
+    tails,  # [n]
+    teacher_values,  # [n, k]
+    teacher_tails,  # [n]
+    upstream,  # [n]
+    losses,  # [n]
+    dvalues,  # [n, k]
+    dtails,  # [n]
+    rows,  # n
+    k,
+    STOP_GRADIENT: tl.constexpr,
+    BUCKET: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,  # k, rounded up to a power of two
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    slot = tl.arange(0, K)
+    live_rows = row < rows
+    live = live_rows[:, None] & (slot < k)[None, :]
+    place = row[:, None] * k + slot[None, :]
+    nothing = float("-inf")
+    log_p, log_p_tail = _log_probs(
+        tl.load(values + place, mask=live, other=nothing),
+        tl.load(tails + row, mask=live_rows, other=nothing),
+    )
+    log_q, log_q_tail = _log_probs(
+        tl.load(teacher_values + place, mask=live, other=nothing),
+        tl.load(teacher_tails + row, mask=live_rows, other=nothing),
+    )
+    p, p_tail = tl.exp(log_p), tl.exp(log_p_tail)
+    # A slot without mass costs nothing, whatever its logarithms.
+    c = tl.where(p == 0.0, 0.0, log_p - log_q)
+    loss = tl.sum(p * c, axis=1)
+    c_tail = tl.zeros_like(p_tail)
+    if BUCKET:
+        c_tail = tl.where(p_tail == 0.0, 0.0, log_p_tail - log_q_tail)
+        loss += p_tail * c_tail
+    mean = loss
+    if not STOP_GRADIENT and not BUCKET:
+        c += 1.0
+        mean += tl.sum(p, axis=1)
+    scale = tl.load(upstream + row, mask=live_rows, other=0.0)
+    gradient = tl.where(p == 0.0, 0.0, p * (c - mean[:, None])) * scale[:, None]
+    tail_gradient = tl.where(p_tail == 0.0, 0.0, p_tail * (c_tail - mean)) * scale
+    tl.store(losses + row, loss, mask=live_rows)
+    tl.store(dvalues + place, tl.where((scale == 0.0)[:, None], 0.0, gradient), mask=live)
+    tl.store(dtails + row, tl.where(scale == 0.0, 0.0, tail_gradient), mask=live_rows)
