@@ -60,6 +60,12 @@ def _gradient(k: int, every_option: bool, dtype: torch.dtype = torch.float32) ->
     triton.gradient(chunk, 0, head, ids, values, values[:, 0], values[:, 0], out)
 
 
+def _loss(k: int, stop_gradient: bool) -> None:
+    values = torch.empty(TOKENS, k, dtype=torch.float32, device="meta")
+    rows = torch.empty(TOKENS, dtype=torch.float32, device="meta")
+    triton.reverse_kl(values, rows, values, rows, rows, stop_gradient, not stop_gradient)
+
+
 def _divergence(beta: float, every_option: bool) -> None:
     chunk, head = _chunk(every_option, torch.float32)
     upstream = torch.empty(TOKENS, dtype=torch.float32, device="meta")
@@ -101,6 +107,8 @@ CASES: dict[str, Callable[[], None]] = {
     "gradient K=20, all options": partial(_gradient, 20, True),
     "gradient K=20, bf16 chunk": partial(_gradient, 20, False, torch.bfloat16),
     "gradient K=1024, all options": partial(_gradient, 1024, True),
+    "loss on S, K=20": partial(_loss, 20, True),
+    "loss on S, K=1024, bucket": partial(_loss, 1024, False),
     "forward KL, all options": partial(_divergence, 0.0, True),
     "reverse KL": partial(_divergence, 1.0, False),
     "JSD, all options": partial(_divergence, 0.5, True),

@@ -20,7 +20,14 @@ from tqdm import tqdm
 from benchmarks.measurement import MIB
 from benchmarks.problems import HEADS, Problem
 from opd_kernels import chunking
-from opd_kernels.cost_model import Kernel, Machine, Shape, recompute, seconds
+from opd_kernels.cost_model import (
+    ONE_KERNEL_LAUNCHES,
+    Kernel,
+    Machine,
+    Shape,
+    recompute,
+    seconds,
+)
 
 # Dense bf16 products with float32 sums, memory bandwidth and L2: NVIDIA's data sheets of the SXM
 # modules (A100 80 GB, H100, H200, and B200 in an HGX).
@@ -106,7 +113,7 @@ def estimates(gpu: str, head: str, tokens: int) -> list[Estimate]:
     """Every provider at one shape."""
     machine = GPUS[gpu]
     dim, vocab = SHAPES[head]
-    shape = Shape(tokens, dim, vocab, K, operand=2)
+    shape = Shape(tokens, dim, vocab, K, operand=2, loss_launches=ONE_KERNEL_LAUNCHES)
     fused = dim <= chunking.MAX_FUSED_DIM
     ours = {
         name: seconds(kernels, machine)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-# Elementwise kernels on [c, K] that a divergence and its gradient launch, about.
-_OBJECTIVE_LAUNCHES = 60
+# Small kernels on [c, K] of a chunk's state, loss and gradient: by autograd, and with one kernel for
+# the loss (backends' reverse_kl).
+AUTOGRAD_LAUNCHES, ONE_KERNEL_LAUNCHES = 80, 20
 # Tensor-core operations per clock and multiprocessor on 16-bit operands with float32 sums, by
 # compute capability (from NVIDIA's architecture whitepapers), and float32 ones without them.
 _TENSOR_FLOPS = {75: 1024, 80: 2048, 86: 512, 89: 1024, 90: 4096, 100: 8192, 120: 1024}
@@ -85,6 +86,7 @@ class Shape:
     sum: int = 4  # of an accumulated gradient, and of all that is kept of a row
     dhidden: bool = True  # which gradients are needed
     dweight: bool = True
+    loss_launches: int = AUTOGRAD_LAUNCHES  # of a one_pass chunk
 
     @property
     def trains(self) -> bool:
@@ -195,7 +197,7 @@ def recompute(
 ) -> Iterator[Kernel]:
     """A student's pass in the recompute order; chunks are given as rows and columns."""
     yield from reduction(shape, *forward, machine, selects, fused)
-    yield Kernel("objective", launches=_OBJECTIVE_LAUNCHES)
+    yield Kernel("objective", launches=AUTOGRAD_LAUNCHES)
     if shape.trains:
         yield from backpropagation(shape, *backward, machine, fused)
 
@@ -207,7 +209,7 @@ def one_pass(shape: Shape, rows: int, machine: Machine, selects: bool = True) ->
         chunk = _Chunk(shape, n, shape.vocab, machine.cache)
         yield chunk.logits()
         yield chunk.update(selects)
-        yield Kernel("objective", launches=_OBJECTIVE_LAUNCHES)
+        yield Kernel("objective", launches=shape.loss_launches)
         if shape.trains:
             yield chunk.gradient()
         if shape.dhidden:

@@ -30,7 +30,7 @@ def test_every_kernel_is_compiled_for_every_target(rows):
     }
     kernels = {row["kernel"] for row in rows}
     assert kernels == {
-        "update_kernel", "gradient_kernel", "divergence_kernel",
+        "update_kernel", "gradient_kernel", "divergence_kernel", "reverse_kl_kernel",
         "linear_update_kernel", "linear_gradient_kernel",
     }  # fmt: skip
 

@@ -25,14 +25,14 @@ def update(chunk: Tensor, first_id: int, head: Head, state: RowState) -> None:
         return definition.update(chunk, first_id, head, state)
     if rows == 0:
         return
-    config = configs.UPDATE.fitted(columns, state.values.dtype)
+    config = configs.update(k).fitted(columns, state.values.dtype)
     with device_of(chunk):
         update_kernel[(rows,)](
             chunk, chunk.stride(0), columns, first_id, *operands(head, first_id, columns, chunk),
             state.values, state.ids, k, state.max, state.sum,
             state.max if state.moment is None else state.moment,
             SELECTS=state.selects, HAS_MOMENT=state.moment is not None, **flags(head),
-            K=triton.next_power_of_2(k), BLOCK=config.block, num_warps=config.warps,
+            K=triton.next_power_of_2(k), BLOCK=config.block, **config.options(),
         )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def gradient(
         gradient_kernel[(rows, triton.cdiv(columns, span))](
             chunk, chunk.stride(0), columns, first_id, *operands(head, first_id, columns, chunk),
             ids, dvalues, k, tail, dtail, out, out.stride(0), **flags(head),
-            K=triton.next_power_of_2(k), BLOCK=config.block, SPAN=span, num_warps=config.warps,
+            K=triton.next_power_of_2(k), BLOCK=config.block, SPAN=span, **config.options(),
         )  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def divergence(
             HAS_GRADIENT=upstream is not None, **flags(head),
             TEACHER_HAS_BIAS=teacher_head.bias is not None,
             TEACHER_CAPPED=teacher_head.softcap is not None,
-            BLOCK=config.block, num_warps=config.warps,
+            BLOCK=config.block, **config.options(),
         )  # fmt: skip
     return losses
 
@@ -131,7 +131,7 @@ def reverse_kl(
         reverse_kl_kernel[(triton.cdiv(rows, block),)](
             *(t.contiguous() for t in tensors), losses, dvalues, dtail, rows, k,
             STOP_GRADIENT=stop_gradient, BUCKET=bucket, ROWS=block, K=slots,
-            num_warps=configs.LOSS.warps,
+            **configs.LOSS.options(),
         )  # fmt: skip
     return losses, dvalues, dtail
 

@@ -12,6 +12,11 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 # does that work instead. Selection holds and compares more than the others do.
 MAX_SELECTED = 128
 MAX_GIVEN = 1024
+_LARGE_K = 256
+
+
+# a * b + c is rounded once. Said at every launch, since Triton's default for it changes.
+_CONTRACTS = True
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,20 @@ class RowConfig:
         block = self.block // 2 if dtype == torch.float64 else self.block
         return RowConfig(min(block, max(128, triton.next_power_of_2(columns))), self.warps)
 
+    def options(self) -> dict[str, int | bool]:
+        """What a launch is told beside the kernel's arguments."""
+        return {"num_warps": self.warps, "enable_fp_fusion": _CONTRACTS}
+
 
 UPDATE = RowConfig(block=4096, warps=4)
+UPDATE_LARGE_K = RowConfig(block=2048, warps=4)  # its slots take registers too
+
+
+def update(k: int) -> RowConfig:
+    """For a support of K slots."""
+    return UPDATE if k <= _LARGE_K else UPDATE_LARGE_K
+
+
 GRADIENT = RowConfig(block=2048, warps=4)
 DIVERGENCE = RowConfig(block=2048, warps=4)
 LOSS = RowConfig(block=1024, warps=4)  # slots of several rows
@@ -48,6 +65,13 @@ class TileConfig:
     def fitted(self) -> "TileConfig":
         """Tiles of which even a test's small problem has several."""
         return TileConfig(16, 16, 16, self.warps, self.stages) if INTERPRETED else self
+
+    def options(self) -> dict[str, int | bool]:
+        """What a launch is told: its tile, and how it is compiled."""
+        return {
+            "ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth, "UPCAST": INTERPRETED,
+            "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": _CONTRACTS,
+        }  # fmt: skip
 
 
 # By compute capability; a GPU between two of them takes the lower one's.

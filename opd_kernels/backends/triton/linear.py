@@ -238,7 +238,7 @@ def update(hidden: Tensor, head: Head, state: RowState) -> None:
             head.vocab_size, *operands(head, 0, head.vocab_size, hidden),
             support.columns, support.places, support.columns.shape[1],
             support.starts(first_columns), tiles_a_piece, state.values, k, maxima, sums, moments,
-            HAS_MOMENT=state.moment is not None, **flags(head), **_tile_arguments(config),
+            HAS_MOMENT=state.moment is not None, **flags(head), **config.options(),
         )  # fmt: skip
     _merge(maxima, sums, moments, state)
 
@@ -286,13 +286,5 @@ def gradient(
             *operands(head, first_id, columns, hidden),
             support.columns, support.places, support.columns.shape[1], starts,
             dvalues, dvalues.shape[1], tail, dtail, out, out.stride(0),
-            **flags(head), **_tile_arguments(config),
+            **flags(head), **config.options(),
         )  # fmt: skip
-
-
-def _tile_arguments(config: configs.TileConfig) -> dict[str, int | bool]:
-    return {
-        "ROWS": config.rows, "COLUMNS": config.columns, "DEPTH": config.depth,
-        "UPCAST": configs.INTERPRETED,
-        "num_warps": config.warps, "num_stages": config.stages,
-    }  # fmt: skip
