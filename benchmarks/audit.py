@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -17,12 +17,9 @@ from unittest.mock import patch
 import torch
 from tqdm import tqdm
 
+from benchmarks import launches
 from benchmarks.machine_code import TARGETS, MachineCode, compile_for, launches_of
-from opd_kernels.backends import RowState, triton
-from opd_kernels.backends.triton import configs, linear
-from opd_kernels.head import Head
-
-TOKENS, VOCAB = 2_048, 151_936
+from opd_kernels.backends.triton import configs
 
 
 @dataclass(frozen=True)
@@ -36,91 +33,43 @@ class Row:
     resident_warps: int
 
 
-def _chunk(every_option: bool, dtype: torch.dtype) -> tuple[torch.Tensor, Head]:
-    chunk = torch.empty(TOKENS, VOCAB, dtype=dtype, device="meta")
-    bias = torch.empty(VOCAB, dtype=torch.bfloat16, device="meta") if every_option else None
-    softcap = 30.0 if every_option else None
-    return chunk, Head(chunk[:1].T, bias, softcap, 1.0, 1.0, VOCAB)
-
-
-def _update(k: int, selects: bool, every_option: bool, dtype: torch.dtype = torch.float32) -> None:
-    chunk, head = _chunk(every_option, dtype)
-    like = torch.empty(0, dtype=torch.float32, device="meta")
-    state = RowState.for_topk(TOKENS, k, every_option, like)
-    if not selects:
-        state = RowState.for_ids(state.ids, every_option, like)
-    triton.update(chunk, 0, head, state)
-
-
-def _gradient(k: int, every_option: bool, dtype: torch.dtype = torch.float32) -> None:
-    chunk, head = _chunk(every_option, dtype)
-    values = torch.empty(TOKENS, k, dtype=torch.float32, device="meta")
-    ids = torch.empty(TOKENS, k, dtype=torch.int64, device="meta")
-    out = torch.empty_like(chunk, dtype=torch.bfloat16)
-    triton.gradient(chunk, 0, head, ids, values, values[:, 0], values[:, 0], out)
-
-
-def _loss(k: int, stop_gradient: bool) -> None:
-    values = torch.empty(TOKENS, k, dtype=torch.float32, device="meta")
-    rows = torch.empty(TOKENS, dtype=torch.float32, device="meta")
-    triton.reverse_kl(values, rows, values, rows, rows, stop_gradient, not stop_gradient)
-
-
-def _divergence(beta: float, every_option: bool) -> None:
-    chunk, head = _chunk(every_option, torch.float32)
-    upstream = torch.empty(TOKENS, dtype=torch.float32, device="meta")
-    out = torch.empty_like(chunk, dtype=torch.bfloat16)
-    triton.divergence(chunk, head, chunk, head, beta, upstream, out)
-
-
-def _linear(k: int, backward: bool, every_option: bool, dim: int = 1024) -> None:
-    hidden = torch.empty(TOKENS, dim, dtype=torch.bfloat16, device="meta")
-    weight = torch.empty(VOCAB, dim, dtype=torch.bfloat16, device="meta")
-    _, head = _chunk(every_option, torch.float32)
-    head = replace(head, weight=weight)
-    ids = torch.empty(TOKENS, k, dtype=torch.int64, device="meta")
-    rows = torch.empty(TOKENS, k, dtype=torch.float32, device="meta")
-    if backward:
-        out = torch.empty(TOKENS, 16_384, dtype=torch.bfloat16, device="meta")
-        support = linear.support(ids, hidden)
-        linear.gradient(hidden, 0, head, support, rows, rows[:, 0], rows[:, 0], out)
-    else:
-        linear.update(hidden, head, RowState.for_ids(ids, every_option, like=rows))
-
-
-CASES: dict[str, Callable[[], None]] = {
-    "matmul + gather K=1": partial(_linear, 1, False, False),
-    "matmul + gather K=20, all options": partial(_linear, 20, False, True),
-    "matmul + gradient K=20": partial(_linear, 20, True, False),
-    "matmul + gradient K=20, all options": partial(_linear, 20, True, True),
-    "select K=1": partial(_update, 1, True, False),
-    "select K=20": partial(_update, 20, True, False),
-    "select K=20, all options": partial(_update, 20, True, True),
-    "select K=20, bf16 chunk": partial(_update, 20, True, False, torch.bfloat16),
-    "select K=128, all options": partial(_update, 128, True, True),
-    "gather K=1": partial(_update, 1, False, False),
-    "gather K=20": partial(_update, 20, False, False),
-    "gather K=20, all options": partial(_update, 20, False, True),
-    "gather K=1024, all options": partial(_update, 1024, False, True),
-    "gradient K=1": partial(_gradient, 1, False),
-    "gradient K=20": partial(_gradient, 20, False),
-    "gradient K=20, all options": partial(_gradient, 20, True),
-    "gradient K=20, bf16 chunk": partial(_gradient, 20, False, torch.bfloat16),
-    "gradient K=1024, all options": partial(_gradient, 1024, True),
-    "loss on S, K=20": partial(_loss, 20, True),
-    "loss on S, K=1024, bucket": partial(_loss, 1024, False),
-    "forward KL, all options": partial(_divergence, 0.0, True),
-    "reverse KL": partial(_divergence, 1.0, False),
-    "JSD, all options": partial(_divergence, 0.5, True),
+CASES: dict[str, Callable[[], launches.Call]] = {
+    name: partial(build, device="meta")
+    for name, build in {
+        "matmul + gather K=1": partial(launches.linear_update, 1, True),
+        "matmul + gather K=20, all options": partial(launches.linear_update, 20, False),
+        "matmul + gradient K=20": partial(launches.linear_gradient, 20, True),
+        "matmul + gradient K=20, all options": partial(launches.linear_gradient, 20, False),
+        "select K=1": partial(launches.update, 1, True, True),
+        "select K=20": partial(launches.update, 20, True, True),
+        "select K=20, all options": partial(launches.update, 20, True, False),
+        "select K=20, bf16 chunk": partial(launches.update, 20, True, True, dtype=torch.bfloat16),
+        "select K=128, all options": partial(launches.update, 128, True, False),
+        "gather K=1": partial(launches.update, 1, False, True),
+        "gather K=20": partial(launches.update, 20, False, True),
+        "gather K=20, all options": partial(launches.update, 20, False, False),
+        "gather K=1024, all options": partial(launches.update, 1024, False, False),
+        "gradient K=1": partial(launches.gradient, 1, True),
+        "gradient K=20": partial(launches.gradient, 20, True),
+        "gradient K=20, all options": partial(launches.gradient, 20, False),
+        "gradient K=20, bf16 chunk": partial(launches.gradient, 20, True, dtype=torch.bfloat16),
+        "gradient K=1024, all options": partial(launches.gradient, 1024, False),
+        "loss on S, K=20": partial(launches.reverse_kl, 20, True),
+        "loss on S, K=1024, bucket": partial(launches.reverse_kl, 1024, False),
+        "forward KL, all options": partial(launches.divergence, 0.0, False),
+        "reverse KL": partial(launches.divergence, 1.0, True),
+        "JSD, all options": partial(launches.divergence, 0.5, False),
+    }.items()
 }
 
 
 def audit(case: str, target: str) -> list[Row]:
     """Compile what one case launches for one target."""
     rows = []
+    call = CASES[case]()
     with patch.object(configs, "capability", lambda device: TARGETS[target].capability):
-        launches = launches_of(CASES[case])
-    for launch in launches:
+        made = launches_of(call)
+    for launch in made:
         code = compile_for(launch, TARGETS[target])
         warps = TARGETS[target].resident_warps(code)
         rows.append(Row(case, launch.kernel.fn.__name__, target, code, warps))

@@ -8,6 +8,7 @@ import json
 import statistics
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,9 +27,32 @@ def table(figures: dict[str, Figures]) -> str:
         cells = [name, "", "", "", ""]  # without a round there is memory alone
         if f.forward:
             times = (statistics.median(f.forward), statistics.median(f.backward), f.median())
-            cells = [name, *(f"{x:.2f}" for x in times), f"{f.ratio(base):.3f}"]
+            cells = [name, *(f"{x:.3g}" for x in times), f"{f.ratio(base):.3f}"]
         lines.append(f"| {' | '.join([*cells, f'{f.peak_extra_bytes / MIB:.0f}'])} |")
     return "\n".join(lines)
+
+
+def section(
+    head: str, problem: Problem, providers: list[str], rounds: int
+) -> tuple[str, list[dict[str, Any]]]:
+    """Measure providers on a head: a titled table, and the figures; both empty if none can run."""
+    figures = measure(problem, providers, rounds)
+    if not figures:
+        return "", []
+    title = f"{head}: N = {problem.tokens}, D = {problem.dim}, V = {problem.vocab}"
+    text = f"**{title}, K = {problem.k}, {problem.dtype}**\n\n{table(figures)}"
+    records = [
+        {"head": head, "provider": name, **asdict(problem), **asdict(f)}
+        for name, f in figures.items()
+    ]
+    return text, records
+
+
+def _machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return f"{threads} CPU threads, {capability}"
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -37,6 +61,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument("--output", type=Path, default=Path("runs/compare"))
@@ -47,24 +72,19 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def main(arguments: argparse.Namespace) -> None:
     """Print Markdown tables; write them, the figures as JSON, and the plots of the sweeps."""
     arguments.output.mkdir(parents=True, exist_ok=True)
-    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-    machine = f"{threads} CPU threads, {capability}, PyTorch {torch.__version__}"
+    machine = f"{_machine(arguments.device)}, PyTorch {torch.__version__}"
     report = [f"Measured on {machine}; median of {arguments.rounds} alternating rounds."]
     records = []
     for head in arguments.heads:
-        problem = Problem(arguments.tokens, *HEADS[head], arguments.k, arguments.dtype)
+        size = (arguments.tokens, *HEADS[head], arguments.k)
+        problem = Problem(*size, arguments.dtype, arguments.device)
         for family in (DISTILLATION, LABELS):
             providers = [name for name in arguments.providers if name in family]
-            figures = measure(problem, providers, arguments.rounds)
-            if not figures:
-                continue
-            title = f"{head}: N = {problem.tokens}, D = {problem.dim}, V = {problem.vocab}"
-            report.append(f"**{title}, K = {problem.k}, {problem.dtype}**\n\n{table(figures)}")
-            print(report[-1] + "\n", flush=True)
-            records += [
-                {"head": head, "provider": name, **asdict(problem), **asdict(f)}
-                for name, f in figures.items()
-            ]
+            text, measured = section(head, problem, providers, arguments.rounds)
+            if measured:
+                report.append(text)
+                records += measured
+                print(text + "\n", flush=True)
     if arguments.heads:
         (arguments.output / "compare.md").write_text("\n\n".join(report) + "\n")
         (arguments.output / "compare.json").write_text(json.dumps(records, indent=2))

@@ -43,6 +43,7 @@ class Problem:
     vocab: int
     k: int = 20
     dtype: str = "float32"
+    device: str = "cpu"
 
     def tensors(self) -> dict[str, Tensor]:
         """hidden and weight of both models; the teacher's logits correlate with the student's."""
@@ -80,7 +81,7 @@ class Inputs:
 
     @classmethod
     def load(cls, problem: Problem, path: Path) -> "Inputs":
-        """The tensors that were saved at path, mapped: processes share their memory."""
+        """The tensors that were saved at path, mapped: on a CPU processes share their memory."""
         tensors = torch.load(path, mmap=True)
         for tensor in tensors.values():
             tensor.sum()  # every page is there before anything is measured
@@ -88,6 +89,7 @@ class Inputs:
 
     @classmethod
     def of(cls, problem: Problem, tensors: dict[str, Tensor]) -> "Inputs":
+        tensors = {name: tensor.to(problem.device) for name, tensor in tensors.items()}
         student = LazyLogits(tensors["hidden"].requires_grad_(), tensors["weight"].requires_grad_())
         teacher = LazyLogits(tensors["teacher_hidden"], tensors["teacher_weight"])
         return cls(problem, student, teacher, tensors["labels"])

@@ -65,8 +65,9 @@ def liger_jsd(inputs: Inputs) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     student, teacher = inputs.student, inputs.teacher
+    on_gpu = student.hidden.is_cuda  # there it is compiled, as it comes
     loss = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=on_gpu
     )
     operands = (student.hidden, student.weight, teacher.hidden, teacher.weight)
     return loss(*operands, inputs.labels)
@@ -107,7 +108,16 @@ def cut_labels(inputs: Inputs) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
     student = inputs.student
-    return linear_cross_entropy(student.hidden, student.weight, inputs.labels, impl="torch_compile")
+    impl = "cce" if student.hidden.is_cuda else "torch_compile"
+    return linear_cross_entropy(student.hidden, student.weight, inputs.labels, impl=impl)
+
+
+def quack_labels(inputs: Inputs) -> Tensor:
+    """QuACK's chunked linear cross-entropy, which needs a GPU of capability 9 or more."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    student = inputs.student
+    return chunked_linear_cross_entropy(student.hidden, student.weight, inputs.labels)
 
 
 def eager_labels(inputs: Inputs) -> Tensor:
@@ -136,6 +146,7 @@ LABELS: dict[str, Provider] = {
     "eager_labels": eager_labels,
     "torch_labels": torch_labels,
     "cut_labels": cut_labels,
+    "quack_labels": quack_labels,
 }
 
 PROVIDERS = DISTILLATION | LABELS

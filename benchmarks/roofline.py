@@ -20,14 +20,7 @@ from tqdm import tqdm
 from benchmarks.measurement import MIB
 from benchmarks.problems import HEADS, Problem
 from opd_kernels import chunking
-from opd_kernels.cost_model import (
-    ONE_KERNEL_LAUNCHES,
-    Kernel,
-    Machine,
-    Shape,
-    recompute,
-    seconds,
-)
+from opd_kernels.cost_model import ONE_KERNEL_LAUNCHES, Kernel, Machine, Shape, recompute, seconds
 
 # Dense bf16 products with float32 sums, memory bandwidth and L2: NVIDIA's data sheets of the SXM
 # modules (A100 80 GB, H100, H200, and B200 in an HGX).
@@ -211,7 +204,7 @@ def plot(rows: list[Estimate], path: Path) -> None:
 
     names = [name for name in dict.fromkeys(r.provider for r in rows) if "label" not in name][1:]
     figure, panels = pyplot.subplots(
-        len(TOKENS), len(GPUS), figsize=(15, 7), sharey=True, layout="constrained"
+        len(TOKENS), len(GPUS), figsize=(15, 7), sharey=True, squeeze=False, layout="constrained"
     )
     width = 0.8 / len(names)
     for line, tokens in zip(panels, TOKENS, strict=True):

@@ -63,24 +63,42 @@ class Worker:
 
 
 def _time(provider: Provider, inputs: Inputs) -> dict[str, float]:
-    start = time.perf_counter()
+    start = _now(inputs)
     loss = provider(inputs)
-    middle = time.perf_counter()
+    middle = _now(inputs)
     loss.backward()
-    end = time.perf_counter()
+    end = _now(inputs)
     return {"forward": middle - start, "backward": end - middle}
 
 
+def _now(inputs: Inputs) -> float:
+    """The time at which all that was launched is done."""
+    if inputs.problem.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def _memory(provider: Provider, inputs: Inputs) -> dict[str, int]:
-    """The kernel's high-water mark of the resident set, reset just before the pass (Linux)."""
+    """On a GPU the allocator's high-water mark, else the kernel's of the resident set (Linux); both
+    reset just before the pass.
+    """
+    if inputs.problem.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        provider(inputs).backward()
+        return {"bytes": max(0, torch.cuda.max_memory_allocated() - before - _returned(inputs))}
     ctypes.CDLL(None).malloc_trim(0)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     provider(inputs).backward()
-    leaves = (inputs.student.hidden, inputs.student.weight)
-    returned = sum(x.grad.numel() * x.grad.element_size() for x in leaves if x.grad is not None)
     # A gradient of few rows is not in memory as a whole, although all of it is subtracted.
-    return {"bytes": max(0, _status("VmHWM") - before - returned)}
+    return {"bytes": max(0, _status("VmHWM") - before - _returned(inputs))}
+
+
+def _returned(inputs: Inputs) -> int:
+    """Bytes of the gradients that a pass returns."""
+    leaves = (inputs.student.hidden, inputs.student.weight)
+    return sum(x.grad.numel() * x.grad.element_size() for x in leaves if x.grad is not None)
 
 
 def _status(name: str) -> int:

@@ -28,7 +28,7 @@ from opd_kernels.cost_model import (
 MIN_COLUMNS = 4096
 # D up to which a GPU backend's kernels with the product inside are the faster way. Writing a logit
 # and reading it again costs as much as about 1,200 terms of its product on an H100, and a product
-# of our own is assumed to run at two thirds of cuBLAS's speed or better: by that they draw at 2,400.
+# of our own is assumed to run at two thirds of cuBLAS's speed or better: they draw at 2,400.
 MAX_FUSED_DIM = 2048
 # Rows of a chunk that start at a multiple of a vector's size multiply up to a quarter faster.
 _ALIGNMENT = 64

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Small kernels on [c, K] of a chunk's state, loss and gradient: by autograd, and with one kernel for
-# the loss (backends' reverse_kl).
+# Small kernels on [c, K] of a chunk's state, loss and gradient: by autograd, and with the backend's
+# one kernel for the loss.
 AUTOGRAD_LAUNCHES, ONE_KERNEL_LAUNCHES = 80, 20
 # Tensor-core operations per clock and multiprocessor on 16-bit operands with float32 sums, by
 # compute capability (from NVIDIA's architecture whitepapers), and float32 ones without them.

@@ -296,14 +296,17 @@ def _resolve_method(student: LazyLogits, options: LossOptions, reduction: str, m
         return "one_pass"  # chunks of tokens either way
     hidden, weight = student.hidden, student.weight
     operand, trains = operand_dtype(hidden, weight), torch.is_grad_enabled()
+    itemsize = accumulator_dtype(hidden, weight).itemsize
     shape = Shape(
-        *hidden.shape,
+        hidden.shape[0],
+        hidden.shape[1],
         student.head.vocab_size,
         options.k,
-        operand.itemsize,
-        *[accumulator_dtype(hidden, weight).itemsize] * 2,
-        trains and hidden.requires_grad,
-        trains and weight.requires_grad,
+        operand=operand.itemsize,
+        logit=itemsize,
+        sum=itemsize,
+        dhidden=trains and hidden.requires_grad,
+        dweight=trains and weight.requires_grad,
     )
     epilogues = select_backend(options.backend, hidden.device)
     fused = epilogues.fused(operand, student.head) is not None

@@ -136,12 +136,7 @@ _Gradient = Callable[[int, int, Tensor], Tensor]
 
 
 def _recomputed(
-    chunks: _Chunks,
-    ids: Tensor,
-    dvalues: Tensor,
-    tail: Tensor,
-    dtail: Tensor,
-    epilogues: Epilogues,
+    chunks: _Chunks, ids: Tensor, dvalues: Tensor, tail: Tensor, dtail: Tensor, epilogues: Epilogues
 ) -> _Gradient:
     hidden, blocks = chunks.hidden, chunks.rows_of()
     logits = gradients = chunks.buffer(dvalues.dtype)
@@ -169,7 +164,7 @@ def _recomputed_inside(
 ) -> _Gradient:
     hidden, blocks = chunks.hidden, chunks.rows_of()
     gradients = chunks.buffer(hidden.dtype)
-    supports = [fused.support(ids[rows], hidden) for rows in blocks]
+    supports = [fused.support(ids[rows], hidden, chunks.head) for rows in blocks]
 
     def gradient(block: int, first: int, weight: Tensor) -> Tensor:
         rows = blocks[block]

@@ -49,6 +49,12 @@ def _fused_reverse_kl(
     if student.values.dtype != teacher.values.dtype or teacher.tail is None:
         return None
     check_same_distribution(student, teacher)
-    tensors = (student.values, student.lse_outside, teacher.values, teacher.tail)
-    operands = (tensor.detach() for tensor in tensors)
-    return epilogues.reverse_kl(*operands, upstream, stop_gradient, bucket)
+    return epilogues.reverse_kl(
+        student.values.detach(),
+        student.lse_outside.detach(),
+        teacher.values.detach(),
+        teacher.tail.detach(),
+        upstream,
+        stop_gradient,
+        bucket,
+    )

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,7 +10,16 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported: its kernels then run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from opd_kernels import available_backends
+from opd_kernels import available_backends, backends
+
+# `make gpu` sets it: where the tensors of these tests live. The others belong to the CPU.
+DEVICE = os.environ.get("OPD_TEST_DEVICE", "cpu")
+_ON_DEVICE = {
+    "test_arguments", "test_distill", "test_distill_numbers", "test_divergences",
+    "test_divergences_optima", "test_gradient_filter", "test_lazy_logits", "test_linear",
+    "test_linear_numbers", "test_native_products", "test_sparse_logits", "test_supports",
+    "test_token_weights", "test_triton", "test_triton_linear", "test_triton_reverse_kl",
+}  # fmt: skip
 
 
 def _patch_only_what_is_not_patched():
@@ -37,16 +47,26 @@ if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in available_backends(
     _patch_only_what_is_not_patched()
 
 
+@pytest.fixture
+def device(request):
+    """Where this test's tensors are made."""
+    on_device = request.module.__name__.rpartition(".")[2] in _ON_DEVICE
+    return torch.device(DEVICE if on_device else "cpu")
+
+
 @pytest.fixture(autouse=True)
-def _reproducible():
+def _reproducible(device):
     torch.manual_seed(0)
     # torch.empty is filled with NaN, so that a result that reads unwritten memory shows.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
+    with nullcontext() if device.type == "cpu" else device:
+        yield
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=available_backends())
-def backend(request):
-    """Every installed backend; the operator tests run on each."""
+def backend(request, device):
+    """Every installed backend that reaches the device; the operator tests run on each."""
+    if not backends.reaches(request.param, device):
+        pytest.skip(f"{request.param} does not reach tensors on {device}")
     return request.param

@@ -1,11 +1,12 @@
 """The benchmarks measure what they say, and hold bounds on memory."""
 
 import json
+import re
 
 import pytest
 import torch
 
-from benchmarks import sweeps
+from benchmarks import roofline, sweeps
 from benchmarks.__main__ import main
 from benchmarks.measurement import MIB, Figures, measure
 from benchmarks.problems import Inputs, Problem
@@ -33,7 +34,7 @@ def test_providers_do_the_same_work(family):
         pytest.importorskip(peer)
     results = {}
     for name, provider in family.items():
-        if name in ("floor", "cut_labels"):  # no loss; compiles for minutes
+        if name in ("floor", "cut_labels", "quack_labels"):  # no loss; minutes to compile; a GPU
             continue
         inputs = Inputs.make(TINY)
         loss = provider(inputs)
@@ -58,6 +59,33 @@ def test_inputs_are_as_peaked_as_the_model_they_imitate():
     problem = Problem(tokens=256, dim=256, vocab=49_152)
     p = Inputs.make(problem).student.detach().materialize().softmax(-1)
     assert 200 < (p >= 2.0**-14).sum(-1).double().mean() < 350  # 275 on SmolLM2
+
+
+def test_roofline_writes_tables_figures_and_a_plot(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(roofline, "GPUS", {"H100": roofline.GPUS["H100"]})
+    monkeypatch.setattr(roofline, "bf16_chunk", lambda: "what bf16 costs")
+    arguments = ["benchmarks", "roofline", "--gpus", "H100", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", arguments)
+    main()
+    assert "a model by flops and bytes, not a measurement" in capsys.readouterr().out.lower()
+    rows = json.loads((tmp_path / "roofline.json").read_text())
+    assert {row["head"] for row in rows} == set(roofline.SHAPES)
+    assert (tmp_path / "roofline.png").stat().st_size > 10_000
+    for head in roofline.SHAPES:
+        for tokens in roofline.TOKENS:
+            group = [r for r in rows if (r["head"], r["tokens"]) == (head, tokens)]
+            assert all(r["ratio"] >= 1 for r in group)
+            ours = [r for r in group if r["provider"] in ("ours_one_pass", "ours_recompute")]
+            (chosen,) = [r for r in group if r["chosen"]]
+            assert chosen["seconds"] == min(r["seconds"] for r in ours)
+
+
+def test_a_bf16_chunk_rounds_what_a_float32_chunk_keeps():
+    text = roofline.bf16_chunk(tokens=8)
+    numbers = [float(x) for x in re.findall(r"\d\.\de[+-]\d+", text)]
+    loss_16, loss, gradient_16, gradient = numbers
+    assert loss < 1e-4 < loss_16
+    assert gradient < 1e-4 < gradient_16
 
 
 def test_compare_writes_tables_figures_and_plots(tmp_path, monkeypatch, capsys):

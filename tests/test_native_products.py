@@ -56,7 +56,7 @@ def errors(actual, expected):
 
 
 def eager_gradients(student, teacher):
-    """The full reverse KL's as PyTorch has them when logits' gradients are of the operands' dtype."""
+    """The full reverse KL's as PyTorch has them, and the teacher's log-probabilities."""
     z = torch.nn.functional.linear(student.hidden, student.weight[:VOCAB], student.bias[:VOCAB])
     log_p, log_q = z.float().log_softmax(-1), torch.randn(TOKENS, VOCAB).log_softmax(-1)
     return gradients((log_p.exp() * (log_p - log_q)).sum(-1).mean(), student), log_q
@@ -126,9 +126,7 @@ def test_recompute_in_float16_neither_flushes_nor_overflows(backend, factor):
         dhidden, dweight, dbias = (torch.zeros_like(t, dtype=torch.float32) for t in operands)
         epilogues = select_backend(backend, student.hidden.device)
         rows = (sparse.ids, dvalues * factor, sparse.tail, dtail * factor)
-        backpropagate(
-            student.hidden, student.head, *rows, dhidden, dweight, dbias, epilogues, None
-        )
+        backpropagate(student.hidden, student.head, *rows, dhidden, dweight, dbias, epilogues, None)
         return dhidden, dweight, dbias
 
     with torch.no_grad():

@@ -73,7 +73,7 @@ def test_gradient(shape, dtype, every_option):
     exact = (head_in_float64(head), ids, dvalues.double(), tail, dtail.double())
     definition.gradient(expected, first, *exact, expected)
     out = torch.empty(rows, vocab - first, dtype=dtype, device=DEVICE)
-    support = linear.support(ids, hidden)
+    support = linear.support(ids, hidden, head)
     linear.gradient(hidden, first, head, support, dvalues, tail.float(), dtail, out)
     # exp turns an error of the logit into a relative one; the result is rounded to out's dtype.
     largest = raw.abs().max().item()
@@ -96,7 +96,7 @@ def test_an_infinite_bias_and_a_row_that_is_all_support():
     torch.testing.assert_close(state.entropy(), entropy)
     dvalues, dtail = torch.ones(3, 9, device=DEVICE), torch.ones(3, device=DEVICE)
     out = torch.empty(3, 40, device=DEVICE)
-    support = linear.support(ids, hidden)
+    support = linear.support(ids, hidden, head)
     linear.gradient(hidden, 0, head, support, dvalues, state.tail(), dtail, out)
     assert out[:, 9:].abs().max() == 0
     torch.testing.assert_close(out[:, :9], torch.full((3, 9), 0.7 / 0.8))

@@ -91,7 +91,9 @@ def test_which_objectives_are_the_kernels():
 
 @pytest.mark.parametrize("support", ["student", "teacher", "intersection"])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_one_pass_uses_it_where_student_is_what_was_selected(monkeypatch, kernels, options, support):
+def test_one_pass_uses_it_where_student_is_what_was_selected(
+    monkeypatch, kernels, options, support
+):
     calls = []
 
     def counted(*args):

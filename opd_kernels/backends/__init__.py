@@ -27,7 +27,7 @@ class FusedEpilogues(Protocol):
         """Fill a state of given ids from hidden [N, D]."""
         ...
 
-    def support(self, ids: Tensor, hidden: Tensor) -> Any:
+    def support(self, ids: Tensor, hidden: Tensor, head: Head) -> Any:
         """ids [n, K] of some rows, as `gradient` wants them."""
         ...
 
@@ -101,7 +101,7 @@ class Epilogues(Protocol):
         ...
 
     def fused(self, operand: dtype, head: Head) -> FusedEpilogues | None:
-        """The fused epilogues for hidden states of the operand dtype of matmul.py, where the backend
+        """The fused epilogues for products of the operand dtype (see matmul.py), where the backend
         has them and they are the faster way.
         """
         ...
@@ -142,8 +142,8 @@ def select_backend(name: str, device: device_type) -> Epilogues:
     backends = _backends()
     if name == "auto":
         fastest = "cpu" if device.type == "cpu" else "triton"
-        name = fastest if fastest in backends and _reaches(fastest, device) else "torch"
-    if name in backends and not _reaches(name, device):
+        name = fastest if fastest in backends and reaches(fastest, device) else "torch"
+    if name in backends and not reaches(name, device):
         raise ValueError(
             f"backend: {name!r} does not reach tensors on {device}; 'torch' works on any device"
         )
@@ -155,7 +155,8 @@ def select_backend(name: str, device: device_type) -> Epilogues:
     return backends[name]
 
 
-def _reaches(name: str, device: device_type) -> bool:
+def reaches(name: str, device: device_type) -> bool:
+    """Whether a backend of that name works on the device's tensors."""
     on_cpu = device.type == "cpu"
     if name == "triton":
         return _interprets() if on_cpu else device.type == "cuda" and not _interprets()

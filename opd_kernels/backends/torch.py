@@ -100,8 +100,8 @@ def divergence(
     """The generalised JSD [n] of whole rows [n, V]: beta = 0 is forward and beta = 1 reverse KL.
 
     Given upstream [n], it writes upstream * dloss/draw to out [n, V], which may be the student's
-    chunk, used up, or of a 16-bit dtype. dloss/dz is p - q for the forward KL and p (w - sum p w) for the others, with w = log p - log q, or
-    (1 - beta) log(p / M).
+    chunk, used up, or of a 16-bit dtype. dloss/dz is p - q for the forward KL and p (w - sum p w)
+    for the others, with w = log p - log q, or (1 - beta) log(p / M).
     """
     losses = [chunk.new_empty(0)]
     for rows in _row_blocks(chunk):

@@ -9,8 +9,9 @@ from torch import Tensor
 from opd_kernels.backends import torch as definition
 from opd_kernels.backends.state import RowState
 from opd_kernels.backends.triton import configs, linear
+from opd_kernels.backends.triton.configs import Case, RowConfig
 from opd_kernels.backends.triton.divergence import FORWARD, JSD, REVERSE, divergence_kernel
-from opd_kernels.backends.triton.launch import device_of, flags, operands
+from opd_kernels.backends.triton.launch import device_of, flags, is_plain, operands
 from opd_kernels.backends.triton.reverse_kl import reverse_kl_kernel
 from opd_kernels.backends.triton.rows import gradient_kernel, update_kernel
 from opd_kernels.chunking import MAX_FUSED_DIM
@@ -25,7 +26,7 @@ def update(chunk: Tensor, first_id: int, head: Head, state: RowState) -> None:
         return definition.update(chunk, first_id, head, state)
     if rows == 0:
         return
-    config = configs.update(k).fitted(columns, state.values.dtype)
+    config = _config("update", k, head, chunk).fitted(columns, state.values.dtype)
     with device_of(chunk):
         update_kernel[(rows,)](
             chunk, chunk.stride(0), columns, first_id, *operands(head, first_id, columns, chunk),
@@ -53,7 +54,7 @@ def gradient(
     if rows == 0:
         return
     ids, dvalues, tail, dtail = (t.contiguous() for t in (ids, dvalues, tail, dtail))
-    config = configs.GRADIENT.fitted(columns, dvalues.dtype)
+    config = _config("gradient", k, head, chunk).fitted(columns, dvalues.dtype)
     span = config.block * configs.GRADIENT_BLOCKS
     with device_of(chunk):
         gradient_kernel[(rows, triton.cdiv(columns, span))](
@@ -92,7 +93,7 @@ def divergence(
     losses = chunk.new_empty(rows, dtype=dtype)
     if rows == 0:
         return losses
-    config = configs.DIVERGENCE.fitted(columns, dtype)
+    config = _config("divergence", 0, head, chunk).fitted(columns, dtype)
     with device_of(chunk):
         divergence_kernel[(rows,)](
             chunk, chunk.stride(0), *operands(head, 0, columns, chunk),
@@ -126,14 +127,19 @@ def reverse_kl(
     losses, dvalues, dtail = (torch.empty_like(t, memory_format=torch.contiguous_format)
                               for t in (tail, values, tail))  # fmt: skip
     slots = triton.next_power_of_2(k)
-    block = max(1, configs.LOSS.block // slots)
+    config = configs.row_config(Case("reverse_kl", k, plain=True), values.device)
+    block = max(1, config.block // slots)
     with device_of(values):
         reverse_kl_kernel[(triton.cdiv(rows, block),)](
             *(t.contiguous() for t in tensors), losses, dvalues, dtail, rows, k,
             STOP_GRADIENT=stop_gradient, BUCKET=bucket, ROWS=block, K=slots,
-            **configs.LOSS.options(),
+            **config.options(),
         )  # fmt: skip
     return losses, dvalues, dtail
+
+
+def _config(kernel: str, k: int, head: Head, chunk: Tensor) -> RowConfig:
+    return configs.row_config(Case(kernel, k, is_plain(head)), chunk.device)
 
 
 def fused(operand: torch.dtype, head: Head) -> ModuleType | None:

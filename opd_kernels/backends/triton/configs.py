@@ -1,22 +1,43 @@
-"""Fixed launch configurations: no tuning at run time, so that two runs are bitwise equal."""
+"""Launch configurations from a table: no tuning at run time, so that two runs are bitwise equal.
 
-from dataclasses import dataclass
+`python -m benchmarks tune` measures candidates on a GPU and writes its entries to configs.json. An
+entry holds for one kernel at most so many slots of S (`k`) and terms of a product (`dim`), for
+logits with or without a softcap or bias (`plain`); what an entry leaves out it holds for any value
+of. The first entry that fits is taken.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 
 # Whether kernels run in Triton's interpreter, on CPU tensors.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+TABLE = Path(__file__).with_name("configs.json")
 
 # Above these a row's support no longer fits in registers beside a block of its logits; PyTorch
 # does that work instead. Selection holds and compares more than the others do.
 MAX_SELECTED = 128
 MAX_GIVEN = 1024
-_LARGE_K = 256
 
-
+# Blocks of one program of the gradient kernel: enough to pay for reading S.
+GRADIENT_BLOCKS = 8
 # a * b + c is rounded once. Said at every launch, since Triton's default for it changes.
 _CONTRACTS = True
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a configuration may depend on."""
+
+    kernel: str
+    k: int
+    plain: bool  # neither softcap nor bias
+    dim: int = 0  # D, of kernels with a product inside
 
 
 @dataclass(frozen=True)
@@ -38,20 +59,6 @@ class RowConfig:
         return {"num_warps": self.warps, "enable_fp_fusion": _CONTRACTS}
 
 
-UPDATE = RowConfig(block=4096, warps=4)
-UPDATE_LARGE_K = RowConfig(block=2048, warps=4)  # its slots take registers too
-
-
-def update(k: int) -> RowConfig:
-    """For a support of K slots."""
-    return UPDATE if k <= _LARGE_K else UPDATE_LARGE_K
-
-
-GRADIENT = RowConfig(block=2048, warps=4)
-DIVERGENCE = RowConfig(block=2048, warps=4)
-LOSS = RowConfig(block=1024, warps=4)  # slots of several rows
-
-
 @dataclass(frozen=True)
 class TileConfig:
     """How a kernel with a matrix product inside tiles [N, V]."""
@@ -64,7 +71,7 @@ class TileConfig:
 
     def fitted(self) -> "TileConfig":
         """Tiles of which even a test's small problem has several."""
-        return TileConfig(16, 16, 16, self.warps, self.stages) if INTERPRETED else self
+        return replace(self, rows=16, columns=16, depth=16) if INTERPRETED else self
 
     def options(self) -> dict[str, int | bool]:
         """What a launch is told: its tile, and how it is compiled."""
@@ -74,28 +81,62 @@ class TileConfig:
         }  # fmt: skip
 
 
-# By compute capability; a GPU between two of them takes the lower one's.
-_TILES = {
-    80: TileConfig(rows=128, columns=128, depth=64, warps=8, stages=3),
-    86: TileConfig(rows=128, columns=128, depth=64, warps=8, stages=2),
-    90: TileConfig(rows=128, columns=128, depth=64, warps=8, stages=4),
-    100: TileConfig(rows=128, columns=128, depth=64, warps=8, stages=4),
-    120: TileConfig(rows=128, columns=128, depth=64, warps=8, stages=2),
-}
+Config = RowConfig | TileConfig
+
+
+def row_config(case: Case, device: torch.device) -> RowConfig:
+    """The configuration of a row kernel on a device."""
+    config = find(case, capability(device))
+    assert isinstance(config, RowConfig)
+    return config
+
+
+def tile_config(case: Case, device: torch.device) -> TileConfig:
+    """The configuration of a kernel with a product inside on a device, fitted."""
+    config = find(case, capability(device))
+    assert isinstance(config, TileConfig)
+    return config.fitted()
+
+
+@cache
+def find(case: Case, own_capability: int) -> Config:
+    """The table's configuration; a GPU between two capabilities takes the lower one's."""
+    table = _table()
+    nearest = max((c for c in table if c <= own_capability), default=min(table))
+    for entry in (*table[nearest], *table[0]):
+        if _fits(entry, case):
+            config = entry["config"]
+            return TileConfig(**config) if "depth" in config else RowConfig(**config)
+    raise KeyError(f"{TABLE}: no configuration of {case}")
+
+
+def entry_of(case: Case, config: Config) -> dict[str, Any]:
+    """A table's entry that holds for a case and for smaller K and D."""
+    limits = {name: value for name, value in asdict(case).items() if value}
+    return {**limits, "plain": case.plain, "config": asdict(config)}
+
+
+def _fits(entry: dict[str, Any], case: Case) -> bool:
+    return (
+        entry["kernel"] == case.kernel
+        and case.k <= entry.get("k", case.k)
+        and case.dim <= entry.get("dim", case.dim)
+        and entry.get("plain", case.plain) == case.plain
+    )
+
+
+@cache
+def _table() -> dict[int, list[dict[str, Any]]]:
+    """Entries by compute capability; those of 0 are for all."""
+    return {int(name): entries for name, entries in json.loads(TABLE.read_text()).items()}
 
 
 def capability(device: torch.device) -> int:
     """The device's compute capability as one number, 90 for 9.0; without a GPU the lowest one."""
     if device.type != "cuda":
-        return min(_TILES)
+        return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def tiles(device: torch.device) -> TileConfig:
-    """The tiles for a device."""
-    own = capability(device)
-    return _TILES[max((c for c in _TILES if c <= own), default=min(_TILES))].fitted()
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -103,7 +144,3 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-# Blocks of one program of the gradient kernel: enough to pay for reading S.
-GRADIENT_BLOCKS = 8

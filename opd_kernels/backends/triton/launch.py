@@ -26,6 +26,11 @@ def flags(head: Head) -> dict[str, Any]:
     return {"HAS_BIAS": head.bias is not None, "CAPPED": head.softcap is not None}
 
 
+def is_plain(head: Head) -> bool:
+    """Whether a logit is its product times a scalar."""
+    return head.bias is None and head.softcap is None
+
+
 def device_of(tensor: Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

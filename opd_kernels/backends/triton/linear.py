@@ -14,8 +14,9 @@ from torch import Tensor
 
 from opd_kernels.backends.state import RowState
 from opd_kernels.backends.triton import configs
+from opd_kernels.backends.triton.configs import Case, TileConfig
 from opd_kernels.backends.triton.elementwise import derivatives_of, logits_of
-from opd_kernels.backends.triton.launch import device_of, flags, operands
+from opd_kernels.backends.triton.launch import device_of, flags, is_plain, operands
 from opd_kernels.backends.triton.online_sum import absorb
 from opd_kernels.head import Head
 
@@ -28,6 +29,7 @@ class Support:
 
     columns: Tensor  # [blocks, T] int32
     places: Tensor  # [blocks, T] int32: row in the block * K + slot
+    k: int
 
     @classmethod
     def of(cls, ids: Tensor, block: int) -> "Support":
@@ -41,7 +43,7 @@ class Support:
         padded[: live.numel()] = live
         columns[:, :-1] = padded.view(blocks, block * k)
         columns, places = columns.sort(dim=1, stable=True)
-        return cls(columns, places.to(torch.int32))
+        return cls(columns, places.to(torch.int32), k)
 
     def starts(self, first_columns: Tensor) -> Tensor:
         """[blocks, pieces] int32: the first entry in each piece of the vocabulary, where
@@ -220,7 +222,7 @@ def update(hidden: Tensor, head: Head, state: RowState) -> None:
     hidden and the weight share a 16-bit dtype, or are float32 (multiplied exactly, not in TF32).
     """
     (rows, depth), k = hidden.shape, state.ids.shape[1]
-    config = configs.tiles(hidden.device)
+    config = _config("linear_update", k, head, hidden)
     blocks = triton.cdiv(rows, config.rows)
     tiles = triton.cdiv(head.vocab_size, config.columns)
     # Two programs for every multiprocessor at least, so that few rows fill the machine too.
@@ -255,9 +257,10 @@ def _merge(maxima: Tensor, sums: Tensor, moments: Tensor, state: RowState) -> No
         torch.sum(decay * (moments + moved), 0, out=state.moment)
 
 
-def support(ids: Tensor, hidden: Tensor) -> Support:
+def support(ids: Tensor, hidden: Tensor, head: Head) -> Support:
     """ids [n, K] from sparse.canonical_ids in the order in which `gradient` meets them."""
-    return Support.of(ids, configs.tiles(hidden.device).rows)
+    rows = _config("linear_gradient", ids.shape[1], head, hidden).rows
+    return Support.of(ids, rows)
 
 
 def gradient(
@@ -275,7 +278,7 @@ def gradient(
     """
     (rows, depth), columns = hidden.shape, out.shape[1]
     weight = head.rows(first_id, first_id + columns)
-    config = configs.tiles(hidden.device)
+    config = _config("linear_gradient", support.k, head, hidden)
     blocks, tiles = triton.cdiv(rows, config.rows), triton.cdiv(columns, config.columns)
     first_columns = torch.arange(tiles, device=hidden.device) * config.columns + first_id
     starts = support.starts(first_columns)
@@ -285,6 +288,11 @@ def gradient(
             hidden, hidden.stride(0), weight, weight.stride(0), rows, depth, columns, first_id,
             *operands(head, first_id, columns, hidden),
             support.columns, support.places, support.columns.shape[1], starts,
-            dvalues, dvalues.shape[1], tail, dtail, out, out.stride(0),
+            dvalues, support.k, tail, dtail, out, out.stride(0),
             **flags(head), **config.options(),
         )  # fmt: skip
+
+
+def _config(kernel: str, k: int, head: Head, hidden: Tensor) -> TileConfig:
+    case = Case(kernel, k, is_plain(head), dim=hidden.shape[1])
+    return configs.tile_config(case, hidden.device)

@@ -1,0 +1,99 @@
+"""Calls of the package's own Triton epilogues at the size of a real head: what the audit compiles
+and the tuner times. On the device "meta" nothing is computed.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from opd_kernels.backends import RowState, triton
+from opd_kernels.backends.triton import linear
+from opd_kernels.head import Head
+
+TOKENS, VOCAB = 2_048, 151_936
+Call = Callable[[], object]
+
+
+def _head(plain: bool, weight: Tensor) -> Head:
+    """With bias and softcap unless it is plain."""
+    if plain:
+        return Head(weight, None, None, 1.0, 1.0, VOCAB)
+    bias = torch.zeros(VOCAB, dtype=torch.bfloat16, device=weight.device)
+    return Head(weight, bias, 30.0, 1.0, 1.0, VOCAB)
+
+
+def _chunk(plain: bool, dtype: torch.dtype, device: str) -> tuple[Tensor, Head]:
+    chunk = 4 * torch.randn(TOKENS, VOCAB, device=device, dtype=torch.float32)
+    return chunk.to(dtype), _head(plain, torch.empty(VOCAB, 1, device=device))
+
+
+def _rows(k: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """ids [N, K], values [N, K] and rows [N]."""
+    values = torch.randn(TOKENS, k, device=device)
+    return torch.randint(VOCAB, (TOKENS, k), device=device), values, values[:, 0].contiguous()
+
+
+def update(
+    k: int, selects: bool, plain: bool, device: str, dtype: torch.dtype = torch.float32
+) -> Call:
+    """One pass over a chunk; entropy too unless it is plain."""
+    chunk, head = _chunk(plain, dtype, device)
+    ids, _, like = _rows(k, device)
+
+    def call() -> None:
+        if selects:
+            state = RowState.for_topk(TOKENS, k, not plain, like)
+        else:
+            state = RowState.for_ids(ids, not plain, like)
+        triton.update(chunk, 0, head, state)
+
+    return call
+
+
+def gradient(k: int, plain: bool, device: str, dtype: torch.dtype = torch.float32) -> Call:
+    """A chunk of logits to a chunk of gradients in bf16."""
+    chunk, head = _chunk(plain, dtype, device)
+    ids, values, rows = _rows(k, device)
+    out = torch.empty_like(chunk, dtype=torch.bfloat16)
+    return lambda: triton.gradient(chunk, 0, head, ids, values, rows, rows, out)
+
+
+def divergence(beta: float, plain: bool, device: str) -> Call:
+    """Loss and gradient of whole rows of two models."""
+    chunk, head = _chunk(plain, torch.float32, device)
+    _, _, upstream = _rows(1, device)
+    out = torch.empty_like(chunk, dtype=torch.bfloat16)
+    return lambda: triton.divergence(chunk, head, chunk, head, beta, upstream, out)
+
+
+def reverse_kl(k: int, plain: bool, device: str) -> Call:
+    """Loss and gradient on the support; with a bucket and its gradient unless it is plain."""
+    _, values, rows = _rows(k, device)
+    return lambda: triton.reverse_kl(values, rows, values, rows, rows, plain, not plain)
+
+
+def _operands(dim: int, plain: bool, device: str) -> tuple[Tensor, Head]:
+    hidden = torch.randn(TOKENS, dim, device=device).bfloat16()
+    weight = torch.randn(VOCAB, dim, device=device).mul_(dim**-0.5).bfloat16()
+    return hidden, _head(plain, weight)
+
+
+def linear_update(k: int, plain: bool, device: str, dim: int = 1_024) -> Call:
+    """Given ids with the product inside; entropy too unless it is plain."""
+    hidden, head = _operands(dim, plain, device)
+    ids, _, like = _rows(k, device)
+    return lambda: linear.update(hidden, head, RowState.for_ids(ids, not plain, like))
+
+
+def linear_gradient(k: int, plain: bool, device: str, dim: int = 1_024) -> Call:
+    """A chunk of 16,384 columns."""
+    hidden, head = _operands(dim, plain, device)
+    ids, values, rows = _rows(k, device)
+    out = torch.empty(TOKENS, 16_384, dtype=torch.bfloat16, device=device)
+
+    def call() -> None:
+        support = linear.support(ids, hidden, head)
+        linear.gradient(hidden, 0, head, support, values, rows, rows, out)
+
+    return call

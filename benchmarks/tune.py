@@ -1,0 +1,130 @@
+"""Measure launch configurations of the Triton kernels on the GPU that is here, and write the table.
+
+For each case the fastest of the candidates that spill no register is taken; its entries replace
+those of this GPU's compute capability in opd_kernels/backends/triton/configs.json.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import launches
+from opd_kernels.backends.triton import configs
+from opd_kernels.backends.triton.configs import Case, Config, RowConfig, TileConfig
+
+_ROWS = [RowConfig(block, warps) for block, warps in product((1024, 2048, 4096, 8192), (4, 8))]
+_TILES = [
+    TileConfig(*sizes) for sizes in product((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4))
+]
+_KS, _DIMS = (1, 32, configs.MAX_SELECTED, configs.MAX_GIVEN), (576, 1_024, 2_048)
+
+# Milliseconds of a call; None where a configuration does not fit the GPU.
+Timer = Callable[[launches.Call], float | None]
+
+
+def cases() -> dict[Case, Callable[[], launches.Call]]:
+    """What is tuned, and the call that stands for it."""
+    calls: dict[Case, Callable[[], launches.Call]] = {}
+    for plain, k in product((True, False), _KS):
+        selects = k <= configs.MAX_SELECTED
+        calls[Case("update", k, plain)] = partial(launches.update, k, selects, plain)
+        calls[Case("gradient", k, plain)] = partial(launches.gradient, k, plain)
+        for dim in _DIMS:
+            options = {"dim": dim}
+            for name in ("linear_update", "linear_gradient"):
+                build = getattr(launches, name)
+                calls[Case(name, k, plain, dim)] = partial(build, k, plain, **options)
+    for plain in (True, False):
+        beta = 1.0 if plain else 0.5
+        calls[Case("divergence", 0, plain)] = partial(launches.divergence, beta, plain)
+    return calls
+
+
+def candidates_of(own: Config) -> list[Config]:
+    """The configurations to try, the table's own first: it stays where none is faster."""
+    others: Iterable[Config] = _TILES if isinstance(own, TileConfig) else _ROWS
+    return [own, *(other for other in others if other != own)]
+
+
+def fastest(tried: list[Config], call: launches.Call, time_of: Timer) -> Config:
+    """The configuration under which a call takes least; of equal ones the first."""
+    times: dict[Config, float] = {}
+    for config in tried:
+        with patch.object(configs, "find", lambda *_, config=config: config):
+            milliseconds = time_of(call)
+        if milliseconds is not None:
+            times[config] = milliseconds
+    return min(times, key=lambda config: times[config])
+
+
+def milliseconds(call: launches.Call) -> float | None:
+    """Median over half a second on the GPU."""
+    from triton import testing
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        if _spills(call):
+            return None
+        return statistics.median(testing.do_bench(call, warmup=50, rep=500, return_mode="all"))
+    except (OutOfResources, RuntimeError):  # too much shared memory, or a layout it cannot compile
+        return None
+
+
+def _spills(call: launches.Call) -> bool:
+    """Whether a kernel that a call launches keeps registers in memory."""
+    from triton.runtime.jit import JITFunction
+
+    compiled, launch = [], JITFunction.run
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        compiled.append(launch(self, *args, **kwargs))
+        return compiled[-1]
+
+    with patch.object(JITFunction, "run", run):
+        call()
+    return any(kernel.n_spills > 0 for kernel in compiled)
+
+
+def write(capability: int, entries: list[dict[str, Any]], path: Path) -> None:
+    """Replace a capability's entries in the table, an entry a line; the tightest come first."""
+    table = json.loads(path.read_text())
+    entries.sort(key=lambda e: (e["kernel"], e["plain"], e.get("dim", 0), e.get("k", 0)))
+    table[str(capability)] = entries
+    blocks = []
+    for name in sorted(table, key=int):
+        lines = ",\n".join(f"    {json.dumps(entry)}" for entry in table[name])
+        blocks.append(f'  "{name}": [\n{lines}\n  ]')
+    path.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("tune", help="configurations of the Triton kernels, on this GPU")
+    parser.add_argument("--table", type=Path, default=configs.TABLE)
+    parser.set_defaults(run=main)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Tune every case and write the table."""
+    if not torch.cuda.is_available():
+        sys.exit("tune: it measures on a GPU, and PyTorch sees none")
+    tune(arguments.table)
+
+
+def tune(path: Path) -> None:
+    """Measure on the GPU and write its entries to the table at path."""
+    entries, own = [], configs.capability(torch.device("cuda"))
+    for case, build in tqdm(cases().items(), desc="tuning"):
+        tried = candidates_of(configs.find(case, own))
+        config = fastest(tried, build(device="cuda"), milliseconds)
+        entries.append(configs.entry_of(case, config))
+    write(own, entries, path)
