@@ -34,11 +34,11 @@ ORDERS = [
 ]
 
 
-def pair(**options):
+def pair(tokens=TOKENS, **options):
     """A student with every option and a wider teacher with its own hidden size and padding."""
-    student = make_logits(tokens=TOKENS, vocab=VOCAB, **options)
+    student = make_logits(tokens=tokens, vocab=VOCAB, **options)
     teacher = make_logits(
-        tokens=TOKENS, dim=9, vocab=VOCAB, padded=9, softcap=None, requires_grad=False,
+        tokens=tokens, dim=9, vocab=VOCAB, padded=9, softcap=None, requires_grad=False,
         temperature=student.temperature,
     )  # fmt: skip
     return student, teacher

@@ -24,7 +24,7 @@ def head_in_float64(head):
 
 def rows_for(backend, rows):
     """Fewer for Triton: an interpreted kernel takes a thousand times longer."""
-    return max(5, rows // 8) if backend == "triton" else rows
+    return max(4, rows // 16) if backend == "triton" else rows
 
 
 def make_logits(

@@ -32,6 +32,7 @@ from tests.reference import (
     in_float64,
     make_logits,
     outside_lse,
+    rows_for,
     sorted_by_logit,
 )
 
@@ -39,11 +40,12 @@ from tests.reference import (
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_both_orders_equal_full_logits(backend, objective, support):
-    student, teacher = pair()
-    weights = torch.rand(TOKENS, dtype=torch.float64)
+    tokens = rows_for(backend, TOKENS)
+    student, teacher = pair(tokens)
+    weights = torch.rand(tokens, dtype=torch.float64)
     weights[3] = 0
     if support == "ids":
-        support = torch.randint(-2, VOCAB + 3, (TOKENS, 6))
+        support = torch.randint(-2, VOCAB + 3, (tokens, 6))
         ids = support.clone()
         for row in ids:  # empty the repeats and what is out of range
             for slot in range(6):

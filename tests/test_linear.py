@@ -93,7 +93,11 @@ def test_gradients_equal_full_logits(backend, options, operator, uses):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("operator", ["topk", "gather", "gather_no_tail"])
 def test_gradcheck(backend, options, operator):
-    logits = make_logits(tokens=4, dim=3, vocab=13, **options)
+    # It differentiates numerically, twice for every entry of every operand.
+    sizes = {"tokens": 4, "dim": 3, "vocab": 13}
+    if backend == "triton":
+        sizes = {"tokens": 2, "dim": 2, "vocab": 7}
+    logits = make_logits(**sizes, **options)
     ids = random_ids(logits, 4)
 
     def run(*tensors):

@@ -24,9 +24,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("options", OPTIONS[:4])
 def test_error_is_at_most_twice_that_of_same_dtype_pytorch(backend, dtype, options):
     """STYLE's tolerance rule, at fixed ids; the loss weighs every output."""
-    logits = make_logits(tokens=64, dim=96, vocab=1500, dtype=dtype, **options)
+    tokens = rows_for(backend, 64)
+    logits = make_logits(tokens=tokens, dim=96, vocab=1500, dtype=dtype, **options)
     ids = sorted_by_logit(full_logits(logits), 20)
-    weights = torch.randn(64, 20, dtype=torch.float64)
+    weights = torch.randn(tokens, 20, dtype=torch.float64)
 
     def loss_of(values, tail):
         return (values * weights.to(values.dtype)).sum() + tail.sum()
