@@ -43,14 +43,14 @@ sanitize: $(VENV)/installed
 		tests/test_build.py::test_the_sanitizers_watch_the_extension tests/test_linear.py tests/test_linear_numbers.py \
 		tests/test_distill.py tests/test_distill_numbers.py tests/test_gradient_filter.py
 
-# The Triton kernels in the interpreter and in the machine code, with each version that is supported. The interpreter of 3.6 needs an
-# older NumPy.
-TRITON_VERSIONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
+# The Triton kernels in the interpreter and in the machine code, with each version that is supported. The interpreters before 3.7
+# need an older NumPy.
+TRITON_VERSIONS ?= 3.4.0 3.6.0 3.8.0 3.9.0
 triton-versions: $(TRITON_VERSIONS:%=triton-%)
 triton-%: $(VENV)/installed
 	rm -rf build/$@
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target build/$@ triton==$* 'numpy<2.4'
-	PYTHONPATH=build/$@ $(BIN)/python -m pytest -n auto tests/test_triton.py tests/test_triton_linear.py tests/test_triton_reverse_kl.py \
+	PYTHONPATH=$(CURDIR)/build/$@ $(BIN)/python -m pytest -n auto tests/test_triton.py tests/test_triton_linear.py tests/test_triton_reverse_kl.py \
 		tests/test_native_products.py tests/test_audit.py
 
 bench: $(VENV)/installed

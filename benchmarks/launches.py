@@ -70,7 +70,7 @@ def divergence(beta: float, plain: bool, device: str) -> Call:
 def reverse_kl(k: int, plain: bool, device: str) -> Call:
     """Loss and gradient on the support; with a bucket and its gradient unless it is plain."""
     _, values, rows = _rows(k, device)
-    return lambda: triton.reverse_kl(values, rows, values, rows, rows, plain, not plain)
+    return lambda: triton.reverse_kl(values, rows, values, rows, plain, not plain)
 
 
 def _operands(dim: int, plain: bool, device: str) -> tuple[Tensor, Head]:

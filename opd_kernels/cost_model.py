@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-# Small kernels on [c, K] of a chunk's state, loss and gradient: by autograd, and with the backend's
-# one kernel for the loss.
-AUTOGRAD_LAUNCHES, ONE_KERNEL_LAUNCHES = 80, 20
+# Small kernels on [n, K] of the state, the loss and its gradient: by autograd, and with one kernel
+# of the backend's for the loss.
+AUTOGRAD_LAUNCHES, ONE_KERNEL_LAUNCHES = 80, 25
 # Tensor-core operations per clock and multiprocessor on 16-bit operands with float32 sums, by
 # compute capability (from NVIDIA's architecture whitepapers), and float32 ones without them.
 _TENSOR_FLOPS = {75: 1024, 80: 2048, 86: 512, 89: 1024, 90: 4096, 100: 8192, 120: 1024}
@@ -86,7 +86,7 @@ class Shape:
     sum: int = 4  # of an accumulated gradient, and of all that is kept of a row
     dhidden: bool = True  # which gradients are needed
     dweight: bool = True
-    loss_launches: int = AUTOGRAD_LAUNCHES  # of a one_pass chunk
+    loss_launches: int = AUTOGRAD_LAUNCHES
 
     @property
     def trains(self) -> bool:
@@ -197,7 +197,7 @@ def recompute(
 ) -> Iterator[Kernel]:
     """A student's pass in the recompute order; chunks are given as rows and columns."""
     yield from reduction(shape, *forward, machine, selects, fused)
-    yield Kernel("objective", launches=AUTOGRAD_LAUNCHES)
+    yield Kernel("objective", launches=shape.loss_launches)
     if shape.trains:
         yield from backpropagation(shape, *backward, machine, fused)
 

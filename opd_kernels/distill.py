@@ -15,10 +15,11 @@ from opd_kernels.head import accumulator_dtype
 from opd_kernels.lazy_logits import LazyLogits, check_ids, check_k
 from opd_kernels.loss_functions import OnePassLoss, RecomputedFullLoss
 from opd_kernels.matmul import operand_dtype
-from opd_kernels.objective import Objective, freeze_rows, per_token_loss
+from opd_kernels.objective import Objective
 from opd_kernels.one_pass import LossOptions, WalkResult, walk
 from opd_kernels.output import DistillationOutput, restore
 from opd_kernels.sparse_logits import SparseLogits
+from opd_kernels.support_loss import support_loss
 from opd_kernels.supports import Missing, Recomputed, Served, Support, align
 
 
@@ -269,9 +270,9 @@ def _recompute(
         else:
             target = replace(source, logits=teacher.detach())
         s, t = align(source, target, options.support, options.k, options.missing)
-        if weights is not None:
-            s = freeze_rows(s, weights == 0)
-        per_token = per_token_loss(options.objective, s, t.detach())
+        epilogues = select_backend(options.backend, student.hidden.device)
+        frozen = None if weights is None else weights == 0
+        per_token = support_loss(s, t.detach(), options.objective, epilogues, frozen)
     return DistillationOutput(reduce(per_token), per_token.detach(), s.detach(), t.detach())
 
 

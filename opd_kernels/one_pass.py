@@ -21,9 +21,9 @@ from opd_kernels.gradients import Gradients
 from opd_kernels.head import Head, accumulator_dtype
 from opd_kernels.lazy_logits import LazyLogits
 from opd_kernels.logits_chunk import LogitsChunk
-from opd_kernels.objective import Objective, per_token_loss
+from opd_kernels.objective import Objective
 from opd_kernels.sparse_logits import SparseLogits
-from opd_kernels.support_loss import support_losses
+from opd_kernels.support_loss import support_loss
 from opd_kernels.supports import Recomputed, Served, align
 
 
@@ -170,17 +170,18 @@ class _Walker:
         support = options.support if isinstance(options.support, str) else options.support[rows]
         with torch.set_grad_enabled(self.upstream is not None):
             s, t = align(logits, self._teacher_rows(rows), support, options.k, options.missing)
-        t = t.detach()
-        if self.gradients is None:
-            per_token = per_token_loss(options.objective, s, t)
-        else:
+            t, frozen = t.detach(), None if self.upstream is None else self.upstream[rows] == 0
+            per_token = support_loss(s, t, options.objective, self.epilogues, frozen)
+        if self.gradients is not None:
             assert self.upstream is not None
             assert logits.leaf is not None
-            per_token, dvalues, dtail = support_losses(
-                s, t, logits.leaf, options.objective, self.upstream[rows], self.epilogues
+            leaf = logits.leaf
+            dvalues, dtail = torch.autograd.grad(
+                per_token, (leaf.values, leaf.lse_outside), self.upstream[rows], allow_unused=True
             )
-            leaf = logits.leaf.detach()
-            self._backpropagate(self.gradients, rows, logits.raw, leaf, dvalues, dtail)
+            if dvalues is None:
+                dvalues = torch.zeros_like(leaf.values)
+            self._backpropagate(self.gradients, rows, logits.raw, leaf.detach(), dvalues, dtail)
         return per_token.detach(), s.detach(), t
 
     def _backpropagate(

@@ -1,11 +1,12 @@
-"""The loss of rows on their support and its gradient, on [c, K] tensors.
-
-Any objective is differentiated by autograd, some sixty kernels of a few microseconds on a GPU. The
-reverse KL is one kernel where the backend has it.
+"""The loss of rows on their support: by autograd, sixty kernels of a few microseconds on a GPU, or
+the reverse KL by one kernel, where the backend has it.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from opd_kernels.backends import Epilogues
 from opd_kernels.divergences import check_same_distribution
@@ -13,48 +14,44 @@ from opd_kernels.objective import Objective, freeze_rows, per_token_loss, revers
 from opd_kernels.sparse_logits import SparseLogits
 
 
-def support_losses(
+def support_loss(
     student: SparseLogits,
     teacher: SparseLogits,
-    leaf: SparseLogits,
     objective: Objective,
-    upstream: Tensor,
     epilogues: Epilogues,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss [c] of each row, and upstream [c] times its gradient wrt the values [c, K] and the
-    tail [c] of leaf, from which student was made; None for a tail that the loss never used.
+    frozen: Tensor | None = None,
+) -> Tensor:
+    """The loss [n] of each row, differentiable through the student's values [n, K] and tail [n];
+    rows that are frozen [n] get no gradient, not even 0 * inf. The teacher is detached.
     """
     options = reverse_kl_options(objective)
-    if options is not None and student.values is leaf.values and student.tail is leaf.tail:
-        fused = _fused_reverse_kl(student, teacher, upstream, *options, epilogues)
-        if fused is not None:
-            return fused
-    with torch.enable_grad():
-        rows = freeze_rows(student, upstream == 0)
-        per_token = per_token_loss(objective, rows, teacher)
-        dvalues, dtail = torch.autograd.grad(
-            per_token, (leaf.values, leaf.lse_outside), upstream, allow_unused=True
-        )
-    return per_token.detach(), torch.zeros_like(leaf.values) if dvalues is None else dvalues, dtail
+    # A compiler fuses the small kernels itself.
+    if options is not None and not torch.compiler.is_compiling():
+        check_same_distribution(student, teacher)
+        values, tail = student.values, student.lse_outside
+        models = (values.detach(), tail.detach(), teacher.values, teacher.lse_outside)
+        result = epilogues.reverse_kl(*models, *options)
+        if result is not None:
+            return _GivenGradient.apply(values, tail, *result)
+    if frozen is not None:
+        student = freeze_rows(student, frozen)
+    return per_token_loss(objective, student, teacher)
 
 
-def _fused_reverse_kl(
-    student: SparseLogits,
-    teacher: SparseLogits,
-    upstream: Tensor,
-    stop_gradient: bool,
-    bucket: bool,
-    epilogues: Epilogues,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    if student.values.dtype != teacher.values.dtype or teacher.tail is None:
-        return None
-    check_same_distribution(student, teacher)
-    return epilogues.reverse_kl(
-        student.values.detach(),
-        student.lse_outside.detach(),
-        teacher.values.detach(),
-        teacher.tail.detach(),
-        upstream,
-        stop_gradient,
-        bucket,
-    )
+class _GivenGradient(torch.autograd.Function):
+    """A loss [n] whose gradient wrt values [n, K] and tail [n] is already there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, tail: Tensor, loss: Tensor, dvalues: Tensor, dtail: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(dvalues, dtail)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
+        dvalues, dtail = ctx.saved_tensors
+        frozen = dloss == 0  # not even 0 * inf
+        dvalues = (dvalues * dloss[:, None]).masked_fill_(frozen[:, None], 0.0)
+        return dvalues, (dtail * dloss).masked_fill_(frozen, 0.0), None, None, None

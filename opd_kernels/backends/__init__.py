@@ -91,12 +91,11 @@ class Epilogues(Protocol):
         tail: Tensor,
         teacher_values: Tensor,
         teacher_tail: Tensor,
-        upstream: Tensor,
         stop_gradient: bool,
         bucket: bool,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """divergences.reverse_kl [n] on S, with tail="bucket" or "drop", and upstream [n] times its
-        gradient wrt values [n, K] and tail [n]; None where autograd is to do it.
+        """divergences.reverse_kl [n] on S, with tail="bucket" or "drop", and its gradient wrt
+        values [n, K] and tail [n]; None where autograd is to do it.
         """
         ...
 

@@ -131,7 +131,6 @@ def reverse_kl(
     tail: Tensor,
     teacher_values: Tensor,
     teacher_tail: Tensor,
-    upstream: Tensor,
     stop_gradient: bool,
     bucket: bool,
 ) -> None:

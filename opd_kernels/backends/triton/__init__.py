@@ -115,15 +115,14 @@ def reverse_kl(
     tail: Tensor,
     teacher_values: Tensor,
     teacher_tail: Tensor,
-    upstream: Tensor,
     stop_gradient: bool,
     bucket: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """As in backends/__init__.py."""
     rows, k = values.shape
-    if rows == 0 or k > configs.MAX_GIVEN:
+    if rows == 0 or k > configs.MAX_GIVEN or values.dtype != teacher_values.dtype:
         return None
-    tensors = (values, tail, teacher_values, teacher_tail, upstream)
+    tensors = (values, tail, teacher_values, teacher_tail)
     losses, dvalues, dtail = (torch.empty_like(t, memory_format=torch.contiguous_format)
                               for t in (tail, values, tail))  # fmt: skip
     slots = triton.next_power_of_2(k)

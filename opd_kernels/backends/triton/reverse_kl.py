@@ -26,7 +26,6 @@ def reverse_kl_kernel(
     tails,  # [n]
     teacher_values,  # [n, k]
     teacher_tails,  # [n]
-    upstream,  # [n]
     losses,  # [n]
     dvalues,  # [n, k]
     dtails,  # [n]
@@ -63,9 +62,8 @@ def reverse_kl_kernel(
     if not STOP_GRADIENT and not BUCKET:
         c += 1.0
         mean += tl.sum(p, axis=1)
-    scale = tl.load(upstream + row, mask=live_rows, other=0.0)
-    gradient = tl.where(p == 0.0, 0.0, p * (c - mean[:, None])) * scale[:, None]
-    tail_gradient = tl.where(p_tail == 0.0, 0.0, p_tail * (c_tail - mean)) * scale
+    gradient = tl.where(p == 0.0, 0.0, p * (c - mean[:, None]))
+    tail_gradient = tl.where(p_tail == 0.0, 0.0, p_tail * (c_tail - mean))
     tl.store(losses + row, loss, mask=live_rows)
-    tl.store(dvalues + place, tl.where((scale == 0.0)[:, None], 0.0, gradient), mask=live)
-    tl.store(dtails + row, tl.where(scale == 0.0, 0.0, tail_gradient), mask=live_rows)
+    tl.store(dvalues + place, gradient, mask=live)
+    tl.store(dtails + row, tail_gradient, mask=live_rows)
