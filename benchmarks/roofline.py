@@ -19,17 +19,10 @@ from tqdm import tqdm
 
 from benchmarks.measurement import MIB
 from benchmarks.problems import HEADS, Problem
-from opd_kernels import chunking
+from opd_kernels import chunking, cost_model
 from opd_kernels.cost_model import ONE_KERNEL_LAUNCHES, Kernel, Machine, Shape, recompute, seconds
 
-# Dense bf16 products with float32 sums, memory bandwidth and L2: NVIDIA's data sheets of the SXM
-# modules (A100 80 GB, H100, H200, and B200 in an HGX).
-GPUS = {
-    "A100": Machine(312e12, 2.039e12, 40 * MIB * 3 // 4),
-    "H100": Machine(989.4e12, 3.35e12, 50 * MIB * 3 // 4),
-    "H200": Machine(989.4e12, 4.8e12, 50 * MIB * 3 // 4),
-    "B200": Machine(2250e12, 7.7e12, 126 * MIB * 3 // 4),
-}
+GPUS = {name: cost_model.GPUS[name].machine(2) for name in ("A100", "H100", "H200", "B200")}
 SHAPES = HEADS | {"Qwen3-8B": (4_096, 151_936)}
 BUDGET = 1536 * MIB
 TOKENS = (512, 8_192)

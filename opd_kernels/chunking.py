@@ -33,6 +33,7 @@ MAX_FUSED_DIM = 2048
 # Rows of a chunk that start at a multiple of a vector's size multiply up to a quarter faster.
 _ALIGNMENT = 64
 _MIB = 1 << 20
+_LEAST_CHUNK = 24 * _MIB
 # Bytes of logits that may live at a time, unless the user sets chunk_bytes.
 _CPU_BUDGET, _GPU_BUDGET = 192 * _MIB, 1536 * _MIB
 
@@ -62,8 +63,13 @@ def recompute_sizes(
     tokens: int, vocab: int, bytes_a_logit: int, device: torch.device, chunk_bytes: int | None
 ) -> tuple[int, int]:
     """Rows and columns of a logits chunk in the recompute order."""
-    budget = min(_budget(device, chunk_bytes), Machine.of(device, 2).cache)
-    return _recompute_sizes(tokens, vocab, budget // bytes_a_logit)
+    near = _near(Machine.of(device, 2), _budget(device, chunk_bytes))
+    return _recompute_sizes(tokens, vocab, near // bytes_a_logit)
+
+
+def _near(machine: Machine, budget: int) -> int:
+    """Bytes of a recompute chunk: within the cache, but enough rows to pay for dweight's sum."""
+    return min(budget, max(machine.cache, _LEAST_CHUNK))
 
 
 def _recompute_sizes(tokens: int, vocab: int, budget: int) -> tuple[int, int]:
@@ -101,7 +107,7 @@ def recompute_chunks(
     shape: Shape, machine: Machine, budget: int, fused: bool
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Rows and columns of a chunk of the recompute order's forward and of its backward pass."""
-    near = min(budget, machine.cache)
+    near = _near(machine, budget)
     bytes_a_logit = shape.operand if fused else shape.bytes_a_logit
     extent = (shape.tokens, shape.vocab)
     return (

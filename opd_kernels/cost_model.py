@@ -15,10 +15,6 @@ import torch
 # Small kernels on [n, K] of the state, the loss and its gradient: by autograd, and with one kernel
 # of the backend's for the loss.
 AUTOGRAD_LAUNCHES, ONE_KERNEL_LAUNCHES = 80, 25
-# Tensor-core operations per clock and multiprocessor on 16-bit operands with float32 sums, by
-# compute capability (from NVIDIA's architecture whitepapers), and float32 ones without them.
-_TENSOR_FLOPS = {75: 1024, 80: 2048, 86: 512, 89: 1024, 90: 4096, 100: 8192, 120: 1024}
-_FLOAT32_FLOPS = {75: 128, 80: 128, 86: 256, 89: 256, 90: 256, 100: 256, 120: 256}
 
 
 @dataclass(frozen=True)
@@ -33,24 +29,56 @@ class Machine:
 
     @classmethod
     def of(cls, device: torch.device, operand_bytes: int) -> "Machine":
-        """The machine behind a device; for CUDA from what its driver says of it."""
+        """The machine behind a device; a GPU that is not in the table counts as the nearest one."""
         if device.type != "cuda":
             return _CPU
-        gpu = torch.cuda.get_device_properties(device)
-        table = _TENSOR_FLOPS if operand_bytes == 2 else _FLOAT32_FLOPS
-        own = 10 * gpu.major + gpu.minor
-        per_clock = table[max((c for c in table if c <= own), default=min(table))]
-        # Clocks are in kHz; memory moves data twice a clock.
-        return cls(
-            flops=gpu.multi_processor_count * gpu.clock_rate * 1e3 * per_clock,
-            bandwidth=2 * gpu.memory_clock_rate * 1e3 * gpu.memory_bus_width / 8,
-            cache=gpu.L2_cache_size * 3 // 4,
-        )
+        own = torch.cuda.get_device_capability(device)
+        return gpu_of(own, torch.cuda.get_device_name(device)).machine(operand_bytes)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak rates of a GPU, from its maker's data sheet."""
+
+    capability: tuple[int, int]
+    tensor_flops: float  # dense, of 16-bit operands with float32 sums
+    float_flops: float  # of float32 operands
+    bandwidth: float
+    l2_bytes: int
+
+    def machine(self, operand_bytes: int) -> Machine:
+        """With products of 16-bit or of float32 operands; a chunk leaves other data a quarter of
+        the L2 cache.
+        """
+        flops = self.tensor_flops if operand_bytes == 2 else self.float_flops
+        return Machine(flops, self.bandwidth, self.l2_bytes * 3 // 4)
+
+
+_MIB = 1 << 20
+GPUS = {
+    "T4": Gpu((7, 5), 65e12, 8.1e12, 0.32e12, 4 * _MIB),
+    "A100": Gpu((8, 0), 312e12, 19.5e12, 2.039e12, 40 * _MIB),
+    "RTX 3090": Gpu((8, 6), 71e12, 35.6e12, 0.936e12, 6 * _MIB),
+    "RTX 4090": Gpu((8, 9), 165e12, 82.6e12, 1.008e12, 72 * _MIB),
+    "H100": Gpu((9, 0), 989.4e12, 66.9e12, 3.35e12, 50 * _MIB),
+    "H200": Gpu((9, 0), 989.4e12, 66.9e12, 4.8e12, 50 * _MIB),
+    "B200": Gpu((10, 0), 2250e12, 75e12, 7.7e12, 126 * _MIB),
+    "RTX 5090": Gpu((12, 0), 209.5e12, 104.8e12, 1.792e12, 96 * _MIB),
+}
+
+
+def gpu_of(capability: tuple[int, int], name: str) -> Gpu:
+    """The table's entry of that name, else the first of the nearest capability not above."""
+    for known, gpu in GPUS.items():
+        if known in name:
+            return gpu
+    below = [gpu for gpu in GPUS.values() if gpu.capability <= capability]
+    return max(below, key=lambda gpu: gpu.capability, default=GPUS["T4"])
 
 
 # Two cores with AVX2 (python -m benchmarks chunks); only the ratio of the first two decides. Bytes
 # and operations do not overlap there: one thread does both.
-_CPU = Machine(flops=150e9, bandwidth=12e9, cache=24 << 20, launch=1e-5, overlaps=False)
+_CPU = Machine(flops=150e9, bandwidth=12e9, cache=24 * _MIB, launch=1e-5, overlaps=False)
 
 
 @dataclass(frozen=True)

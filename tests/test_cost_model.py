@@ -173,6 +173,16 @@ def test_one_pass_on_an_h100_is_near_its_four_products(head, tokens):
     assert row.ratio <= 1.30
 
 
+def test_a_gpu_is_known_by_name_or_counts_as_the_nearest():
+    gpus = cost_model.GPUS
+    assert cost_model.gpu_of((9, 0), "NVIDIA H200") is gpus["H200"]
+    assert cost_model.gpu_of((9, 0), "NVIDIA GH300") is gpus["H100"]
+    assert cost_model.gpu_of((8, 9), "NVIDIA L40S") is gpus["RTX 4090"]
+    assert cost_model.gpu_of((10, 3), "NVIDIA B300 SXM6") is gpus["B200"]
+    assert cost_model.gpu_of((7, 0), "Tesla V100-SXM2-16GB") is gpus["T4"]
+    assert gpus["H100"].machine(2).flops > 10 * gpus["H100"].machine(4).flops
+
+
 def test_auto_needs_a_chunk_large_enough_to_pay_for_the_sum_of_dweight():
     shape = cost_model.Shape(512, 1_024, 151_936, K, operand=4)
     cpu = torch.device("cpu")
