@@ -65,14 +65,12 @@ roofline: $(VENV)/installed
 	$(BIN)/python -m benchmarks roofline
 
 # For a machine with a GPU: tunes the Triton kernels, runs the tests on the device and the comparison with peers, and writes
-# benchmarks/results/gpu-NAME.md. It takes torch (a CUDA build, 2.8 or newer) and its Triton from PYTHON.
-GPU_VENV := .venv-gpu
+# benchmarks/results/gpu-NAME.md. It installs into PYTHON's own environment, whose torch (a CUDA build, 2.8 or newer) and Triton stay.
 gpu:
 	$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: PyTorch sees no GPU; set PYTHON to one that has a CUDA build of torch')"
-	$(PYTHON) -m venv --system-site-packages $(GPU_VENV)
-	$(GPU_VENV)/bin/python -m pip install --quiet 'setuptools>=77' wheel ninja
-	$(GPU_VENV)/bin/python -m pip install --quiet --no-build-isolation --editable '.[trainer,bench,dev]'
-	$(GPU_VENV)/bin/python -m benchmarks gpu
+	$(PYTHON) -m pip install --quiet 'setuptools>=77' wheel ninja
+	$(PYTHON) -m pip install --quiet --no-build-isolation --editable '.[trainer,bench,dev]'
+	$(PYTHON) -m benchmarks gpu
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info

@@ -73,7 +73,10 @@ def main(arguments: argparse.Namespace) -> None:
         tune.tune(configs.TABLE)
     passed, tests = (True, "not run") if arguments.no_tests else run_tests()
     print(tests, flush=True)
-    tables = []
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / file_name(torch.cuda.get_device_name(device))
+    tables: list[str] = []
+    path.write_text(report(describe(device), passed, tests, tables))
     for head in arguments.heads:
         for tokens in TOKENS:
             problem = Problem(tokens, *HEADS[head], dtype="bfloat16", device="cuda")
@@ -81,9 +84,7 @@ def main(arguments: argparse.Namespace) -> None:
                 section, _ = compare.section(head, problem, list(family), arguments.rounds)
                 print(section, flush=True)
                 tables.append(section)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / file_name(torch.cuda.get_device_name(device))
-    path.write_text(report(describe(device), passed, tests, tables))
+                path.write_text(report(describe(device), passed, tests, tables))
     print(path)
     if not passed:
         sys.exit("gpu: the tests failed on this device; the report has their end")

@@ -52,9 +52,13 @@ def measure(problem: Problem, providers: Iterable[str], rounds: int) -> dict[str
                 tqdm.write(str(error), file=sys.stderr)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
         for _ in tqdm(range(rounds), desc="rounds", leave=False):
-            for name, worker in workers.items():
-                times[name].append(worker.seconds())
+            for name, worker in list(workers.items()):
+                try:
+                    times[name].append(worker.seconds())
+                except RuntimeError as error:
+                    tqdm.write(str(error), file=sys.stderr)
+                    del workers[name]
     return {
-        name: Figures([f for f, _ in pairs], [b for _, b in pairs], peaks[name])
-        for name, pairs in times.items()
+        name: Figures([f for f, _ in times[name]], [b for _, b in times[name]], peaks[name])
+        for name in workers
     }

@@ -9,6 +9,7 @@ holds MIN_COLUMNS at least. The measurements are in docs/log.md.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import chain
 
 import torch
@@ -26,10 +27,6 @@ from opd_kernels.cost_model import (
 )
 
 MIN_COLUMNS = 4096
-# D up to which a GPU backend's kernels with the product inside are the faster way. Writing a logit
-# and reading it again costs as much as about 1,200 terms of its product on an H100, and a product
-# of our own is assumed to run at two thirds of cuBLAS's speed or better: they draw at 2,400.
-MAX_FUSED_DIM = 2048
 # Rows of a chunk that start at a multiple of a vector's size multiply up to a quarter faster.
 _ALIGNMENT = 64
 _MIB = 1 << 20
@@ -98,9 +95,18 @@ def prefers_one_pass(
     """Whether one_pass, in the chunks that the budget holds, costs no more than recompute."""
     if shape.tokens == 0:
         return True
-    machine = Machine.of(device, shape.operand)
-    orders = orders_of(shape, machine, _budget(device, chunk_bytes), fused)
-    return seconds(orders["one_pass"], machine) <= seconds(orders["recompute"], machine)
+    machine = Machine.of(device, shape.operand_bytes)
+    # The number of tokens may be another in every step, and to count kernels takes milliseconds.
+    rounding = max(1, 1 << shape.tokens.bit_length() - 4)
+    rounded = replace(shape, tokens=-(-shape.tokens // rounding) * rounding)
+    return cheaper_order(rounded, machine, _budget(device, chunk_bytes), fused) == "one_pass"
+
+
+@cache
+def cheaper_order(shape: Shape, machine: Machine, budget: int, fused: bool) -> str:
+    """The order in which the student's kernels take less, by the cost model."""
+    orders = orders_of(shape, machine, budget, fused)
+    return min(orders, key=lambda order: seconds(orders[order], machine))
 
 
 def recompute_chunks(
@@ -108,10 +114,10 @@ def recompute_chunks(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Rows and columns of a chunk of the recompute order's forward and of its backward pass."""
     near = _near(machine, budget)
-    bytes_a_logit = shape.operand if fused else shape.bytes_a_logit
+    bytes_a_logit = shape.operand_bytes if fused else shape.bytes_a_logit
     extent = (shape.tokens, shape.vocab)
     return (
-        _recompute_sizes(*extent, near // shape.logit),
+        _recompute_sizes(*extent, near // shape.logit_bytes),
         _recompute_sizes(*extent, near // bytes_a_logit),
     )
 

@@ -15,6 +15,11 @@ import torch
 # Small kernels on [n, K] of the state, the loss and its gradient: by autograd, and with one kernel
 # of the backend's for the loss.
 AUTOGRAD_LAUNCHES, ONE_KERNEL_LAUNCHES = 80, 25
+# What a product inside a kernel of ours is assumed to reach of cuBLAS's speed: not measured yet.
+FUSED_EFFICIENCY = 2 / 3
+# D up to which kernels with the product inside are used. Writing a logit and reading it again costs
+# as much as about 1,200 terms of its product on an H100: at that efficiency they draw at 2,400.
+MAX_FUSED_DIM = 2048
 
 
 @dataclass(frozen=True)
@@ -89,10 +94,11 @@ class Kernel:
     flops: float = 0.0
     bytes: float = 0.0
     launches: int = 1
+    efficiency: float = 1.0  # of the machine's FLOPs that it reaches
 
     def seconds(self, machine: Machine) -> float:
         """How long it takes at least."""
-        times = (self.flops / machine.flops, self.bytes / machine.bandwidth)
+        times = (self.flops / (machine.flops * self.efficiency), self.bytes / machine.bandwidth)
         return self.launches * machine.launch + (max(times) if machine.overlaps else sum(times))
 
 
@@ -109,9 +115,9 @@ class Shape:
     dim: int
     vocab: int
     k: int
-    operand: int  # bytes of an element of hidden states, weight and gradient chunk in a product
-    logit: int = 4  # bytes of a logit in memory
-    sum: int = 4  # of an accumulated gradient, and of all that is kept of a row
+    operand_bytes: int  # an element's, of hidden states, weight and gradient chunk in a product
+    logit_bytes: int = 4
+    sum_bytes: int = 4  # of an accumulated gradient, and of all that is kept of a row
     dhidden: bool = True  # which gradients are needed
     dweight: bool = True
     loss_launches: int = AUTOGRAD_LAUNCHES
@@ -124,7 +130,9 @@ class Shape:
     @property
     def bytes_a_logit(self) -> int:
         """Of a chunk in the one-pass order: the logit, and its gradient where that is apart."""
-        return self.logit if self.operand == self.logit else self.logit + self.operand
+        if self.operand_bytes == self.logit_bytes:
+            return self.logit_bytes
+        return self.logit_bytes + self.operand_bytes
 
 
 @dataclass(frozen=True)
@@ -148,37 +156,47 @@ class _Chunk:
         return Kernel(name, 2.0 * self.n * self.v * dim, moved)
 
     def logits(self) -> Kernel:
-        return self._product("logits", self.shape.operand, self.shape.operand, self.shape.logit)
+        return self._product(
+            "logits", self.shape.operand_bytes, self.shape.operand_bytes, self.shape.logit_bytes
+        )
 
     def update(self, selects: bool) -> Kernel:
         # Running values and ids are read and written, given ids are read, the two sums both.
-        slot = 2 * (self.shape.sum + 8) if selects else self.shape.sum + 8
-        rows = self.n * (self.shape.k * slot + 4 * self.shape.sum)
-        return Kernel("update", bytes=self._chunk_bytes(self.shape.logit) + rows)
+        slot = 2 * (self.shape.sum_bytes + 8) if selects else self.shape.sum_bytes + 8
+        rows = self.n * (self.shape.k * slot + 4 * self.shape.sum_bytes)
+        return Kernel("update", bytes=self._chunk_bytes(self.shape.logit_bytes) + rows)
 
     def _gradient_rows(self) -> int:
-        return self.n * (self.shape.k * (self.shape.sum + 8) + 2 * self.shape.sum)
+        return self.n * (self.shape.k * (self.shape.sum_bytes + 8) + 2 * self.shape.sum_bytes)
 
     def gradient(self) -> Kernel:
-        chunk = self._chunk_bytes(self.shape.logit) + self._chunk_bytes(self.shape.operand)
+        chunk = self._chunk_bytes(self.shape.logit_bytes) + self._chunk_bytes(
+            self.shape.operand_bytes
+        )
         return Kernel("gradient", bytes=chunk + self._gradient_rows())
 
     def fused_update(self) -> Kernel:
-        product = self._product("fused update", self.shape.operand, self.shape.operand, 0)
-        rows = self.n * self.shape.k * (self.shape.sum + 8)
-        return Kernel(product.name, product.flops, product.bytes + rows)
+        product = self._product(
+            "fused update", self.shape.operand_bytes, self.shape.operand_bytes, 0
+        )
+        rows = self.n * self.shape.k * (self.shape.sum_bytes + 8)
+        moved = product.bytes + rows
+        return Kernel(product.name, product.flops, moved, efficiency=FUSED_EFFICIENCY)
 
     def fused_gradient(self) -> Kernel:
-        operand = self.shape.operand
+        operand = self.shape.operand_bytes
         product = self._product("fused gradient", operand, operand, operand)
-        return Kernel(product.name, product.flops, product.bytes + self._gradient_rows())
+        moved = product.bytes + self._gradient_rows()
+        return Kernel(product.name, product.flops, moved, efficiency=FUSED_EFFICIENCY)
 
     def dhidden(self) -> Kernel:
-        return self._product("dhidden", 2 * self.shape.sum, self.shape.operand, self.shape.operand)
+        return self._product(
+            "dhidden", 2 * self.shape.sum_bytes, self.shape.operand_bytes, self.shape.operand_bytes
+        )
 
     def dweight(self, first: bool) -> Kernel:
-        written = self.shape.sum * (1 if first else 2)
-        return self._product("dweight", self.shape.operand, written, self.shape.operand)
+        written = self.shape.sum_bytes * (1 if first else 2)
+        return self._product("dweight", self.shape.operand_bytes, written, self.shape.operand_bytes)
 
 
 def reduction(
@@ -211,8 +229,8 @@ def backpropagation(
                 yield chunk.dhidden()
             if shape.dweight:
                 yield chunk.dweight(block == 0)
-        if shape.dweight and shape.operand != shape.sum:
-            yield Kernel("round", bytes=v * shape.dim * (shape.sum + shape.operand))
+        if shape.dweight and shape.operand_bytes != shape.sum_bytes:
+            yield Kernel("round", bytes=v * shape.dim * (shape.sum_bytes + shape.operand_bytes))
 
 
 def recompute(
@@ -245,7 +263,7 @@ def one_pass(shape: Shape, rows: int, machine: Machine, selects: bool = True) ->
         if shape.dweight:
             yield chunk.dweight(block == 0)
     if shape.dweight:
-        yield Kernel("round", bytes=sums * (shape.sum + shape.operand))
+        yield Kernel("round", bytes=sums * (shape.sum_bytes + shape.operand_bytes))
 
 
 def pieces(total: int, most: int) -> list[int]:

@@ -303,14 +303,14 @@ def _resolve_method(student: LazyLogits, options: LossOptions, reduction: str, m
         hidden.shape[1],
         student.head.vocab_size,
         options.k,
-        operand=operand.itemsize,
-        logit=itemsize,
-        sum=itemsize,
+        operand_bytes=operand.itemsize,
+        logit_bytes=itemsize,
+        sum_bytes=itemsize,
         dhidden=trains and hidden.requires_grad,
         dweight=trains and weight.requires_grad,
     )
     epilogues = select_backend(options.backend, hidden.device)
-    fused = epilogues.fused(operand, student.head) is not None
+    fused = epilogues.fused(operand, student.head, options.k) is not None
     cheaper = prefers_one_pass(shape, hidden.device, options.chunk_bytes, fused)
     return "one_pass" if cheaper else "recompute"
 

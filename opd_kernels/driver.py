@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd_kernels import matmul
+from opd_kernels import float16, matmul
 from opd_kernels.backends import Epilogues, FusedEpilogues, RowState
 from opd_kernels.chunking import recompute_sizes
 from opd_kernels.head import Head
@@ -63,9 +63,9 @@ def reduce_logits(
     """
     if hidden.shape[0] == 0:
         return
-    fused = epilogues.fused(hidden.dtype, head)
+    fused = epilogues.fused(hidden.dtype, head, state.ids.shape[1])
     if fused is not None and not state.selects:
-        fused.update(hidden, head, state)
+        fused.update(hidden.contiguous(), head, state)
         return
     dtype = state.values.dtype
     chunks = _Chunks.plan(hidden, head, {dtype}, chunk_bytes)
@@ -98,10 +98,12 @@ def backpropagate(
     """
     if hidden.shape[0] == 0:
         return
-    unit = matmul.float16_unit(hidden.dtype, dvalues, dtail)
+    unit = float16.unit_of(hidden.dtype, head, 14, dvalues, dtail)
     if unit is not None:
         dvalues, dtail = dvalues / unit, dtail / unit
-    fused = epilogues.fused(hidden.dtype, head)
+    fused = epilogues.fused(hidden.dtype, head, ids.shape[1])
+    if fused is not None:
+        hidden = hidden.contiguous()
     dtypes = {hidden.dtype} if fused is not None else {hidden.dtype, dvalues.dtype}
     chunks = _Chunks.plan(hidden, head, dtypes, chunk_bytes)
     on_rows = (ids, dvalues, tail, dtail)
@@ -113,9 +115,10 @@ def backpropagate(
         weight = head.rows(first, last)
         dweight_rows = dbias_rows = None
         if dweight is not None:
-            dweight_rows = _accumulator(dweight[first:last], dvalues.dtype)
+            # The first block of rows overwrites it.
+            dweight_rows = _in_dtype(dweight[first:last], dvalues.dtype, torch.empty_like)
         if dbias is not None:
-            dbias_rows = _accumulator(dbias[first:last], dvalues.dtype)
+            dbias_rows = _in_dtype(dbias[first:last], dvalues.dtype, torch.zeros_like)
         for block, rows in enumerate(chunks.rows_of()):
             dlogits = gradient(block, first, weight)
             if dhidden is not None:
@@ -176,8 +179,9 @@ def _recomputed_inside(
     return gradient
 
 
-def _accumulator(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    return rows if rows.dtype == dtype else torch.zeros_like(rows, dtype=dtype)
+def _in_dtype(rows: Tensor, dtype: torch.dtype, make: Callable[..., Tensor]) -> Tensor:
+    """The rows themselves, or a tensor like them to round into them later."""
+    return rows if rows.dtype == dtype else make(rows, dtype=dtype)
 
 
 def _write(gradient: Tensor | None, rows: Tensor | None, first: int, unit: Tensor | None) -> None:

@@ -66,6 +66,7 @@ class Gradients:
         """Add the gradient of a loss that never used the tail: no pass over the vocabulary."""
         self._zero_if_uninitialised()
         dhidden = None if self.dhidden is None else self.dhidden[rows]
+        hidden = hidden.to(leaf.values.dtype)  # for the logits that it computes again
         sparse_gradients(
             hidden, head, leaf.ids, leaf.values, dvalues, dhidden, self.dweight, self.dbias
         )

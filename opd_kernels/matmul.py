@@ -7,17 +7,22 @@ slices too, which it does up to a quarter faster than all at once (docs/log.md).
 """
 
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from opd_kernels.head import accumulator_dtype
 
 # Bytes of a slice of the weight for each thread: what is fastest on a CPU to project, and to
 # multiply gradients with.
 _PROJECT_BYTES, _GRADIENT_BYTES = 1 << 20, 4 << 20
+_GPU_BYTES = 256 << 20  # of what is upcast, or multiplied apart, at a time on a GPU
 _ALIGNMENT = 64  # rows: a chunk's columns then start where a vector does
+
+
+# PyTorch before 2.10 refuses to add 16-bit products to a float32 sum (pytorch/pytorch#167931).
+_ADDS_IN_PLACE = TorchVersion(torch.__version__) >= "2.10"
 
 
 def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -60,21 +65,8 @@ def add_weight_gradient_(dweight: Tensor, dlogits: Tensor, hidden: Tensor, first
         _add_product_(dweight, dlogits.t(), hidden)
 
 
-def float16_unit(dtype: torch.dtype, *gradients: Tensor) -> Tensor | None:
-    """The power of two to divide a loss's gradients by before they become a float16 chunk: those of
-    a mean over many tokens would flush to 0 there, and a scaled loss's overflow. None for others.
-    """
-    if dtype != torch.float16:
-        return None
-    largest = torch.stack([g.abs().amax() if g.numel() else g.new_zeros(()) for g in gradients])
-    # 2^10 leaves room above for a softcap's and a temperature's derivative, 2^-24 below is dropped.
-    exponent = torch.frexp(largest.amax()).exponent - 10
-    usable = largest.amax().isfinite() & (largest.amax() > 0)
-    return torch.exp2(torch.where(usable, exponent, 0).to(gradients[0].dtype))
-
-
 def _multiplies_16_bit(device: torch.device) -> bool:
-    return device.type == "cuda"
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -84,22 +76,12 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b of two 16-bit matrices, total of float32."""
-    if _adds_in_place(total.device):
+    if _ADDS_IN_PLACE:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.add_(torch.mm(a, b, out_dtype=total.dtype))
-
-
-@cache
-def _adds_in_place(device: torch.device) -> bool:
-    """Whether addmm takes a float32 sum of 16-bit products; PyTorch before 2.10 refuses or errs."""
-    a = torch.eye(16, dtype=torch.bfloat16, device=device)
-    total = torch.ones(16, 16, device=device)
-    try:
-        torch.addmm(total, a, a, out_dtype=total.dtype, out=total)
-    except (RuntimeError, TypeError):
-        return False
-    return torch.equal(total, 1 + torch.eye(16, device=device))
+        return
+    rows = max(1, _GPU_BYTES // (total.shape[1] * total.element_size()))
+    for part, a_rows in zip(total.split(rows), a.split(rows), strict=True):
+        part.add_(torch.mm(a_rows, b, out_dtype=total.dtype))
 
 
 def _slices(
@@ -109,7 +91,9 @@ def _slices(
     if weight.dtype == dtype and weight.device.type != "cpu":
         yield slice(0, weight.shape[0]), weight
         return
-    most = bytes_a_thread * torch.get_num_threads() // (weight.shape[1] * dtype.itemsize)
+    on_cpu = weight.device.type == "cpu"
+    most = bytes_a_thread * torch.get_num_threads() if on_cpu else _GPU_BYTES
+    most //= weight.shape[1] * dtype.itemsize
     most = min(weight.shape[0], max(_ALIGNMENT, most // _ALIGNMENT * _ALIGNMENT))
     buffer = None
     if weight.dtype != dtype:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_kernels import matmul
+from opd_kernels import float16, matmul
 from opd_kernels.backends import Epilogues, select_backend
 from opd_kernels.chunking import chunk_buffer, one_pass_rows
 from opd_kernels.full_support import full_losses
@@ -127,7 +127,8 @@ class _Walker:
         gradients = None
         if upstream is not None:
             gradients = Gradients.zeros(student, needs)
-            gradients.unit = matmul.float16_unit(hidden.dtype, upstream)
+            # The objective's slopes are not known yet: they have 2^16 of room.
+            gradients.unit = float16.unit_of(hidden.dtype, head, 0, upstream)
             if gradients.unit is not None:
                 upstream = upstream / gradients.unit
         teacher_buffer = None

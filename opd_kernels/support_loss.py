@@ -28,6 +28,7 @@ def support_loss(
     # A compiler fuses the small kernels itself.
     if options is not None and not torch.compiler.is_compiling():
         check_same_distribution(student, teacher)
+        assert student.values.shape == teacher.values.shape  # supports.align puts them so
         values, tail = student.values, student.lse_outside
         models = (values.detach(), tail.detach(), teacher.values, teacher.lse_outside)
         result = epilogues.reverse_kl(*models, *options)

@@ -7,16 +7,19 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before Triton is imported: its kernels then run on the CPU
+from tests.device import DEVICE
+
+if DEVICE.type == "cpu":  # before Triton is imported: its kernels then run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Without it cuBLAS is not deterministic, and PyTorch says so at every product.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from opd_kernels import available_backends, backends
 
-# `make gpu` sets it: where the tensors of these tests live. The others belong to the CPU.
-DEVICE = os.environ.get("OPD_TEST_DEVICE", "cpu")
+# Whose tensors live on the DEVICE; the others' belong to the CPU.
 _ON_DEVICE = {
-    "test_arguments", "test_distill", "test_distill_numbers", "test_divergences",
-    "test_divergences_optima", "test_gradient_filter", "test_lazy_logits", "test_linear",
+    "test_distill", "test_distill_numbers", "test_divergences",
+    "test_divergences_optima", "test_gradient_filter", "test_linear",
     "test_linear_numbers", "test_native_products", "test_sparse_logits", "test_supports",
     "test_token_weights", "test_triton", "test_triton_linear", "test_triton_reverse_kl",
 }  # fmt: skip
@@ -51,7 +54,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in available_backends(
 def device(request):
     """Where this test's tensors are made."""
     on_device = request.module.__name__.rpartition(".")[2] in _ON_DEVICE
-    return torch.device(DEVICE if on_device else "cpu")
+    return DEVICE if on_device else torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from opd_kernels import (
     policy_gradient,
     reverse_kl,
 )
+from tests.device import DEVICE
 from tests.distill_cases import (
     OBJECTIVES,
     ORDERS,
@@ -229,7 +230,7 @@ def test_autocast_is_left_before_the_walk():
     for method in ("one_pass", "recompute"):
         for support in ("student", "full"):
             run = partial(distillation_loss, k=4, method=method, support=support)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
                 out = run(student, teacher)
             expected = run(*cast)
             assert torch.equal(out.loss, expected.loss)

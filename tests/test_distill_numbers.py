@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from opd_kernels import LazyLogits, distillation_loss, forward_kl, jsd, reverse_kl
+from tests.device import DEVICE
 from tests.reference import rows_for
 
 OBJECTIVES = {"reverse": reverse_kl, "forward": forward_kl}
@@ -76,7 +77,7 @@ def test_full_vocabulary_error_is_at_most_twice_that_of_log_softmax(backend, bet
 
 
 def results(options, threads):
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator(DEVICE).manual_seed(7)
     sizes = (rows_for(options["backend"], 130), 5000, 5000)
     hidden, weight, t_weight = (torch.randn(n, 48, generator=generator) for n in sizes)
     before = torch.get_num_threads()

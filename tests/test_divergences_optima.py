@@ -6,6 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from opd_kernels import forward_kl, reverse_kl
+from tests.device import DEVICE
 from tests.reference import eager_sparse as sparse
 
 
@@ -56,7 +57,7 @@ def test_stop_gradient_keeps_the_mass_on_the_support_where_its_absence_loses_it(
     """The paper's collapse in miniature: gradient descent on one row, S selected anew each step."""
 
     def final_mass(stop_gradient):
-        generator = torch.Generator().manual_seed(3)
+        generator = torch.Generator(DEVICE).manual_seed(3)
         zt = 2.5 * torch.randn(50, generator=generator, dtype=torch.float64)
         z = (zt + 0.7 * torch.randn(50, generator=generator, dtype=torch.float64)).requires_grad_()
         masses = []

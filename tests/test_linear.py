@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from opd_kernels import LazyLogits
 from opd_kernels.linear import linear_gather, linear_topk
+from tests.device import DEVICE
 from tests.reference import (
     OPTIONS,
     exact,
@@ -200,7 +201,7 @@ def test_autocast_casts_operands_and_stays_out_of_the_driver(backend):
     hidden = torch.randn(5, 8, requires_grad=True)
     weight = torch.randn(40, 8, requires_grad=True)
     expected = LazyLogits(hidden.bfloat16(), weight.bfloat16()).topk(4, backend=backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         s = LazyLogits(hidden, weight).topk(4, backend=backend)
         grads = torch.autograd.grad(s.tail.sum(), (hidden, weight))
     assert torch.equal(s.values, expected.values)

@@ -13,6 +13,7 @@ import torch
 from opd_kernels import distillation_loss, jsd, matmul, reverse_kl
 from opd_kernels.backends import select_backend
 from opd_kernels.driver import backpropagate
+from tests.device import DEVICE
 from tests.reference import gradients, in_float64, make_logits
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -23,7 +24,7 @@ TOKENS, DIM, VOCAB, K = 9, 24, 71, 4
 @pytest.fixture(autouse=True)
 def products(monkeypatch):
     """How many products were taken natively."""
-    if torch.cuda.is_available():
+    if DEVICE.type == "cuda":
         return None
     counts = {"written": 0, "added": 0}
 
@@ -81,11 +82,22 @@ def rounding_of(dtype):
         {},
         {"chunk_bytes": 40 * VOCAB, "objective": partial(reverse_kl, tail="bucket")},
         {"support": "teacher"},
+        {"objective": partial(reverse_kl, tail="renormalize")},
+        {"objective": lambda s, t: 100 * reverse_kl(s, t)},
         {"support": "full"},
         {"support": "full", "objective": partial(jsd, beta=0.3), "chunk_bytes": 40 * VOCAB},
         {"support": "full", "objective": lambda s, t: reverse_kl(s, t)},
     ],
-    ids=["topk", "chunks", "teacher", "full", "full chunks", "full own objective"],
+    ids=[
+        "topk",
+        "chunks",
+        "teacher",
+        "renormalize",
+        "steep",
+        "full",
+        "full chunks",
+        "full own objective",
+    ],
 )
 def test_gradients(backend, products, dtype, method, options):
     student, teacher = make_pair(dtype)
@@ -134,20 +146,29 @@ def test_recompute_in_float16_neither_flushes_nor_overflows(backend, factor):
             assert torch.equal(a, b * factor)
 
 
+@pytest.mark.parametrize("name", ["hidden", "weight"])
+def test_operands_of_any_strides(backend, name):
+    student, _ = make_pair(torch.bfloat16)
+    transposed = getattr(student, name).detach().t().contiguous().t().requires_grad_()
+    other = replace(student, **{name: transposed})
+    ids = torch.zeros(TOKENS, 2).long()
+    results = []
+    for logits in (student, other):
+        tail = logits.gather(ids, backend=backend).tail
+        results.append((tail, *gradients(tail.sum(), logits)))
+    torch.testing.assert_close(results[1], results[0])
+
+
 def test_without_an_accumulating_addmm(monkeypatch):
     """PyTorch before 2.10 adds no 16-bit product to a float32 sum; then mm and add do."""
     total = torch.ones(3, 5)
     a, b = torch.randn(3, 4), torch.randn(4, 5)
     monkeypatch.undo()
-    monkeypatch.setattr(matmul, "_adds_in_place", lambda device: False)
+    monkeypatch.setattr(matmul, "_ADDS_IN_PLACE", False)
+    monkeypatch.setattr(matmul, "_GPU_BYTES", 40)  # two rows at a time
     monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: (a @ b).to(out_dtype))
     matmul._add_product_(total, a, b)
     torch.testing.assert_close(total, 1 + a @ b)
-
-
-def test_the_probe_refuses_where_addmm_has_no_such_overload():
-    if not torch.cuda.is_available():
-        assert not matmul._adds_in_place(torch.device("cpu"))
 
 
 def test_mixed_operands_are_upcast(backend):

@@ -11,10 +11,10 @@ from opd_kernels.backends import RowState, available_backends, select_backend
 from opd_kernels.backends import torch as definition
 from opd_kernels.head import Head
 from opd_kernels.sparse import canonical_ids
+from tests.device import DEVICE
 from tests.reference import head_in_float64
 
 pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason="needs Triton")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

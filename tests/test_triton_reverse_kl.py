@@ -9,11 +9,11 @@ import torch
 from opd_kernels import SparseLogits, distillation_loss, jsd, reverse_kl
 from opd_kernels.backends import available_backends, select_backend
 from opd_kernels.objective import reverse_kl_options
+from tests.device import DEVICE
 from tests.reference import gradients, make_logits
 from tests.test_triton import assert_no_worse
 
 pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason="needs Triton")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPTIONS = [
     {},
     {"stop_gradient": False},

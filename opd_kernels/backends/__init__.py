@@ -99,9 +99,9 @@ class Epilogues(Protocol):
         """
         ...
 
-    def fused(self, operand: dtype, head: Head) -> FusedEpilogues | None:
-        """The fused epilogues for products of the operand dtype (see matmul.py), where the backend
-        has them and they are the faster way.
+    def fused(self, operand: dtype, head: Head, k: int) -> FusedEpilogues | None:
+        """The fused epilogues for products of the operand dtype (see matmul.py) and K slots, where
+        the backend has them and they are the faster way. Their hidden states are contiguous.
         """
         ...
 

@@ -137,7 +137,7 @@ def reverse_kl(
     """None: autograd is the definition."""
 
 
-def fused(operand: torch.dtype, head: Head) -> None:
+def fused(operand: torch.dtype, head: Head, k: int) -> None:
     """None: a product needs its logits in memory here."""
 
 

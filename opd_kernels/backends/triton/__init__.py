@@ -14,7 +14,7 @@ from opd_kernels.backends.triton.divergence import FORWARD, JSD, REVERSE, diverg
 from opd_kernels.backends.triton.launch import device_of, flags, is_plain, operands
 from opd_kernels.backends.triton.reverse_kl import reverse_kl_kernel
 from opd_kernels.backends.triton.rows import gradient_kernel, update_kernel
-from opd_kernels.chunking import MAX_FUSED_DIM
+from opd_kernels.cost_model import MAX_FUSED_DIM
 from opd_kernels.head import Head
 from opd_kernels.sparse_rows import SparseRows
 
@@ -141,7 +141,8 @@ def _config(kernel: str, k: int, head: Head, chunk: Tensor) -> RowConfig:
     return configs.row_config(Case(kernel, k, is_plain(head)), chunk.device)
 
 
-def fused(operand: torch.dtype, head: Head) -> ModuleType | None:
-    """The kernels of linear.py, where the product is in 16 bits and of few terms."""
+def fused(operand: torch.dtype, head: Head, k: int) -> ModuleType | None:
+    """The kernels of linear.py, for a product of few terms in 16 bits and few slots."""
     is_16_bit = operand.itemsize == 2 and operand == head.weight.dtype
-    return linear if is_16_bit and head.weight.shape[1] <= MAX_FUSED_DIM else None
+    is_small = head.weight.shape[1] <= MAX_FUSED_DIM and k <= configs.MAX_FUSED
+    return linear if is_16_bit and is_small and head.weight.stride(1) == 1 else None

@@ -23,6 +23,8 @@ TABLE = Path(__file__).with_name("configs.json")
 # does that work instead. Selection holds and compares more than the others do.
 MAX_SELECTED = 128
 MAX_GIVEN = 1024
+# Kernels with the product inside look for each slot in a whole tile of logits.
+MAX_FUSED = 64
 
 # Blocks of one program of the gradient kernel: enough to pay for reading S.
 GRADIENT_BLOCKS = 8
@@ -131,6 +133,7 @@ def _table() -> dict[int, list[dict[str, Any]]]:
     return {int(name): entries for name, entries in json.loads(TABLE.read_text()).items()}
 
 
+@cache
 def capability(device: torch.device) -> int:
     """The device's compute capability as one number, 90 for 9.0; without a GPU the lowest one."""
     if device.type != "cuda":
@@ -139,6 +142,7 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side at least."""
     if device.type != "cuda":

@@ -21,6 +21,7 @@ from opd_kernels.backends.triton.online_sum import absorb
 from opd_kernels.head import Head
 
 _NO_COLUMN = 2**31 - 1
+_GRAIN = tl.constexpr(16)  # columns at which a tile may start
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,11 @@ class Support:
 
     columns: Tensor  # [blocks, T] int32
     places: Tensor  # [blocks, T] int32: row in the block * K + slot
+    starts: Tensor  # [blocks, V / 16] int32: the first entry from each 16th column on
     k: int
 
     @classmethod
-    def of(cls, ids: Tensor, block: int) -> "Support":
+    def of(cls, ids: Tensor, block: int, vocab: int) -> "Support":
         """ids [n, K] from sparse.canonical_ids, for blocks of so many rows."""
         rows, k = ids.shape
         blocks = triton.cdiv(rows, block)
@@ -43,14 +45,9 @@ class Support:
         padded[: live.numel()] = live
         columns[:, :-1] = padded.view(blocks, block * k)
         columns, places = columns.sort(dim=1, stable=True)
-        return cls(columns, places.to(torch.int32), k)
-
-    def starts(self, first_columns: Tensor) -> Tensor:
-        """[blocks, pieces] int32: the first entry in each piece of the vocabulary, where
-        first_columns [pieces] says where the pieces begin.
-        """
-        wanted = first_columns.to(torch.int32).expand(self.columns.shape[0], -1).contiguous()
-        return torch.searchsorted(self.columns, wanted).to(torch.int32)
+        grains = torch.arange(0, vocab, _GRAIN.value, dtype=torch.int32, device=ids.device)
+        starts = torch.searchsorted(columns, grains.expand(blocks, -1).contiguous())
+        return cls(columns, places.to(torch.int32), starts.to(torch.int32), k)
 
 
 @triton.jit
@@ -103,7 +100,8 @@ def linear_update_kernel(
     target_columns,  # [blocks, T]
     target_places,  # [blocks, T]
     targets,  # T
-    starts,  # [blocks, pieces]
+    starts,  # [blocks, grains]
+    grains,
     tiles,  # tiles of a piece
     values,  # [n, k]
     k,
@@ -126,7 +124,8 @@ def linear_update_kernel(
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     moment = tl.zeros((ROWS,), tl.float32)
-    target = block * targets + tl.load(starts + block * tl.num_programs(1) + piece)
+    first_grain = piece * tiles * COLUMNS // _GRAIN
+    target = block * targets + tl.load(starts + block * grains + first_grain)
     target_column = tl.load(target_columns + target)
     last = tl.minimum((piece + 1) * tiles * COLUMNS, vocab)
     for first in range(piece * tiles * COLUMNS, last, COLUMNS):
@@ -171,7 +170,8 @@ def linear_gradient_kernel(
     target_columns,  # [blocks, T]
     target_places,  # [blocks, T]
     targets,  # T
-    starts,  # [blocks, tiles]
+    starts,  # [blocks, grains]
+    grains,
     dvalues,  # [n, k]
     k,
     tails,  # [n]
@@ -202,7 +202,8 @@ def linear_gradient_kernel(
     # A row whose tail is -inf has no mass off S, and -inf - -inf would be NaN.
     shift = tl.where(tail == float("-inf"), float("inf"), tail)
     dlogits = tl.exp(logits_of(scores, inner, outer, CAPPED) - shift[:, None]) * dtail[:, None]
-    target = block * targets + tl.load(starts + block * tl.num_programs(1) + tile)
+    first_grain = (first_id + first) // _GRAIN
+    target = block * targets + tl.load(starts + block * grains + first_grain)
     target_column = tl.load(target_columns + target)
     while target_column < first_id + first + COLUMNS:
         place = tl.load(target_places + target)
@@ -229,9 +230,7 @@ def update(hidden: Tensor, head: Head, state: RowState) -> None:
     pieces = min(tiles, triton.cdiv(2 * configs.multiprocessors(hidden.device), blocks))
     tiles_a_piece = triton.cdiv(tiles, pieces)
     pieces = triton.cdiv(tiles, tiles_a_piece)
-    width = tiles_a_piece * config.columns
-    first_columns = torch.arange(0, pieces * width, width, device=hidden.device)
-    support = Support.of(state.ids, config.rows)
+    support = Support.of(state.ids, config.rows, head.vocab_size)
     maxima = state.max.new_empty((pieces, rows))
     sums, moments = torch.empty_like(maxima), torch.empty_like(maxima)
     with device_of(hidden):
@@ -239,7 +238,8 @@ def update(hidden: Tensor, head: Head, state: RowState) -> None:
             hidden, hidden.stride(0), head.weight, head.weight.stride(0), rows, depth,
             head.vocab_size, *operands(head, 0, head.vocab_size, hidden),
             support.columns, support.places, support.columns.shape[1],
-            support.starts(first_columns), tiles_a_piece, state.values, k, maxima, sums, moments,
+            support.starts, support.starts.shape[1], tiles_a_piece,
+            state.values, k, maxima, sums, moments,
             HAS_MOMENT=state.moment is not None, **flags(head), **config.options(),
         )  # fmt: skip
     _merge(maxima, sums, moments, state)
@@ -260,7 +260,7 @@ def _merge(maxima: Tensor, sums: Tensor, moments: Tensor, state: RowState) -> No
 def support(ids: Tensor, hidden: Tensor, head: Head) -> Support:
     """ids [n, K] from sparse.canonical_ids in the order in which `gradient` meets them."""
     rows = _config("linear_gradient", ids.shape[1], head, hidden).rows
-    return Support.of(ids, rows)
+    return Support.of(ids, rows, head.vocab_size)
 
 
 def gradient(
@@ -274,20 +274,20 @@ def gradient(
     out: Tensor,
 ) -> None:
     """Recompute the logits of columns [first_id, first_id + v) and write their gradient to out
-    [n, v], of any dtype: the row kernel's gradient after a matrix product, in one kernel.
+    [n, v], of any dtype: the row kernel's gradient after a matrix product, in one kernel. first_id
+    is a multiple of 16.
     """
     (rows, depth), columns = hidden.shape, out.shape[1]
     weight = head.rows(first_id, first_id + columns)
     config = _config("linear_gradient", support.k, head, hidden)
     blocks, tiles = triton.cdiv(rows, config.rows), triton.cdiv(columns, config.columns)
-    first_columns = torch.arange(tiles, device=hidden.device) * config.columns + first_id
-    starts = support.starts(first_columns)
     dvalues, tail, dtail = (t.contiguous() for t in (dvalues, tail, dtail))
     with device_of(hidden):
         linear_gradient_kernel[(blocks, tiles)](
             hidden, hidden.stride(0), weight, weight.stride(0), rows, depth, columns, first_id,
             *operands(head, first_id, columns, hidden),
-            support.columns, support.places, support.columns.shape[1], starts,
+            support.columns, support.places, support.columns.shape[1],
+            support.starts, support.starts.shape[1],
             dvalues, support.k, tail, dtail, out, out.stride(0),
             **flags(head), **config.options(),
         )  # fmt: skip

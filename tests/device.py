@@ -1,0 +1,7 @@
+"""Where the operator tests' tensors live: `make gpu` sets OPD_TEST_DEVICE."""
+
+import os
+
+import torch
+
+DEVICE = torch.device(os.environ.get("OPD_TEST_DEVICE", "cpu"))
