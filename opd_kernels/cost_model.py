@@ -194,8 +194,9 @@ class _Chunk:
             "dhidden", 2 * self.shape.sum_bytes, self.shape.operand_bytes, self.shape.operand_bytes
         )
 
-    def dweight(self, first: bool) -> Kernel:
-        written = self.shape.sum_bytes * (1 if first else 2)
+    def dweight(self, first: bool, alone: bool = False) -> Kernel:
+        element = self.shape.operand_bytes if alone else self.shape.sum_bytes
+        written = element * (1 if first else 2)
         return self._product("dweight", self.shape.operand_bytes, written, self.shape.operand_bytes)
 
 
@@ -251,6 +252,7 @@ def recompute(
 def one_pass(shape: Shape, rows: int, machine: Machine, selects: bool = True) -> Iterator[Kernel]:
     """A student's pass in the one-pass order, in chunks of rows."""
     sums = shape.vocab * shape.dim
+    alone = shape.tokens <= rows  # dweight is rounded at once
     for block, n in enumerate(pieces(shape.tokens, rows)):
         chunk = _Chunk(shape, n, shape.vocab, machine.cache)
         yield chunk.logits()
@@ -261,9 +263,10 @@ def one_pass(shape: Shape, rows: int, machine: Machine, selects: bool = True) ->
         if shape.dhidden:
             yield chunk.dhidden()
         if shape.dweight:
-            yield chunk.dweight(block == 0)
+            yield chunk.dweight(block == 0, alone)
     if shape.dweight:
-        yield Kernel("round", bytes=sums * (shape.sum_bytes + shape.operand_bytes))
+        element = shape.operand_bytes if alone else shape.sum_bytes
+        yield Kernel("round", bytes=sums * (element + shape.operand_bytes))
 
 
 def pieces(total: int, most: int) -> list[int]:

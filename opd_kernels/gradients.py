@@ -16,7 +16,7 @@ from opd_kernels.sparse_rows import SparseRows
 
 @dataclass
 class Gradients:
-    """Accumulators for the gradients that are needed, in the accumulator's dtype."""
+    """Accumulators for the gradients that are needed, in float32 (float64)."""
 
     dhidden: Tensor | None  # [N, D]
     dweight: Tensor | None  # [V_padded, D]
@@ -25,11 +25,18 @@ class Gradients:
     unit: Tensor | None = None  # of all three, where they are sums of float16 chunks
 
     @classmethod
-    def zeros(cls, student: LazyLogits, needs: tuple[bool, bool, bool]) -> "Gradients":
+    def zeros(cls, student: LazyLogits, needs: tuple[bool, bool, bool], chunks: int) -> "Gradients":
+        """For so many chunks to add. The product of a single one is not a sum, so where products
+        take bfloat16 it is rounded to it at once; float16 has not the range.
+        """
         dtype = accumulator_dtype(student.hidden, student.weight)
+        operand = matmul.operand_dtype(student.hidden, student.weight)
+        whole = operand if chunks == 1 and operand == torch.bfloat16 else dtype
         operands = (student.hidden, student.weight, student.bias)
         dhidden, dweight, dbias = (
-            _fresh(t, dtype, t is student.weight) if need and t is not None else None
+            _fresh(t, whole if t is student.weight else dtype, t is student.weight)
+            if need and t is not None
+            else None
             for t, need in zip(operands, needs, strict=True)
         )
         return cls(dhidden, dweight, dbias)
