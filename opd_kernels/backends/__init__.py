@@ -118,7 +118,7 @@ def _backends() -> dict[str, Epilogues]:
 
 def _interprets() -> bool:
     """Whether Triton's kernels run in its interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def available_backends() -> list[str]:
