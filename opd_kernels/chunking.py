@@ -97,7 +97,7 @@ def prefers_one_pass(
         return True
     machine = Machine.of(device, shape.operand_bytes)
     # The number of tokens may be another in every step, and to count kernels takes milliseconds.
-    rounding = max(1, 1 << shape.tokens.bit_length() - 4)
+    rounding = 1 << max(0, shape.tokens.bit_length() - 4)
     rounded = replace(shape, tokens=-(-shape.tokens // rounding) * rounding)
     return cheaper_order(rounded, machine, _budget(device, chunk_bytes), fused) == "one_pass"
 

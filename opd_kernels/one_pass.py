@@ -126,7 +126,7 @@ class _Walker:
             gradient_buffer = chunk_buffer(rows, head.vocab_size, hidden, hidden.dtype)
         gradients = None
         if upstream is not None:
-            gradients = Gradients.zeros(student, needs, math.ceil(hidden.shape[0] / rows))
+            gradients = Gradients.zeros(student, needs, chunks=-(-hidden.shape[0] // max(1, rows)))
             # The objective's slopes are not known yet: they have 2^16 of room.
             gradients.unit = float16.unit_of(hidden.dtype, head, 0, upstream)
             if gradients.unit is not None:
