@@ -22,10 +22,9 @@ from opd_kernels.backends.triton import configs
 from opd_kernels.backends.triton.configs import Case, Config, RowConfig, TileConfig
 
 _ROWS = [RowConfig(block, warps) for block, warps in product((1024, 2048, 4096, 8192), (4, 8))]
-_TILES = [
-    TileConfig(*sizes) for sizes in product((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4))
-]
-_KS, _DIMS = (1, 32, configs.MAX_SELECTED, configs.MAX_GIVEN), (576, 1_024, 2_048)
+_TILES = [TileConfig(*sizes) for sizes in product((128,), (128, 256), (32, 64), (4, 8), (2, 3, 4))]
+_KS = (1, 32, configs.MAX_FUSED, configs.MAX_SELECTED, configs.MAX_GIVEN)
+_DIMS = (576, 1_024, 2_048)
 
 # Milliseconds of a call; None where a configuration does not fit the GPU.
 Timer = Callable[[launches.Call], float | None]
@@ -38,11 +37,9 @@ def cases() -> dict[Case, Callable[[], launches.Call]]:
         selects = k <= configs.MAX_SELECTED
         calls[Case("update", k, plain)] = partial(launches.update, k, selects, plain)
         calls[Case("gradient", k, plain)] = partial(launches.gradient, k, plain)
-        for dim in _DIMS:
-            options = {"dim": dim}
-            for name in ("linear_update", "linear_gradient"):
-                build = getattr(launches, name)
-                calls[Case(name, k, plain, dim)] = partial(build, k, plain, **options)
+        for dim in _DIMS if k <= configs.MAX_FUSED else ():
+            for build in (launches.linear_update, launches.linear_gradient):
+                calls[Case(build.__name__, k, plain, dim)] = partial(build, k, plain, dim=dim)
     for plain in (True, False):
         beta = 1.0 if plain else 0.5
         calls[Case("divergence", 0, plain)] = partial(launches.divergence, beta, plain)

@@ -86,7 +86,12 @@ def one_pass_rows(
     tokens: int, vocab: int, bytes_a_logit: int, device: torch.device, chunk_bytes: int | None
 ) -> int:
     """Rows of a logits chunk in the one-pass order: as many as the budget holds, or one."""
-    return _even_size(tokens, _budget(device, chunk_bytes) // (_aligned(vocab) * bytes_a_logit))
+    return _one_pass_rows(tokens, vocab, _budget(device, chunk_bytes) // bytes_a_logit)
+
+
+def _one_pass_rows(tokens: int, vocab: int, budget: int) -> int:
+    """Within a budget of so many logits."""
+    return _even_size(tokens, budget // _aligned(vocab))
 
 
 def prefers_one_pass(
@@ -128,7 +133,7 @@ def orders_of(
     """The kernels of student and teacher in both orders, in the chunks that a budget of bytes
     holds; a teacher that gathers at the student's ids, or none.
     """
-    rows = _even_size(shape.tokens, budget // (_aligned(shape.vocab) * shape.bytes_a_logit))
+    rows = _one_pass_rows(shape.tokens, shape.vocab, budget // shape.bytes_a_logit)
     forward, backward = recompute_chunks(shape, machine, budget, fused)
     orders = {
         "one_pass": one_pass(shape, rows, machine),

@@ -60,10 +60,10 @@ class Gradients:
         if self.dhidden is not None:
             entries.add_to_hidden_(self.dhidden[rows], head.rows(0, head.vocab_size))
         if self.dweight is not None:
-            if self.dweight_is_fresh:
+            if self.dweight_is_fresh and self.dweight.device.type == "cpu":
                 self.dweight.zero_()  # faults its pages in one after the other, not as rows come
+            self._begin_sum()
             entries.add_to_weight_(self.dweight, hidden)
-            self.dweight_is_fresh = False
         if self.dbias is not None:
             entries.add_to_bias_(self.dbias)
 
@@ -71,7 +71,7 @@ class Gradients:
         self, rows: slice, hidden: Tensor, head: Head, leaf: SparseLogits, dvalues: Tensor
     ) -> None:
         """Add the gradient of a loss that never used the tail: no pass over the vocabulary."""
-        self._zero_if_uninitialised()
+        self._begin_sum()
         dhidden = None if self.dhidden is None else self.dhidden[rows]
         hidden = hidden.to(leaf.values.dtype)  # for the logits that it computes again
         sparse_gradients(
@@ -80,7 +80,7 @@ class Gradients:
 
     def scaled(self, factor: Tensor | None, student: LazyLogits) -> tuple[Tensor | None, ...]:
         """The gradients times a scalar, each in its operand's dtype; consumes the sums."""
-        self._zero_if_uninitialised()
+        self._begin_sum()  # where no chunk was added
         if self.unit is not None:
             factor = self.unit if factor is None else factor * self.unit
         results = []
@@ -94,9 +94,13 @@ class Gradients:
             results.append(total)
         return tuple(results)
 
-    def _zero_if_uninitialised(self) -> None:
-        if self.dweight is not None and self.dweight_is_fresh and self.dweight.device.type != "cpu":
-            self.dweight.zero_()
+    def _begin_sum(self) -> None:
+        """Before anything is added row by row, which in 16 bits would round at every addition."""
+        if self.dweight is not None and self.dweight_is_fresh:
+            if self.dweight.dtype == torch.bfloat16:
+                self.dweight = torch.zeros_like(self.dweight, dtype=torch.float32)
+            elif self.dweight.device.type != "cpu":
+                self.dweight.zero_()
         self.dweight_is_fresh = False
 
 

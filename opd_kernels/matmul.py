@@ -20,7 +20,6 @@ _PROJECT_BYTES, _GRADIENT_BYTES = 1 << 20, 4 << 20
 _GPU_BYTES = 256 << 20  # of what is upcast, or multiplied apart, at a time on a GPU
 _ALIGNMENT = 64  # rows: a chunk's columns then start where a vector does
 
-
 # PyTorch before 2.10 refuses to add 16-bit products to a float32 sum (pytorch/pytorch#167931).
 _ADDS_IN_PLACE = TorchVersion(torch.__version__) >= "2.10"
 

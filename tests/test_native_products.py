@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from opd_kernels import distillation_loss, jsd, matmul, reverse_kl
+from opd_kernels import LazyLogits, distillation_loss, jsd, matmul, reverse_kl
 from opd_kernels.backends import select_backend
 from opd_kernels.driver import backpropagate
 from tests.device import DEVICE
@@ -19,6 +19,7 @@ from tests.reference import gradients, in_float64, make_logits
 DTYPES = [torch.bfloat16, torch.float16]
 ORDERS = ["one_pass", "recompute"]
 TOKENS, DIM, VOCAB, K = 9, 24, 71, 4
+RENORMALIZED = partial(reverse_kl, tail="renormalize")
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +83,7 @@ def rounding_of(dtype):
         {},
         {"chunk_bytes": 40 * VOCAB, "objective": partial(reverse_kl, tail="bucket")},
         {"support": "teacher"},
-        {"objective": partial(reverse_kl, tail="renormalize")},
+        {"objective": RENORMALIZED},
         {"objective": lambda s, t: 100 * reverse_kl(s, t)},
         {"support": "full"},
         {"support": "full", "objective": partial(jsd, beta=0.3), "chunk_bytes": 40 * VOCAB},
@@ -110,6 +111,21 @@ def test_gradients(backend, products, dtype, method, options):
     expected = distillation_loss(wide, wide_teacher, backend="torch", **options)
     torch.testing.assert_close(out.loss.double(), expected.loss, rtol=1e-5, atol=1e-6)
     assert max(errors(actual, gradients(expected.loss, wide))) <= 2 * rounding_of(dtype)
+
+
+@pytest.mark.parametrize("options", [{"gradient_filter": 2.0**-40}, {"objective": RENORMALIZED}])
+def test_rows_are_summed_in_float32_even_for_a_single_chunk(backend, options):
+    """Every token has the same hidden state: in bfloat16 a sum of many equal rows stops growing."""
+    tokens = 600
+    hidden = torch.ones(tokens, 8, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(VOCAB, 8).bfloat16().requires_grad_()
+    teacher = LazyLogits(hidden.detach(), torch.randn(VOCAB, 8).bfloat16())
+    student = LazyLogits(hidden, weight)
+    options = {"k": K, "method": "one_pass", "reduction": "sum", "backend": backend} | options
+    loss = distillation_loss(student, teacher, **options).loss
+    one = distillation_loss(student[:1], teacher[:1], **options).loss
+    dweight, dweight_of_one = (torch.autograd.grad(x, weight)[0].float() for x in (loss, one))
+    torch.testing.assert_close(dweight, tokens * dweight_of_one, rtol=0.01, atol=1e-4)
 
 
 FACTORS = [2.0**-26, 2.0**20]  # as of a mean over many tokens, and of a loss scale

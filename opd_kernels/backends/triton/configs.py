@@ -135,7 +135,7 @@ def _table() -> dict[int, list[dict[str, Any]]]:
 
 @cache
 def capability(device: torch.device) -> int:
-    """The device's compute capability as one number, 90 for 9.0; without a GPU the lowest one."""
+    """The device's compute capability as one number, 90 for 9.0; 0 without a GPU."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
