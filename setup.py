@@ -1,19 +1,32 @@
 """Builds the compiled backends; everything else about the package is in pyproject.toml.
 
-OPD_BUILD=auto (default) builds what this machine has compilers for, cpu insists on the C++ backend,
-none builds nothing. OPD_SANITIZE=1 adds the address and undefined-behaviour sanitizers.
+OPD_BUILD=auto (default) builds what this machine has compilers for, and the CUDA backend only for a
+CUDA build of PyTorch; cpu insists on the C++ backend and leaves CUDA out, cuda insists on both, none
+builds nothing. OPD_SANITIZE=1 adds the address and undefined-behaviour sanitizers to the C++ backend.
 """
 
 import os
 import platform
 import shutil
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from setuptools import setup
+from torch.torch_version import TorchVersion
 from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/epilogue.cpp", "csrc/cpu/divergence.cpp"]
+sys.path.insert(0, str(Path(__file__).parent))  # which a build front end leaves out
+
+from csrc.cuda import nvcc
+
+SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("bindings", "epilogue", "divergence")]
+WARNINGS = ["-g0", "-Wall", "-Wextra"]
+# Torch's headers are not ours to be warned of: a directory that is also -isystem loses its -I.
+WARNINGS += [flag for path in include_paths() for flag in ("-isystem", path)]
+CUDA_EXTENSION = "opd_kernels._cuda"
 # at::vec's instruction sets, as torch.backends.cpu.get_cpu_capability() names them.
 FLAGS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
@@ -31,10 +44,8 @@ def capabilities() -> list[str]:
 
 def cpu_extension(capability: str) -> CppExtension:
     """The C++ backend for one instruction set."""
-    flags = ["-O3", "-g0", "-Wall", "-Wextra", *FLAGS[capability]]
+    flags = ["-O3", *WARNINGS, *FLAGS[capability]]
     flags += [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
-    # Torch's headers are not ours to be warned of: a directory that is also -isystem loses its -I.
-    flags += [flag for path in include_paths() for flag in ("-isystem", path)]
     if sys.platform == "linux":
         # Compiled for OpenMP but not linked with it: the symbols come from the runtime that torch
         # loaded. A second runtime would have a second pool of threads, spinning against the first.
@@ -51,11 +62,62 @@ def cpu_extension(capability: str) -> CppExtension:
     )
 
 
+def why_no_cuda(compiler: str | None) -> str | None:
+    """What is in the way of building the CUDA backend; None if nothing is. No GPU is needed."""
+    if compiler is None:
+        return (
+            "no nvcc was found; install the CUDA toolkit, 12.8 or newer, or the packages "
+            "nvidia-cuda-nvcc, nvidia-cuda-crt, nvidia-nvvm, nvidia-cuda-runtime and "
+            "nvidia-cuda-cccl of one release, or set CUDA_HOME"
+        )
+    said = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True)
+    release = re.search(r"release (\d+\.\d+)", said.stdout)
+    if release is None:
+        return f"{compiler} --version does not say its release: {said.stdout!r}"
+    version = TorchVersion(release[1])
+    if version < (12, 8):
+        return f"{compiler} is of CUDA {version}, and compute capabilities 100 and 120 need 12.8"
+    of_torch = torch.version.cuda
+    if of_torch is not None and of_torch.split(".")[0] != version.split(".")[0]:
+        return (
+            f"{compiler} is of CUDA {version} and PyTorch of {of_torch}: a driver that is enough "
+            f"for the one need not be for the other; set CUDA_HOME to a toolkit {of_torch}"
+        )
+    return None
+
+
+def cuda_extension(compiler: str) -> CppExtension:
+    """The CUDA backend; Build compiles its kernels."""
+    root = Path(compiler).resolve().parents[1]
+    folders = [root / name for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
+    return CppExtension(
+        CUDA_EXTENSION,
+        ["csrc/cuda/bindings.cpp"],
+        extra_compile_args=["-O2", *WARNINGS],
+        # Static, so that the package asks for no CUDA runtime beside the one that PyTorch brings.
+        extra_link_args=[f"-L{f}" for f in folders if f.is_dir()]
+        + ["-lcudart_static", "-ldl", "-lpthread", "-lrt"],
+    )
+
+
+class Build(BuildExtension):
+    """Compiles the kernels with nvcc, where they are wanted, before the rest."""
+
+    def build_extensions(self) -> None:
+        for extension in self.extensions:
+            if extension.name == CUDA_EXTENSION:
+                compiler = nvcc.find_nvcc()
+                assert compiler is not None
+                objects = nvcc.compile_sources(compiler, Path(self.build_temp).absolute() / "cuda")
+                extension.extra_objects = [str(path) for path in objects]
+        super().build_extensions()
+
+
 def extensions() -> list[CppExtension]:
     """What OPD_BUILD asks for; a compiler that is there but broken fails the build."""
     wanted = os.environ.get("OPD_BUILD", "auto")
-    if wanted not in ("auto", "cpu", "none"):
-        sys.exit(f"OPD_BUILD: expected auto, cpu or none, got {wanted!r}")
+    if wanted not in ("auto", "cpu", "cuda", "none"):
+        sys.exit(f"OPD_BUILD: expected auto, cpu, cuda or none, got {wanted!r}")
     if wanted == "none":
         return []
     compiler = os.environ.get("CXX", "c++")
@@ -67,7 +129,17 @@ def extensions() -> list[CppExtension]:
             file=sys.stderr,
         )
         return []
-    return [cpu_extension(capability) for capability in capabilities()]
+    built = [cpu_extension(capability) for capability in capabilities()]
+    if wanted == "cuda" or (wanted == "auto" and torch.version.cuda is not None):
+        cuda_compiler = nvcc.find_nvcc()
+        reason = why_no_cuda(cuda_compiler)
+        if reason is None:
+            built.append(cuda_extension(cuda_compiler))
+        elif wanted == "cuda":
+            sys.exit(f"OPD_BUILD=cuda: {reason}")
+        else:
+            print(f"opd_kernels: the CUDA backend is not built: {reason}", file=sys.stderr)
+    return built
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

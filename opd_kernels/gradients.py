@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from opd_kernels import matmul
+from opd_kernels.backends import Epilogues
 from opd_kernels.head import Head, accumulator_dtype
 from opd_kernels.lazy_logits import LazyLogits
 from opd_kernels.lazy_zeros import lazy_zeros_like
@@ -68,15 +69,19 @@ class Gradients:
             entries.add_to_bias_(self.dbias)
 
     def add_sparse(
-        self, rows: slice, hidden: Tensor, head: Head, leaf: SparseLogits, dvalues: Tensor
+        self,
+        rows: slice,
+        hidden: Tensor,
+        head: Head,
+        leaf: SparseLogits,
+        dvalues: Tensor,
+        epilogues: Epilogues,
     ) -> None:
         """Add the gradient of a loss that never used the tail: no pass over the vocabulary."""
         self._begin_sum()
-        dhidden = None if self.dhidden is None else self.dhidden[rows]
+        sums = (None if self.dhidden is None else self.dhidden[rows], self.dweight, self.dbias)
         hidden = hidden.to(leaf.values.dtype)  # for the logits that it computes again
-        sparse_gradients(
-            hidden, head, leaf.ids, leaf.values, dvalues, dhidden, self.dweight, self.dbias
-        )
+        sparse_gradients(hidden, head, leaf.ids, leaf.values, dvalues, *sums, epilogues)
 
     def scaled(self, factor: Tensor | None, student: LazyLogits) -> tuple[Tensor | None, ...]:
         """The gradients times a scalar, each in its operand's dtype; consumes the sums."""

@@ -106,8 +106,8 @@ def linear_backward(
     with torch.autocast(hidden.device.type, enabled=False):
         if dvalues is None:
             dvalues = torch.zeros_like(values)
+        epilogues = select_backend(backend, hidden.device)
         if dtail is not None:
-            epilogues = select_backend(backend, hidden.device)
             backpropagate(
                 hidden.to(operand_dtype(hidden, weight)),
                 head,
@@ -125,9 +125,9 @@ def linear_backward(
             # A 16-bit sum over tokens would round at every addition.
             dweight_sum = None if dweight is None else dweight.to(values.dtype)
             dbias_sum = None if dbias is None else dbias.to(values.dtype)
-            sparse_gradients(
-                hidden.to(values.dtype), head, ids, values, dvalues, dhidden, dweight_sum, dbias_sum
-            )
+            sums = (dhidden, dweight_sum, dbias_sum)
+            operand = hidden.to(values.dtype)
+            sparse_gradients(operand, head, ids, values, dvalues, *sums, epilogues)
             dweight = None if dweight_sum is None else dweight_sum.to(weight.dtype)
             dbias = None if dbias_sum is None or bias is None else dbias_sum.to(bias.dtype)
     nothing = hidden.new_empty(0)

@@ -198,7 +198,7 @@ class _Walker:
         hidden, head, tail = self.hidden[rows], self.head, leaf.lse_outside
         eps = self.options.gradient_filter
         if dtail is None:
-            gradients.add_sparse(rows, hidden, head, leaf, dvalues)
+            gradients.add_sparse(rows, hidden, head, leaf, dvalues, self.epilogues)
             kept = torch.ones_like(tail)  # the gradient off S is 0
         elif eps is None:
             out = self._gradient_chunk(raw)

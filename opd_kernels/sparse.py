@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from opd_kernels.backends import Epilogues
 from opd_kernels.head import Head
 from opd_kernels.sparse_rows import SparseRows
 
@@ -45,17 +46,15 @@ def sparse_gradients(
     dhidden: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
+    epilogues: Epilogues,
 ) -> None:
     """Add the gradient through the logits `values` [N, K] at ids [N, K] to the three sums."""
     derivative = head.derivative(values if head.softcap is None else _scores(hidden, head, ids))
     live = ids.masked_fill(values == -torch.inf, -1)
-    entries = SparseRows.of_support(live, dvalues * derivative)
+    coefficients = dvalues * derivative
     if dbias is not None:
-        entries.add_to_bias_(dbias)
-    if dhidden is not None:
-        entries.add_to_hidden_(dhidden, head.weight)
-    if dweight is not None:
-        entries.add_to_weight_(dweight, hidden)
+        SparseRows.of_support(live, coefficients).add_to_bias_(dbias)
+    epilogues.sparse_backward(live, coefficients, hidden, head.weight, dhidden, dweight)
 
 
 def _scores(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:

@@ -15,6 +15,10 @@ if DEVICE.type == "cpu":  # before Triton is imported: its kernels then run on t
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from opd_kernels import available_backends, backends
+from tests import cuda_emulator
+
+# The CUDA kernels on the CPU, a fourth backend. It is built when a test first asks for it.
+_EMULATED = "cuda-emulated"
 
 # Whose tensors live on the DEVICE; the others' belong to the CPU.
 _ON_DEVICE = {
@@ -67,9 +71,13 @@ def _reproducible(device):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=available_backends())
+@pytest.fixture(params=[*available_backends(), _EMULATED])
 def backend(request, device):
-    """Every installed backend that reaches the device; the operator tests run on each."""
+    """Every backend that reaches the device; the operator tests run on each."""
+    if request.param == _EMULATED:
+        if device.type != "cpu" or not cuda_emulator.is_available():
+            pytest.skip("the emulator needs a C++ compiler and a CPU's tensors")
+        backends._backends()[_EMULATED] = cuda_emulator.emulated()
     if not backends.reaches(request.param, device):
         pytest.skip(f"{request.param} does not reach tensors on {device}")
     return request.param

@@ -97,6 +97,7 @@ def divergence(
     return loss
 
 
+sparse_backward = definition.sparse_backward
 reverse_kl = definition.reverse_kl
 fused = definition.fused
 

@@ -126,6 +126,25 @@ def divergence(
     return torch.cat(losses)
 
 
+def sparse_backward(
+    ids: Tensor,
+    coefficients: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    dhidden: Tensor | None,
+    dweight: Tensor | None,
+) -> None:
+    """dhidden [n, D] += G @ weight [V, D] and dweight [V, D] += G.T @ hidden [n, D], where G [n, V]
+    has coefficients [n, K] at ids [n, K], -1 in an empty slot, and is 0 elsewhere. The sums are of
+    the coefficients' dtype.
+    """
+    entries = SparseRows.of_support(ids, coefficients)
+    if dhidden is not None:
+        entries.add_to_hidden_(dhidden, weight)
+    if dweight is not None:
+        entries.add_to_weight_(dweight, hidden)
+
+
 def reverse_kl(
     values: Tensor,
     tail: Tensor,

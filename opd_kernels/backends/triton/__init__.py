@@ -78,6 +78,9 @@ def filtered_gradient(
     return definition.filtered_gradient(chunk, head, ids, dvalues, tail, dtail, threshold)
 
 
+sparse_backward = definition.sparse_backward
+
+
 def divergence(
     chunk: Tensor,
     head: Head,

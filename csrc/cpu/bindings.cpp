@@ -1,27 +1,22 @@
 // Python's door to the epilogues: checks every tensor, then calls the kernels on raw pointers.
 
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "cpu/divergence.h"
-#include "cpu/epilogue.h"
+#include "../checks.h"
+#include "divergence.h"
+#include "epilogue.h"
 
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+using opd::OptionalTensor;
+using opd::Tensor;
 
 void check(const Tensor& tensor, const char* name, at::ScalarType dtype, at::IntArrayRef shape) {
-  TORCH_CHECK_TYPE(tensor.device().is_cpu() && tensor.scalar_type() == dtype, name, ": expected ",
-                   dtype, " on the CPU, got ", tensor.scalar_type(), " on ", tensor.device());
-  TORCH_CHECK_VALUE(tensor.sizes() == shape && tensor.is_contiguous(), name,
-                    ": expected a contiguous tensor of shape ", shape, ", got ", tensor.sizes(),
-                    " with strides ", tensor.strides());
+  opd::check(tensor, name, at::kCPU, dtype, shape);
 }
 
 template <typename T>
@@ -34,10 +29,7 @@ void check_chunk(const Tensor& chunk, int64_t first_id) {
                                                chunk.scalar_type() == at::kDouble),
                    "chunk: expected float32 or float64 on the CPU, got ", chunk.scalar_type(),
                    " on ", chunk.device());
-  TORCH_CHECK_VALUE(chunk.dim() == 2 && (chunk.stride(1) == 1 || chunk.size(1) <= 1) &&
-                        (chunk.stride(0) >= chunk.size(1) || chunk.size(0) <= 1),
-                    "chunk: expected [n, v] with contiguous rows, got shape ", chunk.sizes(),
-                    " with strides ", chunk.strides());
+  opd::check_rows(chunk, "chunk");
   TORCH_CHECK_VALUE(first_id >= 0, "first_id: expected at least 0, got ", first_id);
 }
 

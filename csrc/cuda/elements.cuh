@@ -1,0 +1,99 @@
+// Elements of four dtypes, sixteen bytes at a time.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <limits>
+#include <type_traits>
+
+#include "epilogue.h"
+
+namespace opd {
+
+template <typename A>
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
+
+// Logits, sums and losses are float32 whatever the chunk holds; float64 stays float64.
+template <typename T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T>
+__device__ __forceinline__ Accumulator<T> widened(T x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __bfloat162float(x);
+  else if constexpr (std::is_same_v<T, __half>)
+    return __half2float(x);
+  else
+    return x;
+}
+
+template <typename T, typename A>
+__device__ __forceinline__ T rounded(A x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __float2bfloat16(float(x));
+  else if constexpr (std::is_same_v<T, __half>)
+    return __float2half(float(x));
+  else
+    return T(x);
+}
+
+// What a thread reads or writes at a time: elements of T in one sixteen-byte access.
+template <typename T>
+constexpr int kWidth = 16 / sizeof(T);
+
+template <typename T>
+union Vector {
+  uint4 bytes;
+  T items[kWidth<T>];
+};
+
+template <typename T>
+__device__ __forceinline__ void load(const T* from, Accumulator<T>* to) {
+  Vector<T> vector;
+  vector.bytes = *reinterpret_cast<const uint4*>(from);
+#pragma unroll
+  for (int i = 0; i < kWidth<T>; ++i) to[i] = widened(vector.items[i]);
+}
+
+template <typename T, typename A>
+__device__ __forceinline__ void store(const A* from, T* to) {
+  Vector<T> vector;
+#pragma unroll
+  for (int i = 0; i < kWidth<T>; ++i) vector.items[i] = rounded<T>(from[i]);
+  *reinterpret_cast<uint4*>(to) = vector.bytes;
+}
+
+// How many elements lie between the last address of such an alignment and this one.
+template <typename T>
+__device__ __forceinline__ int misalignment(const T* address, int elements) {
+  return int(reinterpret_cast<uintptr_t>(address) / sizeof(T) % elements);
+}
+
+// Calls function(T{}) with the type of a dtype's elements.
+template <typename Function>
+int for_dtype(OpdDtype dtype, const Function& function) {
+  switch (dtype) {
+    case OPD_FLOAT32:
+      return function(float{});
+    case OPD_FLOAT64:
+      return function(double{});
+    case OPD_BFLOAT16:
+      return function(__nv_bfloat16{});
+    default:
+      return function(__half{});
+  }
+}
+
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* stream,
+           Arguments... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+}  // namespace opd

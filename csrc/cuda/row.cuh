@@ -1,0 +1,101 @@
+// How a warp walks a row of a chunk: in tiles of a few sixteen-byte vectors a lane.
+#pragma once
+
+#include "head.cuh"
+#include "online_sum.cuh"
+
+namespace opd {
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x % kWarp; }
+
+// A row may begin and end inside a vector: the first one then holds fewer than its width.
+template <typename T>
+struct Row {
+  const T* vectors;  // the first one, aligned
+  int shift;         // its elements before column 0
+  int columns;
+
+  __device__ Row(const T* raw, int columns)
+      : vectors(raw - misalignment(raw, kWidth<T>)), shift(misalignment(raw, kWidth<T>)),
+        columns(columns) {}
+
+  __device__ __forceinline__ int count() const {
+    return (shift + columns + kWidth<T> - 1) / kWidth<T>;
+  }
+
+  // The column of a vector's first element; below 0 where it lies before the row.
+  __device__ __forceinline__ int column(int vector) const { return vector * kWidth<T> - shift; }
+
+  __device__ __forceinline__ bool has(int column) const {
+    return unsigned(column) < unsigned(columns);
+  }
+
+  // One vector, with 0 for what is not of the row.
+  __device__ __forceinline__ void read(int vector, Accumulator<T>* to) const {
+    const T* from = vectors + int64_t(vector) * kWidth<T>;
+    const int first = column(vector);
+    if (first >= 0 && first + kWidth<T> <= columns) {
+      load(from, to);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWidth<T>; ++i)
+        to[i] = has(first + i) ? widened(from[i]) : Accumulator<T>(0);
+    }
+  }
+};
+
+// The logits of one warp's share: each lane has some vectors, a warp's lie side by side. What is
+// not of the row is -inf.
+template <typename T>
+class Tile {
+  using A = Accumulator<T>;
+
+ public:
+  static constexpr int kElements = sizeof(A) == 8 ? 2 : 8,
+                       kVectors = kElements / kWidth<T>;
+
+  A z[kElements];
+
+  __device__ __forceinline__ Tile(const Row<T>& row, const Head<A>& head, int index)
+      : first_vector_(index * kVectors * kWarp), first_column_(row.column(first_vector_)) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v)
+      row.read(first_vector_ + v * kWarp + lane_id(), z + v * kWidth<T>);
+    if (head.is_plain()) {  // decided once a tile, not once a logit
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) z[i] *= head.outer;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kElements; ++i)
+        if (row.has(column(i))) z[i] = head.logit(head.score(z[i], column(i)));
+    }
+    if (begin() >= 0 && end() <= row.columns) return;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i)
+      if (!row.has(column(i))) z[i] = -kInfinity<A>;
+  }
+
+  static __device__ __forceinline__ int count(const Row<T>& row) {
+    return (row.count() + kVectors * kWarp - 1) / (kVectors * kWarp);
+  }
+
+  // The column of the lane's i-th logit.
+  __device__ __forceinline__ int column(int i) const {
+    return first_column_ + (i / kWidth<T> * kWarp + lane_id()) * kWidth<T> + i % kWidth<T>;
+  }
+
+  __device__ __forceinline__ int begin() const { return first_column_; }
+  __device__ __forceinline__ int end() const { return first_column_ + kElements * kWarp; }
+
+  __device__ __forceinline__ A peak() const {
+    A peak = z[0];
+#pragma unroll
+    for (int i = 1; i < kElements; ++i) peak = fmax(peak, z[i]);
+    return peak;
+  }
+
+ private:
+  int first_vector_, first_column_;
+};
+
+}  // namespace opd

@@ -1,0 +1,163 @@
+// The backward pass of a loss that never used the tail: two products with a matrix [n, V] that has
+// k entries a row.
+//
+// dhidden gathers n * k rows of the weight. dweight is a scatter; its entries come sorted by id, so
+// a run of equal ids is one row of it. Blocks take pieces of equal length. The piece in which a run
+// starts owns its row and adds to it; a piece in which one goes on leaves its share in `partials`,
+// which the run's owner adds up afterwards. There are no atomics, and every order is fixed.
+
+#include "elements.cuh"
+
+namespace opd {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kPiece = 64;  // entries
+
+template <typename T, int kColumns>
+__device__ __forceinline__ void read(const T* from, Accumulator<T>* to) {
+  if constexpr (kColumns == 1)
+    to[0] = widened(*from);
+  else
+    load(from, to);
+}
+
+template <int kColumns, typename A>
+__device__ __forceinline__ void add(A* sums, const A* terms) {
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) sums[i] += terms[i];
+}
+
+template <typename T, int kColumns>
+__global__ void __launch_bounds__(kThreads)
+    product_kernel(const int64_t* ids, const Accumulator<T>* coefficients, int k, const T* dense,
+                   int64_t dense_stride, int columns, Accumulator<T>* sums, int64_t sums_stride) {
+  using A = Accumulator<T>;
+  const int64_t row = blockIdx.x;
+  const int first = (blockIdx.y * kThreads + threadIdx.x) * kColumns;
+  if (first >= columns) return;
+  A total[kColumns] = {};
+  for (int slot = 0; slot < k; ++slot) {
+    const int64_t id = ids[row * k + slot];
+    if (id < 0) continue;
+    const A coefficient = coefficients[row * k + slot];
+    A terms[kColumns];
+    read<T, kColumns>(dense + id * dense_stride + first, terms);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) total[i] += coefficient * terms[i];
+  }
+  add<kColumns>(sums + row * sums_stride + first, total);
+}
+
+template <typename T, int kColumns>
+__global__ void __launch_bounds__(kThreads)
+    scatter_kernel(const int64_t* ids, const int64_t* rows, const Accumulator<T>* coefficients,
+                   int64_t entries, const T* dense, int64_t dense_stride, int columns,
+                   Accumulator<T>* sums, int64_t sums_stride, Accumulator<T>* partials) {
+  using A = Accumulator<T>;
+  const int64_t begin = int64_t(blockIdx.x) * kPiece;
+  const int64_t end = min(begin + kPiece, entries);
+  const int first = (blockIdx.y * kThreads + threadIdx.x) * kColumns;
+  if (first >= columns) return;
+  bool is_owner = begin == 0 || ids[begin - 1] != ids[begin];
+  A total[kColumns] = {};
+  for (int64_t entry = begin; entry < end; ++entry) {
+    const int64_t id = ids[entry];
+    if (id >= 0) {
+      A terms[kColumns];
+      read<T, kColumns>(dense + rows[entry] * dense_stride + first, terms);
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) total[i] += coefficients[entry] * terms[i];
+    }
+    if (entry + 1 < end && ids[entry + 1] == id) continue;
+    A* partial = partials + blockIdx.x * int64_t(columns) + first;
+    if (id >= 0 && is_owner) {
+      add<kColumns>(sums + id * sums_stride + first, total);
+    } else if (id >= 0) {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) partial[i] = total[i];
+    }
+    is_owner = true;  // of the run that starts behind this one
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) total[i] = 0;
+  }
+}
+
+// A block has the piece of a run's owner, and adds up what the following ones hold of the run.
+template <typename A>
+__global__ void __launch_bounds__(kThreads)
+    combine_kernel(const int64_t* ids, int64_t entries, const A* partials, int columns, A* sums,
+                   int64_t sums_stride) {
+  const int64_t begin = int64_t(blockIdx.x) * kPiece, next = begin + kPiece;
+  const int column = blockIdx.y * kThreads + threadIdx.x;
+  if (next >= entries || column >= columns) return;
+  const int64_t id = ids[next - 1];
+  const bool starts_here = begin == 0 || ids[begin] != id || ids[begin - 1] != id;
+  if (id < 0 || ids[next] != id || !starts_here) return;
+  A total = 0;
+  for (int64_t piece = next; piece < entries && ids[piece] == id; piece += kPiece)
+    total += partials[piece / kPiece * columns + column];
+  sums[id * sums_stride + column] += total;
+}
+
+unsigned ceiling(int64_t a, int64_t b) { return unsigned((a + b - 1) / b); }
+
+// Whether every row of a matrix starts where a sixteen-byte vector does, and ends there.
+template <typename T>
+bool is_aligned(const OpdMatrix& matrix) {
+  return reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 &&
+         matrix.stride % kWidth<T> == 0 && matrix.columns % kWidth<T> == 0;
+}
+
+template <typename T, int kColumns>
+int product(const int64_t* ids, const void* coefficients, int64_t k, const OpdMatrix& dense,
+            const OpdMatrix& sums, void* stream) {
+  using A = Accumulator<T>;
+  const dim3 grid(unsigned(sums.rows), ceiling(sums.columns, kThreads * kColumns));
+  return launch(product_kernel<T, kColumns>, grid, kThreads, stream, ids,
+                static_cast<const A*>(coefficients), k, static_cast<const T*>(dense.data),
+                dense.stride, dense.columns, static_cast<A*>(sums.data), sums.stride);
+}
+
+template <typename T, int kColumns>
+int scatter(const int64_t* ids, const int64_t* rows, const void* coefficients, int64_t entries,
+            const OpdMatrix& dense, const OpdMatrix& sums, void* partials, void* stream) {
+  using A = Accumulator<T>;
+  const unsigned pieces = ceiling(entries, kPiece);
+  const dim3 grid(pieces, ceiling(sums.columns, kThreads * kColumns));
+  const int error = launch(
+      scatter_kernel<T, kColumns>, grid, kThreads, stream, ids, rows,
+      static_cast<const A*>(coefficients), entries, static_cast<const T*>(dense.data), dense.stride,
+      dense.columns, static_cast<A*>(sums.data), sums.stride, static_cast<A*>(partials));
+  if (error != cudaSuccess) return error;
+  const dim3 combine_grid(pieces, ceiling(sums.columns, kThreads));
+  return launch(combine_kernel<A>, combine_grid, kThreads, stream, ids, entries,
+                static_cast<const A*>(partials), dense.columns, static_cast<A*>(sums.data),
+                sums.stride);
+}
+
+}  // namespace
+}  // namespace opd
+
+int64_t opd_partials(int64_t entries) { return (entries + opd::kPiece - 1) / opd::kPiece; }
+
+int opd_sparse_product(const int64_t* ids, const void* coefficients, int64_t k, OpdMatrix dense,
+                       OpdMatrix sums, void* stream) {
+  return opd::for_dtype(dense.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto run = opd::is_aligned<T>(dense) ? opd::product<T, opd::kWidth<T>>
+                                               : opd::product<T, 1>;
+    return run(ids, coefficients, k, dense, sums, stream);
+  });
+}
+
+int opd_sparse_scatter(const int64_t* ids, const int64_t* rows, const void* coefficients,
+                       int64_t entries, OpdMatrix dense, OpdMatrix sums, void* partials,
+                       void* stream) {
+  return opd::for_dtype(dense.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto run = opd::is_aligned<T>(dense) ? opd::scatter<T, opd::kWidth<T>>
+                                               : opd::scatter<T, 1>;
+    return run(ids, rows, coefficients, entries, dense, sums, partials, stream);
+  });
+}

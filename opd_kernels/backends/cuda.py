@@ -1,0 +1,132 @@
+"""The epilogues in CUDA C++ (csrc/cuda), for chunks of float32, float64, bfloat16 and float16."""
+
+import importlib
+import importlib.util
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_kernels.backends import torch as definition
+from opd_kernels.backends.state import RowState
+from opd_kernels.head import Head
+from opd_kernels.sparse_rows import SparseRows
+
+# Columns above which a row is worth a whole block of threads. Set by reckoning, not by a measurement:
+# a warp that walks 8,192 columns alone has sixteen times the work of merging eight lists.
+_LONG_ROW = 8_192
+
+
+def load_extension() -> Any:
+    """The extension, or None where it is not built; one that cannot be loaded raises."""
+    name = "opd_kernels._cuda"
+    return None if importlib.util.find_spec(name) is None else importlib.import_module(name)
+
+
+class CudaEpilogues:
+    """Epilogues that an extension with the interface of csrc/cuda/bindings.cpp computes."""
+
+    def __init__(self, extension: Any, long_row: int = _LONG_ROW) -> None:
+        self._extension = extension
+        self._long_row = long_row
+
+    def update(self, chunk: Tensor, first_id: int, head: Head, state: RowState) -> None:
+        """As in backends/torch.py."""
+        (rows, columns), k = chunk.shape, state.ids.shape[1]
+        extension = self._extension
+        if k > (extension.MAX_SELECTED if state.selects else extension.MAX_GIVEN):
+            return definition.update(chunk, first_id, head, state)
+        if rows == 0:
+            return
+        with _device_of(chunk):
+            extension.update(
+                chunk, first_id, *_head(chunk, first_id, head), state.values, state.ids,
+                state.selects, state.max, state.sum, state.moment, columns > self._long_row,
+                _stream(chunk),
+            )  # fmt: skip
+
+    def gradient(
+        self,
+        chunk: Tensor,
+        first_id: int,
+        head: Head,
+        ids: Tensor,
+        dvalues: Tensor,
+        tail: Tensor,
+        dtail: Tensor,
+        out: Tensor,
+    ) -> None:
+        """As in backends/torch.py."""
+        if ids.shape[1] > self._extension.MAX_GIVEN or out.element_size() > dvalues.element_size():
+            return definition.gradient(chunk, first_id, head, ids, dvalues, tail, dtail, out)
+        if chunk.numel() == 0:
+            return
+        rows = (t.contiguous() for t in (ids, dvalues, tail, dtail))
+        with _device_of(chunk):
+            self._extension.gradient(
+                chunk, first_id, *_head(chunk, first_id, head), *rows, out, _stream(chunk)
+            )
+
+    def sparse_backward(
+        self,
+        ids: Tensor,
+        coefficients: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        dhidden: Tensor | None,
+        dweight: Tensor | None,
+    ) -> None:
+        """As in backends/torch.py."""
+        if ids.numel() == 0:
+            return
+        ids, coefficients = ids.contiguous(), coefficients.contiguous()
+        dense = (weight if dhidden is not None else None, hidden if dweight is not None else None)
+        if not all(t is None or _is_multiplied(t, coefficients) for t in dense):
+            return definition.sparse_backward(ids, coefficients, hidden, weight, dhidden, dweight)
+        with _device_of(ids):
+            stream = _stream(ids)
+            if dhidden is not None:
+                self._extension.sparse_product(ids, coefficients, weight, dhidden, stream)
+            if dweight is not None:
+                # Stable, so that every row of dweight is summed in the order of the tokens.
+                in_order, order = ids.flatten().sort(stable=True)
+                entries = (in_order, order // ids.shape[1], coefficients.flatten()[order])
+                self._extension.sparse_scatter(*entries, hidden, dweight, stream)
+
+    # These take what PyTorch offers: the first has a size that only the data tells, the last ones
+    # are a matter of the tensor cores.
+    filtered_gradient = staticmethod(definition.filtered_gradient)
+    divergence = staticmethod(definition.divergence)
+    reverse_kl = staticmethod(definition.reverse_kl)
+    fused = staticmethod(definition.fused)
+
+
+def _is_multiplied(dense: Tensor, coefficients: Tensor) -> bool:
+    """Whether a product with it is in the dtype of the coefficients, and its rows are contiguous."""
+    is_wide = dense.dtype == torch.float64
+    return is_wide == (coefficients.dtype == torch.float64) and dense.stride(1) == 1
+
+
+def _head(
+    chunk: Tensor, first_id: int, head: Head
+) -> tuple[Tensor | None, bool, float, float]:
+    """bias [v] of the chunk's columns in the accumulator dtype, whether the head is capped, and the
+    two factors of csrc/cuda/head.cuh.
+    """
+    bias = head.bias
+    if bias is not None:
+        dtype = torch.float64 if chunk.dtype == torch.float64 else torch.float32
+        bias = bias.detach()[first_id : first_id + chunk.shape[1]].to(dtype).contiguous()
+    if head.softcap is None:
+        return bias, False, 1.0, head.scale / head.temperature
+    return bias, True, head.scale / head.softcap, head.softcap / head.temperature
+
+
+def _stream(tensor: Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager:
+    """A launch goes to the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,0 +1,129 @@
+"""The CUDA kernels compiled by g++ against a header that stands in for CUDA, and run on the CPU."""
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.cpp_extension import include_paths
+
+from opd_kernels.backends.cuda import CudaEpilogues
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+BUILDS = HERE.parents[1] / "build" / "cuda_emulator"
+NAME = "opd_cuda_emulated"
+COMPILER = os.environ.get("CXX", "c++")
+FLAGS = ["-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+ADDRESS = ["-fsanitize=address", "-fsanitize-sections=opd_shared", "-fno-omit-frame-pointer"]
+
+Edit = Callable[[str, str], str]  # a source's name and text to its new text
+
+
+def is_available() -> bool:
+    """Whether there is a compiler for it."""
+    return shutil.which(COMPILER) is not None
+
+
+def build(sanitize: bool = False, edit: Edit | None = None) -> Path:
+    """The extension, from the sources as they are or edited; built once for the same sources."""
+    sources = {p.name: p.read_text() for p in sorted((CSRC / "cuda").iterdir()) if p.is_file()}
+    if edit is not None:
+        sources = {name: edit(name, text) for name, text in sources.items()}
+    flags = [*FLAGS, "-O1", *(ADDRESS if sanitize else [])]
+    key = _hash(*flags, *sources.values(), *(p.read_text() for p in sorted(HERE.glob("*.[ch]*"))))
+    folder = BUILDS / key
+    library = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    with _lock(folder):
+        if library.exists():
+            return library
+        (folder / "cuda").mkdir(exist_ok=True)
+        for name, text in sources.items():
+            (folder / "cuda" / name).write_text(text)
+        kernels = sorted((folder / "cuda").glob("*.cu"))
+        with ThreadPoolExecutor() as pool:
+            compiled = [pool.submit(_compile, s, s.with_suffix(".o"), flags) for s in kernels]
+            scheduler = folder / "emulator.o"
+            compiled.append(pool.submit(_compile, HERE / "emulator.cpp", scheduler, flags))
+            bindings = _bindings()
+            objects = [task.result() for task in compiled]
+        torch_library = Path(torch.__file__).parent / "lib"
+        libraries = ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
+        link = [*ADDRESS] if sanitize else []
+        partial = library.with_suffix(".partial")
+        _run("-shared", *link, *objects, bindings, f"-L{torch_library}", *libraries, "-o", partial)
+        partial.rename(library)
+    return library
+
+
+def load(library: Path) -> Any:
+    """The module of a library that `build` made; one in a process."""
+    spec = importlib.util.spec_from_file_location(NAME, library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def emulated() -> CudaEpilogues:
+    """The backend. Rows of 100 columns are long ones, so that small problems have both kinds."""
+    # `make sanitize` loads the sanitizer's runtime first; without it a watched library cannot be.
+    library = build(sanitize=os.environ.get("OPD_SANITIZE") == "1")
+    return CudaEpilogues(load(library), long_row=100)
+
+
+def _bindings() -> Path:
+    """Compiled apart: PyTorch's headers take most of the time, and edits leave it alone."""
+    sources = [CSRC / "cuda/bindings.cpp", CSRC / "cuda/epilogue.h", CSRC / "checks.h"]
+    python = sysconfig.get_paths()["include"]
+    flags = [f for path in (*include_paths(), python) for f in ("-isystem", path)]
+    flags += [*FLAGS, "-O1", "-DOPD_DEVICE=at::kCPU", f"-DTORCH_EXTENSION_NAME={NAME}"]
+    flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
+    folder = BUILDS / _hash(*flags, torch.__version__, *(p.read_text() for p in sources))
+    with _lock(folder):
+        output = folder / "bindings.o"
+        return output if output.exists() else _compile(sources[0], output, flags)
+
+
+def _compile(source: Path, output: Path, flags: list[str]) -> Path:
+    partial = output.with_suffix(".partial")
+    language = ["-x", "c++", "-I", HERE, "-I", CSRC / "cuda"]
+    _run(*flags, *language, "-c", source, "-o", partial)
+    return partial.rename(output)
+
+
+def _run(*arguments: object) -> None:
+    command = [COMPILER, *map(str, arguments)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[:4000]}")
+
+
+def _hash(*texts: str) -> str:
+    return hashlib.sha256("\0".join((COMPILER, *texts)).encode()).hexdigest()[:16]
+
+
+class _lock:  # noqa: N801 (a function in all but form)
+    """Only one of several test processes builds a folder; the others wait for it."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = folder / "lock"
+
+    def __enter__(self) -> None:
+        self._handle = self._file.open("w")
+        fcntl.flock(self._handle, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.close()
