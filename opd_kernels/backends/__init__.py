@@ -6,13 +6,12 @@ import os
 from functools import cache
 from typing import Any, Protocol, cast
 
-# The submodule backends.torch takes the name `torch` in this namespace, so the library is not
-# imported here.
-from torch import Tensor, cuda, dtype
+# The submodules torch and cuda take these names in this namespace, so the libraries' are not used.
+from torch import Tensor, dtype
 from torch import device as device_type
+from torch.cuda import is_available as has_gpu
 
-from opd_kernels.backends import cpu
-from opd_kernels.backends import cuda as cuda_backend
+from opd_kernels.backends import cpu, cuda
 from opd_kernels.backends import torch as torch_backend
 from opd_kernels.backends.state import RowState
 from opd_kernels.head import Head
@@ -127,11 +126,11 @@ def _backends() -> dict[str, Epilogues]:
     backends: dict[str, Any] = {"torch": torch_backend}
     if cpu.extension is not None:
         backends["cpu"] = cpu
-    if importlib.util.find_spec("triton") is not None and (cuda.is_available() or _interprets()):
+    if importlib.util.find_spec("triton") is not None and (has_gpu() or _interprets()):
         backends["triton"] = importlib.import_module("opd_kernels.backends.triton")
-    extension = cuda_backend.load_extension()
-    if extension is not None and cuda.is_available():
-        backends["cuda"] = cuda_backend.CudaEpilogues(extension)
+    extension = cuda.load_extension()
+    if extension is not None and has_gpu():
+        backends["cuda"] = cuda.CudaEpilogues(extension)
     return cast(dict[str, Epilogues], backends)
 
 
