@@ -88,14 +88,12 @@ def why_no_cuda(compiler: str | None) -> str | None:
 
 def cuda_extension(compiler: str) -> CppExtension:
     """The CUDA backend; Build compiles its kernels."""
-    root = Path(compiler).resolve().parents[1]
-    folders = [root / name for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
     return CppExtension(
         CUDA_EXTENSION,
         ["csrc/cuda/bindings.cpp"],
         extra_compile_args=["-O2", *WARNINGS],
         # Static, so that the package asks for no CUDA runtime beside the one that PyTorch brings.
-        extra_link_args=[f"-L{f}" for f in folders if f.is_dir()]
+        extra_link_args=[f"-L{folder}" for folder in nvcc.library_folders(compiler)]
         + ["-lcudart_static", "-ldl", "-lpthread", "-lrt"],
     )
 

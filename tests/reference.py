@@ -23,8 +23,8 @@ def head_in_float64(head):
 
 
 def rows_for(backend, rows):
-    """Fewer for Triton: an interpreted kernel takes a thousand times longer."""
-    return max(4, rows // 16) if backend == "triton" else rows
+    """Fewer for interpreted and emulated kernels, which take a thousand times longer."""
+    return max(4, rows // 16) if backend in ("triton", "cuda-emulated") else rows
 
 
 def make_logits(

@@ -101,6 +101,31 @@ void gradient(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias,
                "gradient");
 }
 
+void divergence(const Tensor& chunk, const OptionalTensor& bias, bool capped, double inner,
+                double outer, const Tensor& teacher, const OptionalTensor& teacher_bias,
+                bool teacher_capped, double teacher_inner, double teacher_outer, double beta,
+                const OptionalTensor& upstream, const Tensor& loss, const Tensor& out,
+                int64_t stream) {
+  const OpdMatrix student = matrix_of(chunk, "chunk"), other = matrix_of(teacher, "teacher");
+  const OpdMatrix result = matrix_of(out, "out");
+  TORCH_CHECK_VALUE(teacher.sizes() == chunk.sizes() && out.sizes() == chunk.sizes() &&
+                        teacher.scalar_type() == chunk.scalar_type() && chunk.size(1) >= 1,
+                    "teacher and out: expected the student's shape [n, V] and the teacher in its "
+                    "dtype, ", chunk.sizes(), " of ", chunk.scalar_type(), ", got ",
+                    teacher.sizes(), " of ", teacher.scalar_type(), " and ", out.sizes());
+  TORCH_CHECK_VALUE(beta >= 0 && beta <= 1, "beta: expected 0 to 1, got ", beta);
+  const auto dtype = accumulator_of(chunk);
+  check(loss, "loss", chunk.device(), dtype, {chunk.size(0)});
+  if (upstream) check(*upstream, "upstream", chunk.device(), dtype, {chunk.size(0)});
+  const OpdHead head = head_of(chunk, bias, capped, inner, outer);
+  const OpdHead teacher_head =
+      head_of(teacher, teacher_bias, teacher_capped, teacher_inner, teacher_outer);
+  check_launch(opd_divergence(student, head, other, teacher_head, beta,
+                              upstream ? upstream->data_ptr() : nullptr, loss.data_ptr(), result,
+                              pointer(stream)),
+               "divergence");
+}
+
 // sums [n, D] += coefficients [n, K] at ids [n, K] of an [n, V] matrix @ dense [V, D].
 void sparse_product(const Tensor& ids, const Tensor& coefficients, const Tensor& dense,
                     const Tensor& sums, int64_t stream) {
@@ -137,6 +162,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("MAX_GIVEN") = OPD_MAX_GIVEN;
   m.def("update", &update);
   m.def("gradient", &gradient);
+  m.def("divergence", &divergence);
   m.def("sparse_product", &sparse_product);
   m.def("sparse_scatter", &sparse_scatter);
 }

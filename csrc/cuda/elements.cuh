@@ -71,6 +71,36 @@ __device__ __forceinline__ int misalignment(const T* address, int elements) {
   return int(reinterpret_cast<uintptr_t>(address) / sizeof(T) % elements);
 }
 
+// Columns [first, first + kCount) of a row, of which only [0, columns) exist: the others are 0, and
+// are not written. Sixteen bytes at a time where the address allows it.
+template <int kCount, typename T>
+__device__ __forceinline__ void read_columns(const T* row, int first, int columns,
+                                             Accumulator<T>* to) {
+  const T* from = row + first;
+  if (first >= 0 && first + kCount <= columns && misalignment(from, kWidth<T>) == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += kWidth<T>) load(from + i, to + i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      to[i] = unsigned(first + i) < unsigned(columns) ? widened(from[i]) : Accumulator<T>(0);
+  }
+}
+
+template <int kCount, typename T, typename A>
+__device__ __forceinline__ void write_columns(const A* from, int first, int columns, T* row) {
+  T* to = row + first;
+  const bool is_whole = first >= 0 && first + kCount <= columns;
+  if (is_whole && kCount % kWidth<T> == 0 && misalignment(to, kWidth<T>) == 0) {
+#pragma unroll
+    for (int i = 0; i + kWidth<T> <= kCount; i += kWidth<T>) store(from + i, to + i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (unsigned(first + i) < unsigned(columns)) to[i] = rounded<T>(from[i]);
+  }
+}
+
 // Calls function(T{}) with the type of a dtype's elements.
 template <typename Function>
 int for_dtype(OpdDtype dtype, const Function& function) {

@@ -225,20 +225,6 @@ struct Support {
   const A *tails, *dtails;     // [n]
 };
 
-// Writes the columns [first, first + kGroup) of a row, as far as they are of it.
-template <typename O, typename A>
-__device__ __forceinline__ void write_group(O* out, const A* values, int first, int columns) {
-  const bool is_aligned = misalignment(out + first, kWidth<O>) == 0;
-  if (is_aligned && first >= 0 && first + kGroup <= columns) {
-#pragma unroll
-    for (int i = 0; i < kGroup; i += kWidth<O>) store(values + i, out + first + i);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i)
-      if (unsigned(first + i) < unsigned(columns)) out[first + i] = rounded<O>(values[i]);
-  }
-}
-
 // A block has a span of one row's columns. S is read before the span is overwritten, which may hold
 // the raw products that a softcap's derivative needs, and written after it.
 template <typename T, typename O>
@@ -271,22 +257,14 @@ __global__ void __launch_bounds__(kGradientThreads, 1024 / kGradientThreads)
     const int first = begin + (group * kGradientThreads + int(threadIdx.x)) * kGroup;
     if (first >= chunk.columns) break;
     A values[kGroup];
-    const bool is_inside = first >= 0 && first + kGroup <= chunk.columns;
-    if (is_inside) {
-#pragma unroll
-      for (int i = 0; i < kGroup; i += kWidth<T>) load(raw + first + i, values + i);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i)
-        values[i] = unsigned(first + i) < unsigned(chunk.columns) ? widened(raw[first + i]) : A(0);
-    }
+    read_columns<kGroup>(raw, first, chunk.columns, values);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       const int column = min(max(first + i, 0), chunk.columns - 1);
       const A score = head.score(values[i], column);
       values[i] = exp(head.logit(score) - origin) * dtail * head.derivative(score);
     }
-    write_group(out, values, first, chunk.columns);
+    write_columns<kGroup>(values, first, chunk.columns, out);
   }
   __syncthreads();
 

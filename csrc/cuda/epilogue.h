@@ -50,6 +50,13 @@ int opd_gradient(struct OpdMatrix chunk, int64_t first_id, struct OpdHead head,
                  const int64_t* ids, const void* dvalues, int64_t k, const void* tails,
                  const void* dtails, struct OpdMatrix out, void* stream);
 
+// losses [n] of whole rows, as divergence in opd_kernels/backends/torch.py defines them, from 0 for
+// the forward to 1 for the reverse KL. Given upstream [n], upstream * dloss/draw is written to out
+// [n, V], which may be the student's chunk.
+int opd_divergence(struct OpdMatrix student, struct OpdHead head, struct OpdMatrix teacher,
+                   struct OpdHead teacher_head, double beta, const void* upstream, void* losses,
+                   struct OpdMatrix out, void* stream);
+
 // sums [n, D] += coefficients [n, k] at ids [n, k] of an [n, V] matrix @ dense [V, D].
 int opd_sparse_product(const int64_t* ids, const void* coefficients, int64_t k,
                        struct OpdMatrix dense, struct OpdMatrix sums, void* stream);

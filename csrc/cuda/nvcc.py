@@ -2,11 +2,12 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
-SOURCES = [Path(__file__).with_name(name) for name in ("epilogue.cu", "sparse.cu")]
+SOURCES = [Path(__file__).with_name(name) for name in ("divergence.cu", "epilogue.cu", "sparse.cu")]
 # Capabilities with machine code in the package; newer ones compile the PTX of the last.
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FLAGS = ["-std=c++17", "-O3", "--compiler-options", "-Wall,-Wextra,-fPIC"]
@@ -22,6 +23,17 @@ def find_nvcc() -> str | None:
     if home is None and (found := shutil.which("nvcc")):
         return found
     return shutil.which("nvcc", path=os.pathsep.join(folders)) if folders else None
+
+
+def library_folders(nvcc: str) -> list[Path]:
+    """Where the toolkit has its libraries. The compiler is asked: it may be a wrapper or a link."""
+    command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    root = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    if root is None:
+        raise RuntimeError(f"{' '.join(command)} does not name its folder: {said[:1000]}")
+    folders = (Path(root[1].strip()) / name for name in ("lib64", "lib", "targets/x86_64-linux/lib"))
+    return [folder.resolve() for folder in folders if folder.is_dir()]
 
 
 def compile_sources(nvcc: str, folder: Path) -> list[Path]:

@@ -11,13 +11,12 @@ __device__ __forceinline__ int lane_id() { return threadIdx.x % kWarp; }
 // A row may begin and end inside a vector: the first one then holds fewer than its width.
 template <typename T>
 struct Row {
-  const T* vectors;  // the first one, aligned
-  int shift;         // its elements before column 0
+  const T* raw;
   int columns;
+  int shift;  // elements of the first vector before column 0
 
   __device__ Row(const T* raw, int columns)
-      : vectors(raw - misalignment(raw, kWidth<T>)), shift(misalignment(raw, kWidth<T>)),
-        columns(columns) {}
+      : raw(raw), columns(columns), shift(misalignment(raw, kWidth<T>)) {}
 
   __device__ __forceinline__ int count() const {
     return (shift + columns + kWidth<T> - 1) / kWidth<T>;
@@ -28,19 +27,6 @@ struct Row {
 
   __device__ __forceinline__ bool has(int column) const {
     return unsigned(column) < unsigned(columns);
-  }
-
-  // One vector, with 0 for what is not of the row.
-  __device__ __forceinline__ void read(int vector, Accumulator<T>* to) const {
-    const T* from = vectors + int64_t(vector) * kWidth<T>;
-    const int first = column(vector);
-    if (first >= 0 && first + kWidth<T> <= columns) {
-      load(from, to);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWidth<T>; ++i)
-        to[i] = has(first + i) ? widened(from[i]) : Accumulator<T>(0);
-    }
   }
 };
 
@@ -57,10 +43,10 @@ class Tile {
   A z[kElements];
 
   __device__ __forceinline__ Tile(const Row<T>& row, const Head<A>& head, int index)
-      : first_vector_(index * kVectors * kWarp), first_column_(row.column(first_vector_)) {
+      : first_column_(row.column(index * kVectors * kWarp)) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v)
-      row.read(first_vector_ + v * kWarp + lane_id(), z + v * kWidth<T>);
+      read_columns<kWidth<T>>(row.raw, column(v * kWidth<T>), row.columns, z + v * kWidth<T>);
     if (head.is_plain()) {  // decided once a tile, not once a logit
 #pragma unroll
       for (int i = 0; i < kElements; ++i) z[i] *= head.outer;
@@ -95,7 +81,7 @@ class Tile {
   }
 
  private:
-  int first_vector_, first_column_;
+  int first_column_;
 };
 
 }  // namespace opd

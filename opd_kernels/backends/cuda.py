@@ -94,10 +94,34 @@ class CudaEpilogues:
                 entries = (in_order, order // ids.shape[1], coefficients.flatten()[order])
                 self._extension.sparse_scatter(*entries, hidden, dweight, stream)
 
-    # These take what PyTorch offers: the first has a size that only the data tells, the last ones
-    # are a matter of the tensor cores.
+    def divergence(
+        self,
+        chunk: Tensor,
+        head: Head,
+        teacher_chunk: Tensor,
+        teacher_head: Head,
+        beta: float,
+        upstream: Tensor | None,
+        out: Tensor,
+    ) -> Tensor:
+        """As in backends/torch.py."""
+        loss = chunk.new_empty(chunk.shape[0], dtype=_accumulator(chunk))
+        if out.element_size() > loss.element_size():
+            heads = (head, teacher_chunk, teacher_head)
+            return definition.divergence(chunk, *heads, beta, upstream, out)
+        if chunk.shape[0] == 0:
+            return loss
+        upstream = None if upstream is None else upstream.contiguous()
+        heads = _head(chunk, 0, head), _head(teacher_chunk, 0, teacher_head)
+        with _device_of(chunk):
+            self._extension.divergence(
+                chunk, *heads[0], teacher_chunk, *heads[1], beta, upstream, loss, out,
+                _stream(chunk),
+            )  # fmt: skip
+        return loss
+
+    # What is kept has a size that only the data tells: PyTorch finds it.
     filtered_gradient = staticmethod(definition.filtered_gradient)
-    divergence = staticmethod(definition.divergence)
     reverse_kl = staticmethod(definition.reverse_kl)
     fused = staticmethod(definition.fused)
 
@@ -116,11 +140,15 @@ def _head(
     """
     bias = head.bias
     if bias is not None:
-        dtype = torch.float64 if chunk.dtype == torch.float64 else torch.float32
-        bias = bias.detach()[first_id : first_id + chunk.shape[1]].to(dtype).contiguous()
+        bias = bias.detach()[first_id : first_id + chunk.shape[1]].to(_accumulator(chunk))
+        bias = bias.contiguous()
     if head.softcap is None:
         return bias, False, 1.0, head.scale / head.temperature
     return bias, True, head.scale / head.softcap, head.softcap / head.temperature
+
+
+def _accumulator(chunk: Tensor) -> torch.dtype:
+    return torch.float64 if chunk.dtype == torch.float64 else torch.float32
 
 
 def _stream(tensor: Tensor) -> int:

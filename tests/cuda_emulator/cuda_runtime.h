@@ -25,6 +25,7 @@
 using std::exp;
 using std::fabs;
 using std::fmax;
+using std::log;
 using std::max;
 using std::min;
 using std::tanh;
