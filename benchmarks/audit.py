@@ -1,7 +1,7 @@
-"""What the Triton kernels compile to, without a GPU: registers, spills, instructions.
+"""What the Triton and CUDA kernels compile to, without a GPU: registers, spills, instructions.
 
-Every launch is recorded from the package's own epilogues at the shape of a real head, with each
-shipped configuration, plain and with every option.
+Of Triton, every launch is recorded from the package's own epilogues at the shape of a real head,
+with each shipped configuration, plain and with every option; of csrc/cuda, every kernel.
 """
 
 import argparse
@@ -17,8 +17,9 @@ from unittest.mock import patch
 import torch
 from tqdm import tqdm
 
-from benchmarks import launches
-from benchmarks.machine_code import TARGETS, MachineCode, compile_for, launches_of
+from benchmarks import cuda_code, launches, triton_code
+from benchmarks.machine_code import TARGETS, MachineCode
+from csrc.cuda import nvcc
 from opd_kernels.backends.triton import configs
 
 
@@ -26,6 +27,7 @@ from opd_kernels.backends.triton import configs
 class Row:
     """One kernel of one case on one target."""
 
+    backend: str
     case: str
     kernel: str
     target: str
@@ -63,37 +65,65 @@ CASES: dict[str, Callable[[], launches.Call]] = {
 }
 
 
-def audit(case: str, target: str) -> list[Row]:
+# A source of csrc/cuda by its name.
+SOURCES = {path.stem: path for path in nvcc.SOURCES}
+
+
+def audit_triton(case: str, target: str) -> list[Row]:
     """Compile what one case launches for one target."""
     rows = []
     call = CASES[case]()
     with patch.object(configs, "capability", lambda device: TARGETS[target].capability):
-        made = launches_of(call)
+        made = triton_code.launches_of(call)
     for launch in made:
-        code = compile_for(launch, TARGETS[target])
-        warps = TARGETS[target].resident_warps(code)
-        rows.append(Row(case, launch.kernel.fn.__name__, target, code, warps))
+        code = triton_code.compile_for(launch, TARGETS[target])
+        rows.append(_row("triton", case, launch.kernel.fn.__name__, target, code))
     return rows
+
+
+def audit_cuda(source: str, target: str) -> list[Row]:
+    """Compile one source for one target."""
+    kernels = cuda_code.kernels_of(SOURCES[source], TARGETS[target])
+    return [
+        _row("cuda", signature, signature.partition("<")[0], target, code)
+        for signature, code in kernels.items()
+    ]
+
+
+def _row(backend: str, case: str, kernel: str, target: str, code: MachineCode) -> Row:
+    return Row(backend, case, kernel, target, code, TARGETS[target].resident_warps(code))
+
+
+AUDITS = {"triton": audit_triton, "cuda": audit_cuda}
+
+
+def audit(backend: str, subject: str, target: str) -> list[Row]:
+    """Compile one case or source of a backend for one target."""
+    return AUDITS[backend](subject, target)
 
 
 def table(rows: list[Row]) -> str:
     """Markdown."""
-    columns = ["case", "target", "registers", "spilled bytes", "shared bytes", "resident warps"]
-    columns += ["instructions", "loads", "stores", "exp", "tensor"]
+    columns = ["backend", "case", "target", "registers", "spilled bytes", "shared bytes", "resident warps"]
+    columns += ["instructions", "loads", "of 16 bytes", "stores", "of 16 bytes", "exp", "tensor"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         code = row.code
         tensor = code.count(TARGETS[row.target].tensor_instruction)
-        counts = [code.total, code.count("LDG"), code.count("STG"), code.count("MUFU"), tensor]
+        counts = [code.total]
+        for name in ("LDG", "STG"):
+            counts += [code.count(name), code.count(name, "128")]
+        counts += [code.count("MUFU"), tensor]
         resources = [code.registers, code.spilled_bytes, code.shared_bytes, row.resident_warps]
-        cells = [row.case, row.target, *map(str, resources + counts)]
+        cells = [row.backend, row.case, row.target, *map(str, resources + counts)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("audit", help="what the Triton kernels compile to, without a GPU")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser = commands.add_parser("audit", help="what the kernels compile to, without a GPU")
+    parser.add_argument("--backends", nargs="+", choices=AUDITS, default=list(AUDITS))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="Triton's")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/audit"))
@@ -104,7 +134,13 @@ def main(arguments: argparse.Namespace) -> None:
     """Print a Markdown table; write it, and the figures as JSON."""
     if configs.INTERPRETED:
         sys.exit("audit: TRITON_INTERPRET is set, so that kernels are not compiled; unset it")
-    work = [(case, target) for case in arguments.cases for target in arguments.targets]
+    subjects = {"triton": arguments.cases, "cuda": SOURCES}
+    work = [
+        (backend, subject, target)
+        for backend in arguments.backends
+        for subject in subjects[backend]
+        for target in arguments.targets
+    ]
     with ProcessPoolExecutor(arguments.processes) as pool:
         results = tqdm(pool.map(audit, *zip(*work, strict=True)), total=len(work), desc="compiling")
         rows = [row for result in results for row in result]

@@ -135,7 +135,7 @@ struct Pair {
 };
 
 template <typename T, typename O>
-__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentThreads<T> / kThreads)
     divergence_kernel(Pair<T> pair, Head<Accumulator<T>> head, Head<Accumulator<T>> teacher_head,
                       double beta_, const Accumulator<T>* upstream, Accumulator<T>* losses, O* out,
                       int64_t out_stride) {
@@ -219,21 +219,16 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
 int opd_divergence(OpdMatrix student, OpdHead head, OpdMatrix teacher, OpdHead teacher_head,
                    double beta, const void* upstream, void* losses, OpdMatrix out, void* stream) {
   if (student.dtype != teacher.dtype) return cudaErrorInvalidValue;
-  return opd::for_dtype(student.dtype, [&](auto zero) {
+  return opd::for_dtypes(student.dtype, out.dtype, [&](auto zero, auto out_zero) {
     using T = decltype(zero);
+    using O = decltype(out_zero);
     using A = opd::Accumulator<T>;
     const opd::Pair<T> pair{static_cast<const T*>(student.data),
                             static_cast<const T*>(teacher.data), student.stride, teacher.stride,
                             int(student.columns)};
-    return opd::for_dtype(out.dtype, [&](auto out_zero) {
-      using O = decltype(out_zero);
-      if constexpr (sizeof(O) > sizeof(A))
-        return int(cudaErrorInvalidValue);
-      else
-        return opd::launch(opd::divergence_kernel<T, O>, dim3(unsigned(student.rows)),
-                           opd::kThreads, stream, pair, opd::Head<A>(head),
-                           opd::Head<A>(teacher_head), beta, static_cast<const A*>(upstream),
-                           static_cast<A*>(losses), static_cast<O*>(out.data), out.stride);
-    });
+    return opd::launch(opd::divergence_kernel<T, O>, dim3(unsigned(student.rows)), opd::kThreads,
+                       stream, pair, opd::Head<A>(head), opd::Head<A>(teacher_head), beta,
+                       static_cast<const A*>(upstream), static_cast<A*>(losses),
+                       static_cast<O*>(out.data), out.stride);
   });
 }

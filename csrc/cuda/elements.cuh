@@ -39,6 +39,12 @@ __device__ __forceinline__ T rounded(A x) {
     return T(x);
 }
 
+// Threads that a multiprocessor is to hold at least: half of what the larger ones can, so that 64
+// registers are left to each. float64, which is there for tests of gradients, takes 80: in 64 some
+// kernels would spill.
+template <typename T>
+constexpr int kResidentThreads = sizeof(T) == 8 ? 768 : 1024;
+
 // What a thread reads or writes at a time: elements of T in one sixteen-byte access.
 template <typename T>
 constexpr int kWidth = 16 / sizeof(T);
@@ -114,6 +120,22 @@ int for_dtype(OpdDtype dtype, const Function& function) {
     default:
       return function(__half{});
   }
+}
+
+// Calls function(T{}, O{}) for a chunk of T whose gradient is written as O: the same dtype, or 16
+// bits for the matrix products that follow.
+template <typename Function>
+int for_dtypes(OpdDtype chunk, OpdDtype out, const Function& function) {
+  return for_dtype(chunk, [&](auto zero) {
+    return for_dtype(out, [&](auto out_zero) {
+      using T = decltype(zero);
+      using O = decltype(out_zero);
+      if constexpr (std::is_same_v<T, O> || (std::is_same_v<T, float> && sizeof(O) == 2))
+        return function(zero, out_zero);
+      else
+        return int(cudaErrorInvalidValue);
+    });
+  });
 }
 
 template <typename... Parameters, typename... Arguments>

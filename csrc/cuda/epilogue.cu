@@ -14,7 +14,10 @@ namespace {
 
 constexpr int kRowsOfBlock = 4;  // where a row belongs to one warp
 constexpr int kGradientThreads = 256, kGradientGroups = 4;
-constexpr int kGroup = 8;  // columns that a thread reads and writes at a time
+template <typename A>
+constexpr int kGroup = sizeof(A) == 8 ? 2 : 8;  // columns that a thread reads and writes at a time
+template <typename A>
+constexpr int kSpan = kGradientThreads * kGradientGroups * kGroup<A>;  // columns of a block
 
 template <typename A>
 struct State {
@@ -100,7 +103,7 @@ __device__ int count_better(const A* values, const int* ids, int count, A value,
 }
 
 template <typename T, int kWarps, int kCapacity>
-__global__ void __launch_bounds__(Place<kWarps>::kThreads, 1024 / Place<kWarps>::kThreads)
+__global__ void __launch_bounds__(Place<kWarps>::kThreads, kResidentThreads<T> / Place<kWarps>::kThreads)
     select_kernel(Chunk<T> chunk, Head<Accumulator<T>> head, State<Accumulator<T>> state) {
   using A = Accumulator<T>;
   constexpr int kLists = Place<kWarps>::kThreads / kWarp;
@@ -164,7 +167,7 @@ __global__ void __launch_bounds__(Place<kWarps>::kThreads, 1024 / Place<kWarps>:
 }
 
 template <typename T, int kWarps, int kCapacity>
-__global__ void __launch_bounds__(Place<kWarps>::kThreads, 1024 / Place<kWarps>::kThreads)
+__global__ void __launch_bounds__(Place<kWarps>::kThreads, kResidentThreads<T> / Place<kWarps>::kThreads)
     gather_kernel(Chunk<T> chunk, Head<Accumulator<T>> head, State<Accumulator<T>> state) {
   using A = Accumulator<T>;
   // The columns of S in ascending order, each with its slot, which a float32 holds exactly.
@@ -228,7 +231,7 @@ struct Support {
 // A block has a span of one row's columns. S is read before the span is overwritten, which may hold
 // the raw products that a softcap's derivative needs, and written after it.
 template <typename T, typename O>
-__global__ void __launch_bounds__(kGradientThreads, 1024 / kGradientThreads)
+__global__ void __launch_bounds__(kGradientThreads, kResidentThreads<T> / kGradientThreads)
     gradient_kernel(Chunk<T> chunk, Head<Accumulator<T>> head, Support<Accumulator<T>> support,
                     O* out, int64_t out_stride) {
   using A = Accumulator<T>;
@@ -236,9 +239,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1024 / kGradientThreads)
   const int64_t row = blockIdx.x;
   const T* raw = chunk.data + row * chunk.stride;
   // Groups start where a sixteen-byte vector of both dtypes does, if rows of both are aligned alike.
-  const int shift = misalignment(raw, kGroup);
-  const int begin = int(blockIdx.y) * kGradientThreads * kGradientGroups * kGroup - shift;
-  const int end = begin + kGradientThreads * kGradientGroups * kGroup;
+  const int begin = int(blockIdx.y) * kSpan<A> - misalignment(raw, kGroup<A>);
+  const int end = begin + kSpan<A>;
   const int64_t* ids = support.ids + row * support.k;
   out += row * out_stride;
 
@@ -254,17 +256,17 @@ __global__ void __launch_bounds__(kGradientThreads, 1024 / kGradientThreads)
   const A tail = support.tails[row], dtail = support.dtails[row];
   const A origin = tail == -kInfinity<A> ? kInfinity<A> : tail;
   for (int group = 0; group < kGradientGroups; ++group) {
-    const int first = begin + (group * kGradientThreads + int(threadIdx.x)) * kGroup;
+    const int first = begin + (group * kGradientThreads + int(threadIdx.x)) * kGroup<A>;
     if (first >= chunk.columns) break;
-    A values[kGroup];
-    read_columns<kGroup>(raw, first, chunk.columns, values);
+    A values[kGroup<A>];
+    read_columns<kGroup<A>>(raw, first, chunk.columns, values);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
+    for (int i = 0; i < kGroup<A>; ++i) {
       const int column = min(max(first + i, 0), chunk.columns - 1);
       const A score = head.score(values[i], column);
       values[i] = exp(head.logit(score) - origin) * dtail * head.derivative(score);
     }
-    write_columns<kGroup>(values, first, chunk.columns, out);
+    write_columns<kGroup<A>>(values, first, chunk.columns, out);
   }
   __syncthreads();
 
@@ -307,24 +309,18 @@ int opd_gradient(OpdMatrix chunk, int64_t first_id, OpdHead head, const int64_t*
                  const void* dvalues, int64_t k, const void* tails, const void* dtails,
                  OpdMatrix out, void* stream) {
   if (k < 0 || k > OPD_MAX_GIVEN) return cudaErrorInvalidValue;
-  return opd::for_dtype(chunk.dtype, [&](auto zero) {
+  return opd::for_dtypes(chunk.dtype, out.dtype, [&](auto zero, auto out_zero) {
     using T = decltype(zero);
+    using O = decltype(out_zero);
     using A = opd::Accumulator<T>;
     const opd::Support<A> support{ids, static_cast<const A*>(dvalues), int(k),
                                   static_cast<const A*>(tails), static_cast<const A*>(dtails)};
-    constexpr int kSpan = opd::kGradientThreads * opd::kGradientGroups * opd::kGroup;
     // A row may begin inside a group, which then takes one group more.
-    const int64_t spans = (chunk.columns + opd::kGroup - 1 + kSpan - 1) / kSpan;
+    const int64_t spans = (chunk.columns + opd::kGroup<A> - 2) / opd::kSpan<A> + 1;
     const dim3 grid(unsigned(chunk.rows), unsigned(spans));
-    return opd::for_dtype(out.dtype, [&](auto out_zero) {
-      using O = decltype(out_zero);
-      if constexpr (sizeof(O) > sizeof(A))
-        return int(cudaErrorInvalidValue);
-      else
-        return opd::launch(opd::gradient_kernel<T, O>, grid, opd::kGradientThreads, stream,
-                           opd::Chunk<T>(chunk, first_id), opd::Head<A>(head), support,
-                           static_cast<O*>(out.data), out.stride);
-    });
+    return opd::launch(opd::gradient_kernel<T, O>, grid, opd::kGradientThreads, stream,
+                       opd::Chunk<T>(chunk, first_id), opd::Head<A>(head), support,
+                       static_cast<O*>(out.data), out.stride);
   });
 }
 

@@ -44,7 +44,7 @@ struct OpdState {
 int opd_update(struct OpdMatrix chunk, int64_t first_id, struct OpdHead head,
                struct OpdState state, int block_per_row, void* stream);
 
-// Writes dL/draw to out [n, v], which may be the chunk: dvalues [n, k] at ids [n, k], and
+// Writes dL/draw to out [n, v]: the chunk or one of its dtype, or 16 bits for a float32 chunk. dvalues
 // dtails [n] * exp(z - tails [n]) elsewhere.
 int opd_gradient(struct OpdMatrix chunk, int64_t first_id, struct OpdHead head,
                  const int64_t* ids, const void* dvalues, int64_t k, const void* tails,
@@ -52,7 +52,7 @@ int opd_gradient(struct OpdMatrix chunk, int64_t first_id, struct OpdHead head,
 
 // losses [n] of whole rows, as divergence in opd_kernels/backends/torch.py defines them, from 0 for
 // the forward to 1 for the reverse KL. Given upstream [n], upstream * dloss/draw is written to out
-// [n, V], which may be the student's chunk.
+// [n, V], as opd_gradient does.
 int opd_divergence(struct OpdMatrix student, struct OpdHead head, struct OpdMatrix teacher,
                    struct OpdHead teacher_head, double beta, const void* upstream, void* losses,
                    struct OpdMatrix out, void* stream);

@@ -7,22 +7,36 @@ import shutil
 import subprocess
 from pathlib import Path
 
-SOURCES = [Path(__file__).with_name(name) for name in ("divergence.cu", "epilogue.cu", "sparse.cu")]
-# Capabilities with machine code in the package; newer ones compile the PTX of the last.
+SOURCES = [Path(__file__).with_name(f"{name}.cu") for name in ("divergence", "epilogue", "sparse")]
+# Capabilities with machine code of their own. The others compile the PTX of the first at run time.
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-FLAGS = ["-std=c++17", "-O3", "--compiler-options", "-Wall,-Wextra,-fPIC"]
+REMEDY = (
+    "install the CUDA toolkit, 12.8 or newer, or the packages nvidia-cuda-nvcc, nvidia-cuda-crt, "
+    "nvidia-nvvm, nvidia-cuda-runtime and nvidia-cuda-cccl of one release, or set CUDA_HOME"
+)
+_FLAGS = ["-std=c++17", "-O3", "--compiler-options", "-Wall,-Wextra,-fPIC"]
 
 
 def find_nvcc() -> str | None:
     """The compiler of CUDA_HOME, of PATH, or of the package nvidia-cuda-nvcc; None without any."""
     home = os.environ.get("CUDA_HOME")
-    folders = [f"{home}/bin"] if home else []
-    package = importlib.util.find_spec("nvidia")
-    for location in package.submodule_search_locations or () if package else ():
-        folders += [str(path) for path in sorted(Path(location).glob("cu*/bin"), reverse=True)]
-    if home is None and (found := shutil.which("nvcc")):
-        return found
-    return shutil.which("nvcc", path=os.pathsep.join(folders)) if folders else None
+    if home is not None:
+        return shutil.which("nvcc", path=f"{home}/bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(_package_folders()))
+
+
+def architectures() -> tuple[int, ...]:
+    """OPD_CUDA_ARCHITECTURES, such as "90" or "80 90", where only some GPUs are meant; else all."""
+    wanted = os.environ.get("OPD_CUDA_ARCHITECTURES")
+    if wanted is None:
+        return ARCHITECTURES
+    numbers = wanted.replace(",", " ").split()
+    if not numbers or not all(n.isdecimal() and int(n) >= 80 for n in numbers):
+        raise ValueError(
+            "OPD_CUDA_ARCHITECTURES: expected compute capabilities from 80 on, such as '80 90', "
+            f"got {wanted!r}"
+        )
+    return tuple(sorted({int(n) for n in numbers}))
 
 
 def library_folders(nvcc: str) -> list[Path]:
@@ -36,20 +50,30 @@ def library_folders(nvcc: str) -> list[Path]:
     return [folder.resolve() for folder in folders if folder.is_dir()]
 
 
-def compile_sources(nvcc: str, folder: Path) -> list[Path]:
-    """Object files with code for every architecture; raises CalledProcessError."""
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    codes.append(f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")
+def compile_objects(nvcc: str, folder: Path) -> list[Path]:
+    """Object files with code for every architecture that is wanted, and PTX."""
+    wanted = architectures()
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted]
+    codes.append(f"-gencode=arch=compute_{wanted[0]},code=compute_{wanted[0]}")
     folder.mkdir(parents=True, exist_ok=True)
     objects = []
     for source in SOURCES:
         objects.append(folder / f"{source.stem}.o")
-        command = [nvcc, *FLAGS, *codes, "--threads", "0", "-c", str(source)]
+        command = [nvcc, *_FLAGS, *codes, "--threads", "0", "-c", str(source)]
         subprocess.run([*command, "-o", str(objects[-1])], check=True)
     return objects
 
 
 def compile_cubin(nvcc: str, source: Path, architecture: int, output: Path) -> str:
-    """Machine code for one architecture; returns what the compilers said."""
-    command = [nvcc, *FLAGS, f"-arch=sm_{architecture}", "-cubin", str(source), "-o", str(output)]
-    return subprocess.run(command, check=True, stderr=subprocess.STDOUT, stdout=-1, text=True).stdout
+    """Machine code for one architecture; returns what the compilers said, ptxas' figures too."""
+    command = [nvcc, *_FLAGS, "-Xptxas", "-v", f"-arch=sm_{architecture}", "-cubin", str(source)]
+    done = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def _package_folders() -> list[str]:
+    package = importlib.util.find_spec("nvidia")
+    locations = package.submodule_search_locations if package is not None else None
+    return [str(b) for path in locations or () for b in sorted(Path(path).glob("cu*/bin"))[::-1]]

@@ -58,7 +58,7 @@ class CudaEpilogues:
         out: Tensor,
     ) -> None:
         """As in backends/torch.py."""
-        if ids.shape[1] > self._extension.MAX_GIVEN or out.element_size() > dvalues.element_size():
+        if ids.shape[1] > self._extension.MAX_GIVEN or not _writes(chunk, out):
             return definition.gradient(chunk, first_id, head, ids, dvalues, tail, dtail, out)
         if chunk.numel() == 0:
             return
@@ -106,7 +106,7 @@ class CudaEpilogues:
     ) -> Tensor:
         """As in backends/torch.py."""
         loss = chunk.new_empty(chunk.shape[0], dtype=_accumulator(chunk))
-        if out.element_size() > loss.element_size():
+        if not _writes(chunk, out):
             heads = (head, teacher_chunk, teacher_head)
             return definition.divergence(chunk, *heads, beta, upstream, out)
         if chunk.shape[0] == 0:
@@ -149,6 +149,12 @@ def _head(
 
 def _accumulator(chunk: Tensor) -> torch.dtype:
     return torch.float64 if chunk.dtype == torch.float64 else torch.float32
+
+
+def _writes(chunk: Tensor, out: Tensor) -> bool:
+    """Whether a kernel takes a chunk of one dtype to a gradient of the other."""
+    is_narrowed = chunk.dtype == torch.float32 and out.dtype in (torch.bfloat16, torch.float16)
+    return chunk.dtype == out.dtype or is_narrowed
 
 
 def _stream(tensor: Tensor) -> int:

@@ -1,0 +1,64 @@
+"""What nvcc makes of csrc/cuda, without a GPU: the figures of ptxas, and the machine code."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+from benchmarks.machine_code import MachineCode, Target, instructions_of, run_tool
+from csrc.cuda import nvcc
+
+_USAGE = re.compile(
+    r"Compiling entry function '(\S+)'.*?\n.*?Function properties for \S+\n"
+    r"\s*\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+    r".*?Used (\d+) registers(.*)"
+)
+
+
+def kernels_of(source: Path, target: Target) -> dict[str, MachineCode]:
+    """Every kernel of a source, by its name and template arguments.
+
+    Raises:
+        RuntimeError: nvcc is not there, fails, or warns.
+    """
+    compiler = nvcc.find_nvcc()
+    if compiler is None:
+        raise RuntimeError(f"no nvcc was found; {nvcc.REMEDY}")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        said = nvcc.compile_cubin(compiler, source, target.capability, Path(file.name))
+        if "warning" in said:
+            raise RuntimeError(said)
+        instructions = instructions_of(file.name)
+        elf = run_tool("cuobjdump", "-elf", file.name)
+    threads = _threads_of(elf)
+    figures = {name: rest for name, *rest in _USAGE.findall(said)}
+    return {
+        _readable(name): MachineCode(
+            registers=int(registers),
+            spilled_bytes=int(stores) + int(loads),
+            shared_bytes=int((re.findall(r"(\d+) bytes smem", rest) or [0])[0]),
+            warps=threads[name] // 32,
+            instructions=instructions[name],
+        )
+        for name, (stores, loads, registers, rest) in figures.items()
+    }
+
+
+def _threads_of(elf: str) -> dict[str, int]:
+    """The threads of a block that each kernel's launch bounds state."""
+    threads = {}
+    for section in elf.split("\n.nv.info.")[1:]:
+        bound = re.search(r"EIATTR_MAX_THREADS\n.*\n\s*Value:\s*(0x[0-9a-f]+)", section)
+        if bound is not None:
+            threads[section.split(maxsplit=1)[0]] = int(bound[1], 16)
+    return threads
+
+
+def _readable(mangled: str) -> str:
+    """select_kernel<float, 8, 512>, say."""
+    command = ["c++filt", mangled]
+    name = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    kernel = re.search(r"(\w+_kernel<[^(]*?>)\(", name)
+    if kernel is None:
+        raise RuntimeError(f"not a kernel's name: {name}")
+    return kernel[1]
