@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m trainer distill recipes/demo.yaml
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadgroup
+	$(BIN)/python -m pytest -m "not slow" -n auto
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
@@ -50,7 +50,7 @@ triton-versions: $(TRITON_VERSIONS:%=triton-%)
 triton-%: $(VENV)/installed
 	rm -rf build/$@
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target build/$@ triton==$* 'numpy<2.4'
-	PYTHONPATH=$(CURDIR)/build/$@ $(BIN)/python -m pytest -n auto --dist loadgroup tests/test_triton.py tests/test_triton_linear.py tests/test_triton_reverse_kl.py \
+	PYTHONPATH=$(CURDIR)/build/$@ $(BIN)/python -m pytest -n auto tests/test_epilogues.py tests/test_triton_linear.py tests/test_triton_reverse_kl.py \
 		tests/test_native_products.py tests/test_audit.py
 
 bench: $(VENV)/installed

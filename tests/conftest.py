@@ -23,9 +23,9 @@ _EMULATED = "cuda-emulated"
 # Whose tensors live on the DEVICE; the others' belong to the CPU.
 _ON_DEVICE = {
     "test_distill", "test_distill_numbers", "test_divergences",
-    "test_divergences_optima", "test_gradient_filter", "test_linear",
+    "test_divergences_optima", "test_epilogues", "test_gradient_filter", "test_linear",
     "test_linear_numbers", "test_native_products", "test_sparse_logits", "test_supports",
-    "test_token_weights", "test_triton", "test_triton_linear", "test_triton_reverse_kl",
+    "test_token_weights", "test_triton_linear", "test_triton_reverse_kl",
 }  # fmt: skip
 
 
@@ -71,13 +71,26 @@ def _reproducible(device):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=[*available_backends(), _EMULATED])
-def backend(request, device):
-    """Every backend that reaches the device; the operator tests run on each."""
-    if request.param == _EMULATED:
+_BACKENDS = [*available_backends(), _EMULATED]
+
+
+def _prepared(name, device):
+    if name == _EMULATED:
         if device.type != "cpu" or not cuda_emulator.is_available():
             pytest.skip("the emulator needs a C++ compiler and a CPU's tensors")
         backends._backends()[_EMULATED] = cuda_emulator.emulated()
-    if not backends.reaches(request.param, device):
-        pytest.skip(f"{request.param} does not reach tensors on {device}")
-    return request.param
+    if not backends.reaches(name, device):
+        pytest.skip(f"{name} does not reach tensors on {device}")
+    return name
+
+
+@pytest.fixture(params=_BACKENDS)
+def backend(request, device):
+    """Every backend that reaches the device; the operator tests run on each."""
+    return _prepared(request.param, device)
+
+
+@pytest.fixture(params=[name for name in _BACKENDS if name not in ("cpu", "torch")])
+def gpu_backend(request, device):
+    """Every backend with kernels for GPUs."""
+    return _prepared(request.param, device)

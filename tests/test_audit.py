@@ -27,61 +27,59 @@ def audit(output, *arguments):
     return [row | {"code": MachineCode(**row["code"])} for row in rows]
 
 
-@pytest.fixture(scope="module")
-def triton_rows(tmp_path_factory):
-    """Of every shipped configuration."""
-    return audit(
-        tmp_path_factory.mktemp("audit"), "--backends", "triton", "--targets", *TRITON_TARGETS
-    )
+# One test for each audit: workers of pytest-xdist would compile it once for each test of several.
+def test_triton(tmp_path):
+    """Every shipped configuration."""
+    rows = audit(tmp_path, "--backends", "triton", "--targets", *TRITON_TARGETS)
+    every_triton_kernel_is_compiled_for_every_target(rows)
+    shared_memory_and_residency(rows)
+    row_kernels_keep_a_row_in_registers(rows)
+    matrix_products_are_on_the_tensor_cores_and_spill_nothing(rows)
 
 
-@pytest.fixture(scope="module")
-def cuda_rows(tmp_path_factory):
-    """Of every kernel; a warning of nvcc or of the host's compiler fails it."""
-    if nvcc.find_nvcc() is None:
-        pytest.skip("no nvcc was found")
-    return audit(tmp_path_factory.mktemp("audit"), "--backends", "cuda")
+@pytest.mark.skipif(nvcc.find_nvcc() is None, reason="no nvcc was found")
+def test_cuda(tmp_path):
+    """Every kernel; a warning of nvcc or of the host's compiler fails it."""
+    rows = audit(tmp_path, "--backends", "cuda")
+    every_cuda_kernel_is_compiled_for_every_target_and_spills_nothing(rows)
+    cuda_kernels_fill_half_of_a_multiprocessor_at_least(rows)
+    cuda_kernels_move_sixteen_bytes_at_a_time(rows)
 
 
-@pytest.mark.xdist_group("audit of triton")
-def test_every_triton_kernel_is_compiled_for_every_target(triton_rows):
-    assert {(row["case"], row["target"]) for row in triton_rows} == {
+def every_triton_kernel_is_compiled_for_every_target(rows):
+    assert {(row["case"], row["target"]) for row in rows} == {
         (case, target) for case in CASES for target in TRITON_TARGETS
     }
-    kernels = {row["kernel"] for row in triton_rows}
+    kernels = {row["kernel"] for row in rows}
     assert kernels == {
         "update_kernel", "gradient_kernel", "divergence_kernel", "reverse_kl_kernel",
         "linear_update_kernel", "linear_gradient_kernel",
     }  # fmt: skip
 
 
-@pytest.mark.xdist_group("audit of triton")
-def test_shared_memory_and_residency(triton_rows):
-    for row in triton_rows:
+def shared_memory_and_residency(rows):
+    for row in rows:
         assert row["code"].shared_bytes <= TARGETS[row["target"]].shared_bytes, row
         assert row["resident_warps"] >= 8, row
 
 
-@pytest.mark.xdist_group("audit of triton")
-def test_row_kernels_keep_a_row_in_registers(triton_rows):
-    for row in triton_rows:
+def row_kernels_keep_a_row_in_registers(rows):
+    for row in rows:
         if not row["kernel"].startswith("linear"):
             assert row["code"].spilled_bytes <= 16, row
 
 
-@pytest.mark.xdist_group("audit of triton")
-def test_matrix_products_are_on_the_tensor_cores_and_spill_nothing(triton_rows):
-    for row in triton_rows:
+def matrix_products_are_on_the_tensor_cores_and_spill_nothing(rows):
+    for row in rows:
         code, is_product = row["code"], row["kernel"].startswith("linear")
         assert (code.count(TARGETS[row["target"]].tensor_instruction) > 0) == is_product, row
         if is_product:
             assert code.spilled_bytes == code.count("STL") == code.count("LDL") == 0, row
 
 
-@pytest.mark.xdist_group("audit of cuda")
-def test_every_cuda_kernel_is_compiled_for_every_target_and_spills_nothing(cuda_rows):
+def every_cuda_kernel_is_compiled_for_every_target_and_spills_nothing(rows):
     kernels = {target: set() for target in TARGETS}
-    for row in cuda_rows:
+    for row in rows:
         kernels[row["target"]].add(row["case"])
         code = row["code"]
         assert code.spilled_bytes == code.count("STL") == code.count("LDL") == 0, row
@@ -95,17 +93,18 @@ def test_every_cuda_kernel_is_compiled_for_every_target_and_spills_nothing(cuda_
     assert {"select_kernel<float, 8, 512>", "gradient_kernel<float, __nv_bfloat16>"} < kernels["sm_90"]
 
 
-@pytest.mark.xdist_group("audit of cuda")
-def test_cuda_kernels_fill_half_of_a_multiprocessor_at_least(cuda_rows):
-    for row in cuda_rows:
+def cuda_kernels_fill_half_of_a_multiprocessor_at_least(rows):
+    for row in rows:
+        target = TARGETS[row["target"]]
         least = 0.375 if "double" in row["case"] else 0.5  # kResidentThreads says why
-        assert row["resident_warps"] >= least * TARGETS[row["target"]].warps, row
+        if ", 1, 512>" in row["case"] and target.shared_bytes_in_all <= 100 * 1024:
+            least = min(least, 0.4)  # four rows of 512 candidates: the shared memory is full
+        assert row["resident_warps"] >= least * target.warps, row
 
 
-@pytest.mark.xdist_group("audit of cuda")
-def test_cuda_kernels_move_sixteen_bytes_at_a_time(cuda_rows):
+def cuda_kernels_move_sixteen_bytes_at_a_time(rows):
     """But for what is read a row at a time, and for rows that are not aligned."""
-    for row in cuda_rows:
+    for row in rows:
         name, _, types = row["case"].rstrip(">").partition("<")
         reads_by_vectors = name != "combine_kernel" and not types.endswith(", 1")
         reads_by_vectors |= name in ("select_kernel", "gather_kernel")

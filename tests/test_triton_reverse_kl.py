@@ -11,7 +11,7 @@ from opd_kernels.backends import available_backends, select_backend
 from opd_kernels.objective import reverse_kl_options
 from tests.device import DEVICE
 from tests.reference import gradients, make_logits
-from tests.test_triton import assert_no_worse
+from tests.epilogue_cases import assert_no_worse
 
 pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason="needs Triton")
 OPTIONS = [

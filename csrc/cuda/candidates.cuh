@@ -112,7 +112,7 @@ class Candidates {
   int* ids_;
   int k_, count_;
   A threshold_;
-  int threshold_id_ = -1;  // no id is below it
+  int threshold_id_ = INT_MIN;  // no id is below it, nor a column before the row's first
 };
 
 }  // namespace opd

@@ -23,7 +23,7 @@ CSRC = HERE.parents[1] / "csrc"
 BUILDS = HERE.parents[1] / "build" / "cuda_emulator"
 NAME = "opd_cuda_emulated"
 COMPILER = os.environ.get("CXX", "c++")
-FLAGS = ["-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
 ADDRESS = ["-fsanitize=address", "-fsanitize-sections=opd_shared", "-fno-omit-frame-pointer"]
 
 Edit = Callable[[str, str], str]  # a source's name and text to its new text
@@ -36,32 +36,30 @@ def is_available() -> bool:
 
 def build(sanitize: bool = False, edit: Edit | None = None) -> Path:
     """The extension, from the sources as they are or edited; built once for the same sources."""
-    sources = {p.name: p.read_text() for p in sorted((CSRC / "cuda").iterdir()) if p.is_file()}
+    sources = {p.name: p.read_text() for p in sorted((CSRC / "cuda").glob("*.*h*"))}
+    kernels = {p.name: p.read_text() for p in sorted((CSRC / "cuda").glob("*.cu"))}
+    flags = [*FLAGS, *(ADDRESS if sanitize else [])]
     if edit is not None:
-        sources = {name: edit(name, text) for name, text in sources.items()}
-    flags = [*FLAGS, "-O1", *(ADDRESS if sanitize else [])]
-    key = _hash(*flags, *sources.values(), *(p.read_text() for p in sorted(HERE.glob("*.[ch]*"))))
-    folder = BUILDS / key
+        sources, kernels = (
+            {name: edit(name, text) for name, text in texts.items()} for texts in (sources, kernels)
+        )
+        flags.append("-Wno-unused")
+    kernels["emulator.cpp"] = (HERE / "emulator.cpp").read_text()
+    sources |= {p.name: p.read_text() for p in sorted(HERE.glob("*.h"))}
+    with ThreadPoolExecutor() as pool:
+        tasks = [pool.submit(_object, name, text, sources, flags) for name, text in kernels.items()]
+        bindings = _bindings()
+        objects = [*(task.result() for task in tasks), bindings]
+    folder = BUILDS / _hash(*map(str, objects))
     library = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     with _lock(folder):
-        if library.exists():
-            return library
-        (folder / "cuda").mkdir(exist_ok=True)
-        for name, text in sources.items():
-            (folder / "cuda" / name).write_text(text)
-        kernels = sorted((folder / "cuda").glob("*.cu"))
-        with ThreadPoolExecutor() as pool:
-            compiled = [pool.submit(_compile, s, s.with_suffix(".o"), flags) for s in kernels]
-            scheduler = folder / "emulator.o"
-            compiled.append(pool.submit(_compile, HERE / "emulator.cpp", scheduler, flags))
-            bindings = _bindings()
-            objects = [task.result() for task in compiled]
-        torch_library = Path(torch.__file__).parent / "lib"
-        libraries = ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
-        link = [*ADDRESS] if sanitize else []
-        partial = library.with_suffix(".partial")
-        _run("-shared", *link, *objects, bindings, f"-L{torch_library}", *libraries, "-o", partial)
-        partial.rename(library)
+        if not library.exists():
+            torch_library = f"-L{Path(torch.__file__).parent / 'lib'}"
+            libraries = [torch_library, "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
+            partial = library.with_suffix(".partial")
+            link = ADDRESS if sanitize else []
+            _run("-shared", *link, *objects, *libraries, "-o", partial)
+            partial.rename(library)
     return library
 
 
@@ -88,7 +86,7 @@ def _bindings() -> Path:
     sources = [CSRC / "cuda/bindings.cpp", CSRC / "cuda/epilogue.h", CSRC / "checks.h"]
     python = sysconfig.get_paths()["include"]
     flags = [f for path in (*include_paths(), python) for f in ("-isystem", path)]
-    flags += [*FLAGS, "-O1", "-DOPD_DEVICE=at::kCPU", f"-DTORCH_EXTENSION_NAME={NAME}"]
+    flags += [*FLAGS, "-DOPD_DEVICE=at::kCPU", f"-DTORCH_EXTENSION_NAME={NAME}"]
     flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
     folder = BUILDS / _hash(*flags, torch.__version__, *(p.read_text() for p in sources))
     with _lock(folder):
@@ -96,10 +94,21 @@ def _bindings() -> Path:
         return output if output.exists() else _compile(sources[0], output, flags)
 
 
+def _object(name: str, text: str, headers: dict[str, str], flags: list[str]) -> Path:
+    """A source compiled beside its headers; once for the same texts."""
+    folder = BUILDS / _hash(name, text, *headers.values(), *flags)
+    output = folder / f"{Path(name).stem}.o"
+    with _lock(folder):
+        if output.exists():
+            return output
+        for file, content in {**headers, name: text}.items():
+            (folder / file).write_text(content)
+        return _compile(folder / name, output, ["-I", str(folder), *flags])
+
+
 def _compile(source: Path, output: Path, flags: list[str]) -> Path:
     partial = output.with_suffix(".partial")
-    language = ["-x", "c++", "-I", HERE, "-I", CSRC / "cuda"]
-    _run(*flags, *language, "-c", source, "-o", partial)
+    _run(*flags, "-x", "c++", "-c", source, "-o", partial)
     return partial.rename(output)
 
 

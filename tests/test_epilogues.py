@@ -1,74 +1,24 @@
-"""The Triton kernels against the torch epilogues, on chunks that the driver does not make too.
+"""The kernels for GPUs against the torch epilogues, on chunks that the driver does not make too.
 
 The operator tests run the same kernels through the driver; here are 16-bit chunks, strided ones,
-large K, empty slots and infinite logits. Off a GPU they run in Triton's interpreter.
+large K, empty slots and infinite logits. Off a GPU they run in Triton's interpreter and in the
+emulator of tests/cuda_emulator.
 """
 
 import pytest
 import torch
 
-from opd_kernels.backends import RowState, available_backends, select_backend
+from opd_kernels.backends import select_backend
 from opd_kernels.backends import torch as definition
-from opd_kernels.head import Head
-from opd_kernels.sparse import canonical_ids
 from tests.device import DEVICE
-from tests.reference import head_in_float64
+from tests.epilogue_cases import assert_no_worse, in_float64, make_chunk, state_of, statistics
 
-pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason="needs Triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture
-def kernels():
-    return select_backend("triton", DEVICE)
-
-
-def make_chunk(rows, columns, dtype=torch.float32, options=(), spread=3.0):
-    """Raw logits [rows, columns] whose rows lie 3 elements apart, and their head."""
-    raw = (torch.randn(rows, columns + 3, device=DEVICE) * spread).to(dtype)[:, :columns]
-    options = set(options)
-    bias = torch.randn(columns + 5, device=DEVICE).to(dtype) if "bias" in options else None
-    softcap = 4.0 if "softcap" in options else None
-    scale, temperature = (-1.5, 0.7) if "scale" in options else (1.0, 1.0)
-    weight = torch.empty(columns + 5, 1, device=DEVICE)
-    return raw, Head(weight, bias, softcap, scale, temperature, columns)
-
-
-def state_of(backend, raw, head, k_or_ids, entropy=True, pieces=1):
-    """The state after the chunk was walked in so many pieces."""
-    dtype = torch.float64 if raw.dtype == torch.float64 else torch.float32
-    like = torch.empty(0, dtype=dtype, device=DEVICE)
-    if isinstance(k_or_ids, int):
-        state = RowState.for_topk(raw.shape[0], k_or_ids, entropy, like)
-    else:
-        state = RowState.for_ids(canonical_ids(k_or_ids, raw.shape[1]), entropy, like)
-    width = -(-raw.shape[1] // pieces)
-    for first in range(0, raw.shape[1], width):
-        backend.update(raw[:, first : first + width], first, head, state)
-    return state
-
-
-def in_float64(raw, head):
-    return raw.double(), head_in_float64(head)
-
-
-def assert_no_worse(actual, same_dtype, reference):
-    """At most twice PyTorch's own rms error, which on a few numbers may by luck be under a
-    rounding's; an infinity stands where the reference has it.
-    """
-    finite = reference.isfinite()
-    assert torch.equal(actual.double()[~finite], reference[~finite])
-    expected = reference[finite]
-
-    def rms(values):
-        return (values.double()[finite] - expected).square().mean().sqrt()
-
-    rounding = torch.finfo(actual.dtype).eps / 2 * expected.abs().max()
-    assert rms(actual) <= 2 * torch.maximum(rms(same_dtype), rounding)
-
-
-def statistics(state):
-    return state.values, state.tail(), state.entropy()
+def kernels(gpu_backend):
+    return select_backend(gpu_backend, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,7 +64,7 @@ def test_update_and_gradient_at_given_ids(kernels, dtype, k):
 def test_ties_across_blocks_and_pieces(kernels, k):
     raw, head = make_chunk(3, 401)
     raw.round_()
-    ours = state_of(kernels, raw, head, k, pieces=3)  # above 128 PyTorch selects
+    ours = state_of(kernels, raw, head, k, pieces=3)  # Triton leaves 200 to PyTorch
     expected = raw.sort(dim=1, descending=True, stable=True)
     assert torch.equal(ours.ids, expected.indices[:, :k])
     assert torch.equal(ours.values, expected.values[:, :k])
