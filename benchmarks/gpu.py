@@ -1,4 +1,4 @@
-"""Everything that needs a GPU in one run: tuning, the tests, the comparison; and its report.
+"""Everything that needs a GPU in one run: tuning, the tests, the comparisons; and its report.
 
 `make gpu` calls it. The report goes to benchmarks/results/gpu-NAME.md, to be committed.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare, tune
+from benchmarks import backends, compare, tune
 from benchmarks.problems import HEADS, Problem
 from benchmarks.providers import DISTILLATION, LABELS
 from opd_kernels.backends.triton import configs
@@ -77,6 +77,8 @@ def main(arguments: argparse.Namespace) -> None:
     path = RESULTS / file_name(torch.cuda.get_device_name(device))
     tables: list[str] = []
     path.write_text(report(describe(device), passed, tests, tables))
+    tables.append(backends.section(backends.measure("cuda", arguments.rounds)))
+    print(tables[-1], flush=True)
     for head in arguments.heads:
         for tokens in TOKENS:
             problem = Problem(tokens, *HEADS[head], dtype="bfloat16", device="cuda")

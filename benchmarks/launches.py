@@ -1,18 +1,20 @@
-"""Calls of the package's own Triton epilogues at the size of a real head: what the audit compiles
-and the tuner times. On the device "meta" nothing is computed.
+"""Calls of the package's own epilogues at the size of a real head: what the audit compiles, and
+what the tuner and the comparison of backends time. On the device "meta" nothing is computed.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from opd_kernels.backends import RowState, triton
+from opd_kernels.backends import Epilogues, RowState, triton
 from opd_kernels.backends.triton import linear
 from opd_kernels.head import Head
 
 TOKENS, VOCAB = 2_048, 151_936
 Call = Callable[[], object]
+TRITON = cast(Epilogues, triton)
 
 
 def _head(plain: bool, weight: Tensor) -> Head:
@@ -35,7 +37,12 @@ def _rows(k: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def update(
-    k: int, selects: bool, plain: bool, device: str, dtype: torch.dtype = torch.float32
+    k: int,
+    selects: bool,
+    plain: bool,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    epilogues: Epilogues = TRITON,
 ) -> Call:
     """One pass over a chunk; entropy too unless it is plain."""
     chunk, head = _chunk(plain, dtype, device)
@@ -46,25 +53,31 @@ def update(
             state = RowState.for_topk(TOKENS, k, not plain, like)
         else:
             state = RowState.for_ids(ids, not plain, like)
-        triton.update(chunk, 0, head, state)
+        epilogues.update(chunk, 0, head, state)
 
     return call
 
 
-def gradient(k: int, plain: bool, device: str, dtype: torch.dtype = torch.float32) -> Call:
+def gradient(
+    k: int,
+    plain: bool,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    epilogues: Epilogues = TRITON,
+) -> Call:
     """A chunk of logits to a chunk of gradients in bf16."""
     chunk, head = _chunk(plain, dtype, device)
     ids, values, rows = _rows(k, device)
     out = torch.empty_like(chunk, dtype=torch.bfloat16)
-    return lambda: triton.gradient(chunk, 0, head, ids, values, rows, rows, out)
+    return lambda: epilogues.gradient(chunk, 0, head, ids, values, rows, rows, out)
 
 
-def divergence(beta: float, plain: bool, device: str) -> Call:
+def divergence(beta: float, plain: bool, device: str, epilogues: Epilogues = TRITON) -> Call:
     """Loss and gradient of whole rows of two models."""
     chunk, head = _chunk(plain, torch.float32, device)
     _, _, upstream = _rows(1, device)
     out = torch.empty_like(chunk, dtype=torch.bfloat16)
-    return lambda: triton.divergence(chunk, head, chunk, head, beta, upstream, out)
+    return lambda: epilogues.divergence(chunk, head, chunk, head, beta, upstream, out)
 
 
 def reverse_kl(k: int, plain: bool, device: str) -> Call:

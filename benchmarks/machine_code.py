@@ -10,7 +10,9 @@ import triton
 
 # The wheel of Triton ships the tools that read machine code.
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*(?:\.\w+)*)", re.M)
+_INSTRUCTION = re.compile(
+    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*(?:\.\w+)*)", re.M
+)
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,12 @@ class MachineCode:
 
     def count(self, opcode: str, suffix: str = "") -> int:
         """Instructions of that name, with a suffix if one is given: "128" for sixteen bytes."""
-        parts = ((name.split("."), count) for name, count in self.instructions.items())
-        return sum(n for (own, *rest), n in parts if own == opcode and (not suffix or suffix in rest))
+        count = 0
+        for name, times in self.instructions.items():
+            own, *suffixes = name.split(".")
+            if own == opcode and (not suffix or suffix in suffixes):
+                count += times
+        return count
 
     @property
     def total(self) -> int:

@@ -90,7 +90,8 @@ def every_cuda_kernel_is_compiled_for_every_target_and_spills_nothing(rows):
         "select_kernel", "gather_kernel", "gradient_kernel", "divergence_kernel",
         "product_kernel", "scatter_kernel", "combine_kernel",
     }  # fmt: skip
-    assert {"select_kernel<float, 8, 512>", "gradient_kernel<float, __nv_bfloat16>"} < kernels["sm_90"]
+    expected = {"select_kernel<float, 8, 512>", "gradient_kernel<float, __nv_bfloat16>"}
+    assert expected < kernels["sm_90"]
 
 
 def cuda_kernels_fill_half_of_a_multiprocessor_at_least(rows):

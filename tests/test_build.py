@@ -1,6 +1,7 @@
 """Installing from source: without a compiler, with a broken one, and what a broken build does."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from csrc.cuda import nvcc
 from opd_kernels.backends import cpu
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +30,8 @@ def source(tmp_path):
 
 
 def run(arguments, cwd, **environment):
-    names = ("CXX", "CC", "OPD_BUILD", "OPD_SANITIZE", "PYTHONPATH")
+    names = ("CXX", "CC", "CUDA_HOME", "OPD_BUILD", "OPD_CUDA_ARCHITECTURES", "OPD_SANITIZE")
+    names += ("PYTHONPATH",)
     clean = {name: value for name, value in os.environ.items() if name not in names}
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=clean | environment,
@@ -85,10 +88,76 @@ def test_a_broken_compiler_fails_the_installation(source, tmp_path, no_compiler,
     assert not (tmp_path / "site" / "opd_kernels").exists()
 
 
+@pytest.mark.skipif(nvcc.find_nvcc() is None, reason="no nvcc was found")
+def test_the_cuda_backend_is_built_without_a_gpu(source):
+    """For one architecture; the audit compiles for all of them. Nothing of it warns."""
+    wanted = {"OPD_BUILD": "cuda", "OPD_CUDA_ARCHITECTURES": "90"}
+    without_cpu = """import runpy, setuptools
+setup = setuptools.setup
+setuptools.setup = lambda ext_modules, **options: setup(ext_modules=ext_modules[-1:], **options)
+runpy.run_path("setup.py")"""
+    done = run(["-c", without_cpu, "-q", "build_ext", "--inplace"], source, **wanted)
+    assert done.returncode == 0, done.stdout
+    assert "warning" not in done.stdout
+    code = """import sys
+sys.path.insert(0, ".")
+sys.meta_path = [f for f in sys.meta_path if "Editable" not in repr(f)]
+import torch, opd_kernels as o
+from opd_kernels import _cuda
+print(_cuda.MAX_SELECTED, "cuda" in o.available_backends() or not torch.cuda.is_available())
+try:
+    _cuda.sparse_product(*[torch.zeros(1, 1)] * 4, 0)
+except TypeError as error:
+    print(str(error).splitlines()[0])"""
+    done = run(["-c", code], source)
+    assert done.stdout.splitlines() == [
+        "256 True", "dense: expected a tensor on cuda, got one on cpu",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("release", "torch_cuda", "complaint"),
+    [
+        ("12.4", None, "is of CUDA 12.4, and compute capabilities 100 and 120 need 12.8"),
+        ("12.10", "13.0", "is of CUDA 12.10 and PyTorch of 13.0: a driver"),
+        ("13.1", "13.0", None),
+        ("12.10", None, None),
+    ],
+)
+def test_versions_of_nvcc_are_compared_as_numbers(
+    monkeypatch, tmp_path, release, torch_cuda, complaint
+):
+    compiler = tmp_path / "nvcc"
+    compiler.write_text(
+        f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setattr("torch.version.cuda", torch_cuda)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setenv("OPD_BUILD", "none")
+    monkeypatch.chdir(ROOT)
+    reason = runpy.run_path("setup.py")["why_no_cuda"](str(compiler))
+    assert complaint in reason if complaint else reason is None
+
+
+def test_a_cuda_backend_that_was_asked_for_says_what_it_lacks(source, tmp_path):
+    done = run(
+        ["setup.py", "-q", "build_ext", "--inplace"], source,
+        OPD_BUILD="cuda", CUDA_HOME=str(tmp_path / "nowhere"),
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "OPD_BUILD=cuda: no nvcc was found; install the CUDA toolkit" in done.stdout
+    wanted = {"OPD_BUILD": "cuda", "OPD_CUDA_ARCHITECTURES": "Hopper"}
+    if nvcc.find_nvcc() is not None:
+        done = run(["setup.py", "-q", "build_ext", "--inplace"], source, **wanted)
+        assert done.returncode != 0
+        assert "OPD_CUDA_ARCHITECTURES: expected compute capabilities from 80 on" in done.stdout
+
+
 def test_unknown_build_options_are_refused(source, tmp_path):
     done = install(source, tmp_path / "site", OPD_BUILD="gpu")
     assert done.returncode != 0
-    assert "OPD_BUILD: expected auto, cpu or none, got 'gpu'" in done.stdout
+    assert "OPD_BUILD: expected auto, cpu, cuda or none, got 'gpu'" in done.stdout
 
 
 def test_a_broken_extension_raises_instead_of_falling_back(source):

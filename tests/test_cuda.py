@@ -37,11 +37,9 @@ def fuzz(library: Path, cases: int, seed: int = 0) -> subprocess.CompletedProces
         "ASAN_OPTIONS": "detect_leaks=0",
         "OMP_NUM_THREADS": "1",
     }
-    module = ["-m", "tests.cuda_emulator.fuzz", str(library)]
-    options = ["--cases", str(cases), "--seed", str(seed)]
-    return subprocess.run(
-        [sys.executable, *module, *options], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "tests.cuda_emulator.fuzz", str(library)]
+    command += ["--cases", str(cases), "--seed", str(seed)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_random_problems():
@@ -68,13 +66,14 @@ MUTANTS = {
     "S that is read after the chunk is overwritten": (
         "epilogue.cu", "  __syncthreads();\n\n  // A row whose", "  // A row whose", WRONG),
     "S that is written before the rest": (
-        "epilogue.cu", "  __syncthreads();\n\n  for (int slot = threadIdx.x", "  for (int slot = threadIdx.x",
-        WRONG),
+        "epilogue.cu", "  __syncthreads();\n\n  for (int slot = threadIdx.x",
+        "  for (int slot = threadIdx.x", WRONG),
     "a divergence's sums that are read too early": (
         "divergence.cu", "= sum;\n  __syncthreads();", "= sum;", WRONG),
     "a barrier that some threads do not reach": (
         "epilogue.cu", "  __syncthreads();\n\n  // A row whose",
-        "  if (threadIdx.x < 7) __syncthreads();\n\n  // A row whose", "__syncthreads: waits for threads"),
+        "  if (threadIdx.x < 7) __syncthreads();\n\n  // A row whose",
+        "__syncthreads: waits for threads"),
     "a ballot that some lanes are not in": (
         "candidates.cuh", "        const unsigned takers = __ballot_sync(kWholeWarp, is_taker);",
         "        const unsigned takers = lane_id() ? __ballot_sync(kWholeWarp, is_taker) : 0;",
@@ -138,9 +137,7 @@ def test_sparse_backward_of_one_frequent_token(kernels, dim, dtype):
     hidden, weight = torch.randn(tokens, dim).to(dtype), torch.randn(vocab, dim).to(dtype)
     sums = torch.randn(tokens, dim, dtype=wide), torch.randn(vocab, dim, dtype=wide)
     exact = [s.double() for s in sums]
-    definition.sparse_backward(
-        ids, coefficients.double(), hidden.double(), weight.double(), *exact
-    )
+    definition.sparse_backward(ids, coefficients.double(), hidden.double(), weight.double(), *exact)
     kernels.sparse_backward(ids, coefficients, hidden, weight, *sums)
     for actual, expected in zip(sums, exact, strict=True):
         tolerance = 1e-12 if dtype == torch.float64 else 2e-6

@@ -10,8 +10,8 @@ from opd_kernels import SparseLogits, distillation_loss, jsd, reverse_kl
 from opd_kernels.backends import available_backends, select_backend
 from opd_kernels.objective import reverse_kl_options
 from tests.device import DEVICE
-from tests.reference import gradients, make_logits
 from tests.epilogue_cases import assert_no_worse
+from tests.reference import gradients, make_logits
 
 pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason="needs Triton")
 OPTIONS = [

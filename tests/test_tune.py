@@ -5,7 +5,7 @@ import json
 import pytest
 
 pytest.importorskip("triton")
-from benchmarks import gpu, tune
+from benchmarks import backends, gpu, launches, tune
 from opd_kernels.backends.triton import configs
 from opd_kernels.backends.triton.configs import Case, RowConfig, TileConfig
 
@@ -75,6 +75,24 @@ def test_every_tuned_case_has_a_call_and_a_shipped_configuration():
 def test_an_unknown_kernel_is_named():
     with pytest.raises(KeyError, match="no configuration of Case"):
         configs.find(Case("other", 1, True), 90)
+
+
+def test_backends_are_compared_on_the_same_calls(monkeypatch, gpu_backend):
+    monkeypatch.setattr(launches, "TOKENS", 2)
+    monkeypatch.setattr(launches, "VOCAB", 150)
+    monkeypatch.setattr(backends, "CANDIDATES", (gpu_backend, "torch", "not installed"))
+    clock = iter(range(1, 1000))
+
+    def time_of(call):
+        call()
+        return next(clock) / 1e3
+
+    timings = backends.measure("cpu", 3, time_of)
+    assert [t.epilogue for t in timings] == list(backends.EPILOGUES)
+    assert timings[0].seconds == {gpu_backend: 3e-3, "torch": 4e-3}  # of 1, 3, 5 and 2, 4, 6
+    table = backends.section(timings).splitlines()
+    assert table[2].startswith(f"| epilogue | {gpu_backend} ms (GB/s) | torch ms (GB/s) |")
+    assert table[4] == "| select K=20 | 3 (0) | 4 (0) | 1.33 |"
 
 
 def test_report_and_its_name():

@@ -46,7 +46,8 @@ def library_folders(nvcc: str) -> list[Path]:
     root = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
     if root is None:
         raise RuntimeError(f"{' '.join(command)} does not name its folder: {said[:1000]}")
-    folders = (Path(root[1].strip()) / name for name in ("lib64", "lib", "targets/x86_64-linux/lib"))
+    top = Path(root[1].strip())
+    folders = [top / name for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
     return [folder.resolve() for folder in folders if folder.is_dir()]
 
 

@@ -11,10 +11,9 @@ from torch import Tensor
 from opd_kernels.backends import torch as definition
 from opd_kernels.backends.state import RowState
 from opd_kernels.head import Head
-from opd_kernels.sparse_rows import SparseRows
 
-# Columns above which a row is worth a whole block of threads. Set by reckoning, not by a measurement:
-# a warp that walks 8,192 columns alone has sixteen times the work of merging eight lists.
+# Columns above which a row is worth a whole block of threads: by reckoning, not by a measurement, a
+# warp's share of it is then long beside the merging of eight lists.
 _LONG_ROW = 8_192
 
 
@@ -107,8 +106,8 @@ class CudaEpilogues:
         """As in backends/torch.py."""
         loss = chunk.new_empty(chunk.shape[0], dtype=_accumulator(chunk))
         if not _writes(chunk, out):
-            heads = (head, teacher_chunk, teacher_head)
-            return definition.divergence(chunk, *heads, beta, upstream, out)
+            pair = (chunk, head, teacher_chunk, teacher_head)
+            return definition.divergence(*pair, beta, upstream, out)
         if chunk.shape[0] == 0:
             return loss
         upstream = None if upstream is None else upstream.contiguous()
@@ -127,14 +126,12 @@ class CudaEpilogues:
 
 
 def _is_multiplied(dense: Tensor, coefficients: Tensor) -> bool:
-    """Whether a product with it is in the dtype of the coefficients, and its rows are contiguous."""
+    """Whether its products are in the dtype of the coefficients, and its rows contiguous."""
     is_wide = dense.dtype == torch.float64
     return is_wide == (coefficients.dtype == torch.float64) and dense.stride(1) == 1
 
 
-def _head(
-    chunk: Tensor, first_id: int, head: Head
-) -> tuple[Tensor | None, bool, float, float]:
+def _head(chunk: Tensor, first_id: int, head: Head) -> tuple[Tensor | None, bool, float, float]:
     """bias [v] of the chunk's columns in the accumulator dtype, whether the head is capped, and the
     two factors of csrc/cuda/head.cuh.
     """

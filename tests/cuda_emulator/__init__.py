@@ -43,7 +43,7 @@ def build(sanitize: bool = False, edit: Edit | None = None) -> Path:
         sources, kernels = (
             {name: edit(name, text) for name, text in texts.items()} for texts in (sources, kernels)
         )
-        flags.append("-Wno-unused")
+        flags += ["-Wno-unused", "-O0"]  # compiled more often than run
     kernels["emulator.cpp"] = (HERE / "emulator.cpp").read_text()
     sources |= {p.name: p.read_text() for p in sorted(HERE.glob("*.h"))}
     with ThreadPoolExecutor() as pool:

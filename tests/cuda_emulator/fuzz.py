@@ -48,14 +48,14 @@ class Case:
         return self.rng.choice((1, 2, 5, 20, 63, 64, 65, 128, 200, most)) % most + 1
 
     def ids(self, k: int) -> Tensor:
-        """Ids in and around the chunk: empty slots, repeats and those of other chunks among them."""
+        """Ids in and around the chunk; empty slots, repeats and other chunks' among them."""
         low, high = max(0, self.first_id - 3), self.first_id + self.raw.shape[1] + 3
         ids = torch.randint(low, high, (self.raw.shape[0], k))
         return canonical_ids(torch.where(torch.rand(ids.shape) < 0.1, -1, ids), high)
 
 
 def random_case(rng: random.Random) -> Case:
-    """Of any dtype, alignment and stride; some with ties, infinities, or rows in ascending order."""
+    """Of any dtype, alignment and stride; some with ties, infinities or ascending rows."""
     rows, columns = rng.randint(1, 6), rng.choice((*COLUMNS, rng.randint(2, 700)))
     dtype, first_id = rng.choice(DTYPES), rng.choice((0, 0, 17, 1_000))
     offset, gap = rng.randint(0, 9), rng.randint(0, 9)
@@ -85,7 +85,7 @@ def random_case(rng: random.Random) -> Case:
     return Case(raw, head, first_id, rng)
 
 
-class Mismatch(Exception):
+class MismatchError(Exception):
     """What differs, and by how much."""
 
 
@@ -98,10 +98,10 @@ def compare(
     operators' tests.
     """
     if not torch.equal(actual.isnan(), reference.isnan()):
-        raise Mismatch(f"{name}: NaN where there should be none, or none where there should be")
+        raise MismatchError(f"{name}: NaN in the wrong places")
     finite = reference.isfinite()
     if not torch.equal(actual.double()[~finite].nan_to_num(), reference[~finite].nan_to_num()):
-        raise Mismatch(f"{name}: an infinity is not where it should be")
+        raise MismatchError(f"{name}: an infinity is not where it should be")
     if not finite.any():
         return
     expected = reference[finite]
@@ -109,7 +109,7 @@ def compare(
     unit = 5e-13 if actual.dtype == torch.float64 else torch.finfo(actual.dtype).eps
     rounding = unit * max(size, expected.abs().max().item())
     if not ours <= 2 * max(theirs.item(), rounding):
-        raise Mismatch(f"{name}: off by {ours:.3e}, PyTorch by {theirs:.3e}")
+        raise MismatchError(f"{name}: off by {ours:.3e}, PyTorch by {theirs:.3e}")
 
 
 def in_any_order(run: Callable[[], list[Tensor]], rng: random.Random) -> list[Tensor]:
@@ -120,7 +120,7 @@ def in_any_order(run: Callable[[], list[Tensor]], rng: random.Random) -> list[Te
         results.append(run())
     for first, second in zip(*results, strict=True):
         if not torch.equal(first.nan_to_num(nan=7e4), second.nan_to_num(nan=7e4)):
-            raise Mismatch("two orders of threads differ")
+            raise MismatchError("two orders of threads differ")
     return results[0]
 
 
@@ -158,7 +158,7 @@ def check_update(case: Case, kernels: CudaEpilogues) -> None:
     ours = in_any_order(run, case.rng)
     theirs = defined(case.accumulator, k_or_ids)
     if not torch.equal(ours[3], theirs[3]):
-        raise Mismatch("ids are not those of the largest logits, ties by the lower id")
+        raise MismatchError("ids are not those of the largest logits, ties by the lower id")
     if selects and (theirs[3] < 0).any():
         reference = defined(torch.float64, k_or_ids)  # fewer logits than slots
     else:
@@ -198,7 +198,7 @@ def check_gradient(case: Case, kernels: CudaEpilogues) -> None:
     ours, around = in_any_order(run, case.rng)
     compare("gradient", ours, defined(case.accumulator).to(ours.dtype), defined(torch.float64))
     if not inside and (around == 3.0).sum() < 5 * rows:
-        raise Mismatch("gradient: written beside its columns")
+        raise MismatchError("gradient: written beside its columns")
 
 
 def check_divergence(case: Case, kernels: CudaEpilogues) -> None:
@@ -275,7 +275,7 @@ def main() -> None:
         check = CHECKS[index % len(CHECKS)]
         try:
             check(case, CudaEpilogues(extension, long_row=rng.choice((0, 100, 10_000))))
-        except Mismatch as mismatch:
+        except MismatchError as mismatch:
             shape = f"{tuple(case.raw.shape)} of {case.raw.dtype}"
             sys.exit(f"case {seed}, {check.__name__}, {shape}: {mismatch}")
     print(f"{arguments.cases} cases passed")
