@@ -2,8 +2,8 @@
 
 OPD_BUILD=auto (default) builds what this machine has compilers for, and the CUDA backend where
 PyTorch is a CUDA build; cpu insists on the C++ backend and leaves CUDA out, cuda insists on both,
-none builds nothing. OPD_CUDA_ARCHITECTURES="90" limits CUDA to some GPUs. OPD_SANITIZE=1 adds the address and
-undefined-behaviour sanitizers to the C++ backend.
+none builds nothing. OPD_CUDA_ARCHITECTURES="90" limits CUDA to some GPUs. OPD_SANITIZE=1 adds the
+address and undefined-behaviour sanitizers to the C++ backend.
 """
 
 import os
