@@ -126,9 +126,10 @@ class CudaEpilogues:
 
 
 def _is_multiplied(dense: Tensor, coefficients: Tensor) -> bool:
-    """Whether its products are in the dtype of the coefficients, and its rows contiguous."""
+    """Whether its products are in the dtype of the coefficients, and its rows apart."""
     is_wide = dense.dtype == torch.float64
-    return is_wide == (coefficients.dtype == torch.float64) and dense.stride(1) == 1
+    has_rows = dense.stride(1) == 1 and dense.stride(0) >= dense.shape[1]
+    return has_rows and is_wide == (coefficients.dtype == torch.float64)
 
 
 def _head(chunk: Tensor, first_id: int, head: Head) -> tuple[Tensor | None, bool, float, float]:
