@@ -75,10 +75,10 @@ def why_no_cuda(compiler: str | None) -> str | None:
     if version < (12, 8):
         return f"{compiler} is of CUDA {version}, and compute capabilities 100 and 120 need 12.8"
     of_torch = torch.version.cuda
-    if of_torch is not None and of_torch.split(".")[0] != version.split(".")[0]:
+    if of_torch is not None and int(of_torch.split(".")[0]) < int(version.split(".")[0]):
         return (
             f"{compiler} is of CUDA {version} and PyTorch of {of_torch}: a driver that is enough "
-            f"for the one need not be for the other; set CUDA_HOME to a toolkit {of_torch}"
+            f"for PyTorch need not be for {version}; set CUDA_HOME to a toolkit {of_torch} or older"
         )
     return None
 
@@ -88,7 +88,11 @@ def cuda_extension(compiler: str) -> CppExtension:
     return CppExtension(
         CUDA_EXTENSION,
         ["csrc/cuda/bindings.cpp"],
-        extra_compile_args=["-O2", *WARNINGS],
+        extra_compile_args=[
+            "-O2",
+            *WARNINGS,
+            f"-DOPD_LEAST_CAPABILITY={min(nvcc.architectures())}",
+        ],
         # Static, so that the package asks for no CUDA runtime beside the one that PyTorch brings.
         extra_link_args=[f"-L{folder}" for folder in nvcc.library_folders(compiler)]
         + ["-lcudart_static", "-ldl", "-lpthread", "-lrt"],

@@ -66,6 +66,7 @@ def reduce_logits(
     fused = epilogues.fused(hidden.dtype, head, state.ids.shape[1])
     if fused is not None and not state.selects:
         fused.update(hidden.contiguous(), head, state)
+        state.close()
         return
     dtype = state.values.dtype
     chunks = _Chunks.plan(hidden, head, {dtype}, chunk_bytes)
@@ -75,6 +76,7 @@ def reduce_logits(
         for rows in chunks.rows_of():
             logits = matmul.project(hidden[rows], weight, buffer(rows, weight))
             epilogues.update(logits, first, head, state.rows(rows))
+    state.close()
 
 
 def backpropagate(

@@ -43,6 +43,7 @@ class LogitsChunk:
 
     def _reduce(self, state: RowState) -> SparseLogits:
         self.epilogues.update(self.raw, 0, self.head, state)
+        state.close()
         entropy = state.entropy() if self.entropy else None
         self.leaf = SparseLogits(
             state.values.requires_grad_(),

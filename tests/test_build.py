@@ -31,7 +31,7 @@ def source(tmp_path):
 
 def run(arguments, cwd, **environment):
     names = ("CXX", "CC", "CUDA_HOME", "OPD_BUILD", "OPD_CUDA_ARCHITECTURES", "OPD_SANITIZE")
-    names += ("PYTHONPATH",)
+    names += ("CUDA_PATH", "PYTHONPATH")
     clean = {name: value for name, value in os.environ.items() if name not in names}
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=clean | environment,
@@ -104,14 +104,14 @@ sys.path.insert(0, ".")
 sys.meta_path = [f for f in sys.meta_path if "Editable" not in repr(f)]
 import torch, opd_kernels as o
 from opd_kernels import _cuda
-print(_cuda.MAX_SELECTED, "cuda" in o.available_backends() or not torch.cuda.is_available())
+print(_cuda.LEAST_CAPABILITY, "cuda" in o.available_backends() or not torch.cuda.is_available())
 try:
     _cuda.sparse_product(*[torch.zeros(1, 1)] * 4, 0)
 except TypeError as error:
     print(str(error).splitlines()[0])"""
     done = run(["-c", code], source)
     assert done.stdout.splitlines() == [
-        "256 True", "dense: expected a tensor on cuda, got one on cpu",
+        "90 True", "dense: expected a tensor on cuda, got one on cpu",
     ]  # fmt: skip
 
 
@@ -119,8 +119,9 @@ except TypeError as error:
     ("release", "torch_cuda", "complaint"),
     [
         ("12.4", None, "is of CUDA 12.4, and compute capabilities 100 and 120 need 12.8"),
-        ("12.10", "13.0", "is of CUDA 12.10 and PyTorch of 13.0: a driver"),
+        ("12.10", "13.0", None),
         ("13.1", "13.0", None),
+        ("13.0", "12.10", "is of CUDA 13.0 and PyTorch of 12.10: a driver"),
         ("12.10", None, None),
     ],
 )

@@ -14,7 +14,6 @@ import torch
 from opd_kernels import backends
 from opd_kernels.backends import select_backend
 from opd_kernels.backends import torch as definition
-from opd_kernels.backends.cuda import CudaEpilogues
 from tests import cuda_emulator
 
 CASES = 250
@@ -97,7 +96,7 @@ MUTANTS = {
     "a tail without what was evicted": (
         "candidates.cuh", "      tail.absorb(evicted, true);", "", WRONG),
     "a run's last piece that is not added": (
-        "sparse.cu", "total += partials[piece / kPiece * columns + column];", "", WRONG),
+        "sparse.cu", "total += partials[piece / OPD_PIECE * columns + column];", "", WRONG),
 }  # fmt: skip
 
 
@@ -145,11 +144,39 @@ def test_sparse_backward_of_one_frequent_token(kernels, dim, dtype):
         assert error < tolerance
 
 
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+def test_sparse_backward_adds_to_sums_of_any_strides(kernels, layout, monkeypatch):
+    monkeypatch.setattr(backends.cuda, "_PARTIAL_BYTES", 1)  # a piece at a time
+    ids, coefficients = torch.randint(5, (150, 1)), torch.randn(150, 1)
+    hidden, weight = torch.randn(150, 8), torch.randn(5, 8)
+    sums, expected = [], [torch.randn(150, 8), torch.randn(5, 8)]
+    for total in expected:
+        wide = total.t().clone().t()
+        if layout == "strided":
+            wide = torch.zeros(total.shape[0], 11)[:, :8]
+        sums.append(wide.copy_(total))
+    definition.sparse_backward(ids, coefficients, hidden, weight, *expected)
+    kernels.sparse_backward(ids, coefficients, hidden, weight, *sums)
+    torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_device_that_no_code_was_made_for_is_not_reached(monkeypatch):
+    extension = type("Extension", (), {"LEAST_CAPABILITY": 80})
+    monkeypatch.setattr(backends.cuda, "load_extension", lambda: extension)
+    for index, (capability, reached) in enumerate(
+        [((7, 5), False), ((8, 0), True), ((12, 1), True)]
+    ):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda _, c=capability: c)
+        assert backends.reaches("cuda", torch.device("cuda", index)) is reached
+    backends.cuda.runs_on.cache_clear()
+
+
 def test_auto_stays_with_triton_on_a_gpu(monkeypatch):
     triton, cuda = object(), object()
     installed = {"torch": definition, "triton": triton, "cuda": cuda}
     monkeypatch.setattr(backends, "_backends", lambda: installed)
     monkeypatch.setattr(backends, "_interprets", lambda: False)
+    monkeypatch.setattr(backends.cuda, "runs_on", lambda device: device.type == "cuda")
     monkeypatch.delenv("OPD_BACKEND", raising=False)
     gpu = torch.device("cuda")
     assert select_backend("auto", gpu) is triton
@@ -174,13 +201,14 @@ def test_bindings_refuse_what_the_kernels_cannot_take(kernels):
         kernels.update(torch.randn(9, 2).t(), 0, head, state)
     with pytest.raises(TypeError, match="chunk: expected a floating dtype, got Int"):
         kernels.update(torch.ones(2, 9, dtype=torch.int32), 0, head, state)
+    overlapping = torch.randn(3, 9)
+    rows = (torch.zeros(2, 1).long(), torch.zeros(2, 1), torch.zeros(2), torch.zeros(2))
+    with pytest.raises(RuntimeError, match="unsupported operation"):
+        kernels.gradient(overlapping[:2], 0, head, *rows, overlapping[1:])
     with pytest.raises(ValueError, match=r"ids: expected \[4, K\] with K <= 256, got \[2, 3\]"):
         kernels.update(torch.randn(4, 9), 0, head, state)
 
 
 def test_an_extension_that_is_not_there_is_none(monkeypatch):
-    from opd_kernels.backends import cuda
-
-    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: None)
-    assert cuda.load_extension() is None
-    assert CudaEpilogues is cuda.CudaEpilogues
+    monkeypatch.setattr(backends.cuda.importlib.util, "find_spec", lambda name: None)
+    assert backends.cuda.load_extension.__wrapped__() is None

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from opd_kernels import LazyLogits, distillation_loss, forward_kl, jsd, reverse_kl
 from tests.device import DEVICE
-from tests.reference import rows_for
+from tests.reference import make_logits, rows_for
 
 OBJECTIVES = {"reverse": reverse_kl, "forward": forward_kl}
 
@@ -109,3 +109,23 @@ def test_two_runs_are_bitwise_equal_and_threads_matter_to_rounding_only(backend,
         for a, b in zip(one, other, strict=True):
             # A matrix product may sum in another order: a few roundings of the largest entry.
             assert_close(a, b, rtol=1e-5, atol=4e-6 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("tail", ["drop", "bucket", "renormalize"])
+@pytest.mark.parametrize("method", ["one_pass", "recompute"])
+@pytest.mark.parametrize("where", ["hidden", "weight"])
+def test_nan_reaches_loss_and_gradient(backend, method, tail, where):
+    """Also of a loss that reads nothing but S, into which NaN is not selected."""
+    student, teacher = make_logits(tokens=4), make_logits(tokens=4, requires_grad=False)
+    with torch.no_grad():
+        if where == "hidden":
+            student.hidden[2] = torch.nan
+        else:
+            student.weight[7, 3] = torch.nan  # one logit of every row
+    objective = partial(reverse_kl, tail=tail)
+    options = {"k": 3, "objective": objective, "method": method, "backend": backend}
+    output = distillation_loss(student, teacher, **options)
+    output.loss.backward()
+    is_nan = torch.arange(4) == 2 if where == "hidden" else torch.ones(4, dtype=torch.bool)
+    assert torch.equal(output.per_token.isnan(), is_nan)
+    assert torch.equal(student.hidden.grad.isnan().any(1), is_nan)

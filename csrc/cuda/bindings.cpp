@@ -1,6 +1,7 @@
 // Python's door to the launchers: checks every tensor, then passes raw pointers and PyTorch's
 // current stream, which comes as an integer. The tests build it for the CPU, see tests/cuda_emulator.
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -9,6 +10,9 @@
 
 #ifndef OPD_DEVICE
 #define OPD_DEVICE at::kCUDA
+#endif
+#ifndef OPD_LEAST_CAPABILITY
+#define OPD_LEAST_CAPABILITY 0
 #endif
 
 namespace {
@@ -89,6 +93,7 @@ void gradient(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias,
   const OpdMatrix matrix = matrix_of(chunk, "chunk"), result = matrix_of(out, "out");
   TORCH_CHECK_VALUE(out.sizes() == chunk.sizes(), "out: expected ", chunk.sizes(), ", got ",
                     out.sizes());
+  at::assert_no_partial_overlap(out, chunk);
   const int64_t rows = chunk.size(0), k = slots_of(ids, rows, OPD_MAX_GIVEN);
   const auto dtype = accumulator_of(chunk);
   check(ids, "ids", chunk.device(), at::kLong, {rows, k});
@@ -114,6 +119,7 @@ void divergence(const Tensor& chunk, const OptionalTensor& bias, bool capped, do
                     "dtype, ", chunk.sizes(), " of ", chunk.scalar_type(), ", got ",
                     teacher.sizes(), " of ", teacher.scalar_type(), " and ", out.sizes());
   TORCH_CHECK_VALUE(beta >= 0 && beta <= 1, "beta: expected 0 to 1, got ", beta);
+  at::assert_no_partial_overlap(out, chunk);
   const auto dtype = accumulator_of(chunk);
   check(loss, "loss", chunk.device(), dtype, {chunk.size(0)});
   if (upstream) check(*upstream, "upstream", chunk.device(), dtype, {chunk.size(0)});
@@ -148,7 +154,8 @@ void sparse_scatter(const Tensor& ids, const Tensor& rows, const Tensor& coeffic
   check(rows, "rows", dense.device(), at::kLong, {entries});
   check(coefficients, "coefficients", dense.device(), accumulator_of(dense), {entries});
   check(sums, "sums", dense.device(), accumulator_of(dense), {sums.size(0), dense.size(1)});
-  const Tensor partials = at::empty({opd_partials(entries), dense.size(1)}, coefficients.options());
+  const int64_t pieces = (entries + OPD_PIECE - 1) / OPD_PIECE;
+  const Tensor partials = at::empty({pieces, dense.size(1)}, coefficients.options());
   check_launch(opd_sparse_scatter(ids.data_ptr<int64_t>(), rows.data_ptr<int64_t>(),
                                   coefficients.data_ptr(), entries, matrix, result,
                                   partials.data_ptr(), pointer(stream)),
@@ -160,6 +167,8 @@ void sparse_scatter(const Tensor& ids, const Tensor& rows, const Tensor& coeffic
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("MAX_SELECTED") = OPD_MAX_SELECTED;
   m.attr("MAX_GIVEN") = OPD_MAX_GIVEN;
+  m.attr("PIECE") = OPD_PIECE;
+  m.attr("LEAST_CAPABILITY") = OPD_LEAST_CAPABILITY;
   m.def("update", &update);
   m.def("gradient", &gradient);
   m.def("divergence", &divergence);

@@ -1,8 +1,8 @@
 // The loss of whole rows of student and teacher, and its gradient, on a pair of chunks.
 //
 // A block has a row. The first walk finds both logsumexps and, for a KL, its expectation; a JSD
-// needs a second one for its sums; the last one writes the gradient. All but the first may find the
-// row in the cache.
+// needs a second one for its sums; the last one writes the gradient. Each reads the rows anew: those
+// of all blocks at a time are more than a cache holds.
 
 #include "head.cuh"
 #include "online_sum.cuh"
@@ -11,9 +11,6 @@ namespace opd {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-
-template <typename A>
-constexpr int kGroup = sizeof(A) == 8 ? 2 : 8;  // columns of a thread at a time
 
 template <typename A>
 constexpr A kTiny = std::numeric_limits<A>::min();
@@ -83,11 +80,17 @@ struct Side {
   template <int kCount>
   __device__ __forceinline__ void logits(int first, int columns, A (&z)[kCount]) const {
     read_columns<kCount>(raw, first, columns, z);
+    if (head.is_plain()) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const bool is_live = unsigned(first + i) < unsigned(columns);
-      z[i] = is_live ? head.logit(head.score(z[i], first + i)) : -kInfinity<A>;
+      for (int i = 0; i < kCount; ++i) z[i] *= head.outer;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        z[i] = head.logit(head.score(z[i], min(max(first + i, 0), columns - 1)));
     }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (unsigned(first + i) >= unsigned(columns)) z[i] = -kInfinity<A>;
   }
 };
 
@@ -140,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, kResidentThreads<T> / kThreads)
                       double beta_, const Accumulator<T>* upstream, Accumulator<T>* losses, O* out,
                       int64_t out_stride) {
   using A = Accumulator<T>;
-  constexpr int kCount = kGroup<A>;
+  constexpr int kCount = kGroup<T, O>;
   __shared__ PairSum<A> parts[kWarps];
   __shared__ A means[kWarps], rests[kWarps];
   const A beta = A(beta_);

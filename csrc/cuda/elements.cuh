@@ -49,6 +49,10 @@ constexpr int kResidentThreads = sizeof(T) == 8 ? 768 : 1024;
 template <typename T>
 constexpr int kWidth = 16 / sizeof(T);
 
+// Columns of a chunk of T that a thread takes to O at a time: a vector of the one with more in it.
+template <typename T, typename O>
+constexpr int kGroup = kWidth<T> > kWidth<O> ? kWidth<T> : kWidth<O>;
+
 template <typename T>
 union Vector {
   uint4 bytes;

@@ -13,11 +13,8 @@ namespace opd {
 namespace {
 
 constexpr int kRowsOfBlock = 4;  // where a row belongs to one warp
-constexpr int kGradientThreads = 256, kGradientGroups = 4;
-template <typename A>
-constexpr int kGroup = sizeof(A) == 8 ? 2 : 8;  // columns that a thread reads and writes at a time
-template <typename A>
-constexpr int kSpan = kGradientThreads * kGradientGroups * kGroup<A>;  // columns of a block
+constexpr int kGradientThreads = 256;
+constexpr int kSpan = 8192;  // columns of a row that a block of gradient_kernel has
 
 template <typename A>
 struct State {
@@ -235,12 +232,13 @@ __global__ void __launch_bounds__(kGradientThreads, kResidentThreads<T> / kGradi
     gradient_kernel(Chunk<T> chunk, Head<Accumulator<T>> head, Support<Accumulator<T>> support,
                     O* out, int64_t out_stride) {
   using A = Accumulator<T>;
+  constexpr int kCount = kGroup<T, O>;
   __shared__ A on_support[OPD_MAX_GIVEN];
   const int64_t row = blockIdx.x;
   const T* raw = chunk.data + row * chunk.stride;
   // Groups start where a sixteen-byte vector of both dtypes does, if rows of both are aligned alike.
-  const int begin = int(blockIdx.y) * kSpan<A> - misalignment(raw, kGroup<A>);
-  const int end = begin + kSpan<A>;
+  const int begin = int(blockIdx.y) * kSpan - misalignment(raw, kCount);
+  const int end = begin + kSpan;
   const int64_t* ids = support.ids + row * support.k;
   out += row * out_stride;
 
@@ -255,18 +253,23 @@ __global__ void __launch_bounds__(kGradientThreads, kResidentThreads<T> / kGradi
   // A row whose tail is -inf has no mass off S, and -inf - -inf would be NaN.
   const A tail = support.tails[row], dtail = support.dtails[row];
   const A origin = tail == -kInfinity<A> ? kInfinity<A> : tail;
-  for (int group = 0; group < kGradientGroups; ++group) {
-    const int first = begin + (group * kGradientThreads + int(threadIdx.x)) * kGroup<A>;
-    if (first >= chunk.columns) break;
-    A values[kGroup<A>];
-    read_columns<kGroup<A>>(raw, first, chunk.columns, values);
+  const int last = min(end, chunk.columns);
+  for (int first = begin + int(threadIdx.x) * kCount; first < last;
+       first += kGradientThreads * kCount) {
+    A values[kCount];
+    read_columns<kCount>(raw, first, chunk.columns, values);
+    if (head.is_plain()) {
 #pragma unroll
-    for (int i = 0; i < kGroup<A>; ++i) {
-      const int column = min(max(first + i, 0), chunk.columns - 1);
-      const A score = head.score(values[i], column);
-      values[i] = exp(head.logit(score) - origin) * dtail * head.derivative(score);
+      for (int i = 0; i < kCount; ++i)
+        values[i] = exp(values[i] * head.outer - origin) * dtail * head.outer;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const A score = head.score(values[i], min(max(first + i, 0), chunk.columns - 1));
+        values[i] = exp(head.logit(score) - origin) * dtail * head.derivative(score);
+      }
     }
-    write_columns<kGroup<A>>(values, first, chunk.columns, out);
+    write_columns<kCount>(values, first, chunk.columns, out);
   }
   __syncthreads();
 
@@ -294,7 +297,7 @@ int update(const OpdMatrix& chunk, int64_t first_id, const OpdHead& head, const 
 
 int opd_update(OpdMatrix chunk, int64_t first_id, OpdHead head, OpdState state, int block_per_row,
                void* stream) {
-  if (state.k < 1 || state.k > (state.selects ? OPD_MAX_SELECTED : OPD_MAX_GIVEN))
+  if (state.k < state.selects || state.k > (state.selects ? OPD_MAX_SELECTED : OPD_MAX_GIVEN))
     return cudaErrorInvalidValue;
   return opd::for_dtype(chunk.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -316,7 +319,7 @@ int opd_gradient(OpdMatrix chunk, int64_t first_id, OpdHead head, const int64_t*
     const opd::Support<A> support{ids, static_cast<const A*>(dvalues), int(k),
                                   static_cast<const A*>(tails), static_cast<const A*>(dtails)};
     // A row may begin inside a group, which then takes one group more.
-    const int64_t spans = (chunk.columns + opd::kGroup<A> - 2) / opd::kSpan<A> + 1;
+    const int64_t spans = (chunk.columns + opd::kGroup<T, O> - 2) / opd::kSpan + 1;
     const dim3 grid(unsigned(chunk.rows), unsigned(spans));
     return opd::launch(opd::gradient_kernel<T, O>, grid, opd::kGradientThreads, stream,
                        opd::Chunk<T>(chunk, first_id), opd::Head<A>(head), support,

@@ -9,6 +9,7 @@
 
 #define OPD_MAX_SELECTED 256  // K of a state that selects
 #define OPD_MAX_GIVEN 512     // K of given ids
+#define OPD_PIECE 64          // entries of a sparse matrix that share a row of partial sums
 
 #ifdef __cplusplus
 extern "C" {
@@ -62,11 +63,10 @@ int opd_sparse_product(const int64_t* ids, const void* coefficients, int64_t k,
                        struct OpdMatrix dense, struct OpdMatrix sums, void* stream);
 
 // sums [V, D] += the transposed matrix @ dense [n, D], given its entries in the order of their ids:
-// ids, rows and coefficients, each [entries]. partials: opd_partials(entries) * D elements.
+// ids, rows and coefficients, each [entries]. partials has a row [D] for every OPD_PIECE of them.
 int opd_sparse_scatter(const int64_t* ids, const int64_t* rows, const void* coefficients,
                        int64_t entries, struct OpdMatrix dense, struct OpdMatrix sums,
                        void* partials, void* stream);
-int64_t opd_partials(int64_t entries);
 
 const char* opd_error(int error);
 

@@ -18,11 +18,14 @@ _FLAGS = ["-std=c++17", "-O3", "--compiler-options", "-Wall,-Wextra,-fPIC"]
 
 
 def find_nvcc() -> str | None:
-    """The compiler of CUDA_HOME, of PATH, or of the package nvidia-cuda-nvcc; None without any."""
-    home = os.environ.get("CUDA_HOME")
-    if home is not None:
+    """The compiler of CUDA_HOME or CUDA_PATH where that is set, else of PATH, of the toolkit in its
+    usual place, or of the package nvidia-cuda-nvcc; None without any.
+    """
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
         return shutil.which("nvcc", path=f"{home}/bin")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(_package_folders()))
+    others = ["/usr/local/cuda/bin", *_package_folders()]
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(others))
 
 
 def architectures() -> tuple[int, ...]:
@@ -47,8 +50,8 @@ def library_folders(nvcc: str) -> list[Path]:
     if root is None:
         raise RuntimeError(f"{' '.join(command)} does not name its folder: {said[:1000]}")
     top = Path(root[1].strip())
-    folders = [top / name for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
-    return [folder.resolve() for folder in folders if folder.is_dir()]
+    folders = [top / "lib64", top / "lib", *sorted(top.glob("targets/*/lib"))]
+    return list(dict.fromkeys(folder.resolve() for folder in folders if folder.is_dir()))
 
 
 def compile_objects(nvcc: str, folder: Path) -> list[Path]:
@@ -60,18 +63,38 @@ def compile_objects(nvcc: str, folder: Path) -> list[Path]:
     objects = []
     for source in SOURCES:
         objects.append(folder / f"{source.stem}.o")
-        command = [nvcc, *_FLAGS, *codes, "--threads", "0", "-c", str(source)]
-        subprocess.run([*command, "-o", str(objects[-1])], check=True)
+        command = [nvcc, *_FLAGS, *_host(), *codes, "--threads", "0", "-c", str(source)]
+        done = subprocess.run([*command, "-o", str(objects[-1])])
+        if done.returncode != 0:
+            raise RuntimeError(
+                f"nvcc failed: {' '.join(command)}\nIf it does not know the host's compiler, set "
+                "CXX to one that it does; OPD_BUILD=cpu leaves the CUDA backend out"
+            )
     return objects
 
 
 def compile_cubin(nvcc: str, source: Path, architecture: int, output: Path) -> str:
     """Machine code for one architecture; returns what the compilers said, ptxas' figures too."""
-    command = [nvcc, *_FLAGS, "-Xptxas", "-v", f"-arch=sm_{architecture}", "-cubin", str(source)]
+    command = [
+        nvcc,
+        *_FLAGS,
+        *_host(),
+        "-Xptxas",
+        "-v",
+        f"-arch=sm_{architecture}",
+        "-cubin",
+        str(source),
+    ]
     done = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
+
+
+def _host() -> list[str]:
+    """The C++ compiler that setuptools takes too, where one is named."""
+    compiler = os.environ.get("CXX")
+    return ["-ccbin", compiler] if compiler else []
 
 
 def _package_folders() -> list[str]:

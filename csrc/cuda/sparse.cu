@@ -12,7 +12,6 @@ namespace opd {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kPiece = 64;  // entries
 
 template <typename T, int kColumns>
 __device__ __forceinline__ void read(const T* from, Accumulator<T>* to) {
@@ -55,8 +54,8 @@ __global__ void __launch_bounds__(kThreads)
                    int64_t entries, const T* dense, int64_t dense_stride, int columns,
                    Accumulator<T>* sums, int64_t sums_stride, Accumulator<T>* partials) {
   using A = Accumulator<T>;
-  const int64_t begin = int64_t(blockIdx.x) * kPiece;
-  const int64_t end = min(begin + kPiece, entries);
+  const int64_t begin = int64_t(blockIdx.x) * OPD_PIECE;
+  const int64_t end = min(begin + OPD_PIECE, entries);
   const int first = (blockIdx.y * kThreads + threadIdx.x) * kColumns;
   if (first >= columns) return;
   bool is_owner = begin == 0 || ids[begin - 1] != ids[begin];
@@ -88,15 +87,15 @@ template <typename A>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const int64_t* ids, int64_t entries, const A* partials, int columns, A* sums,
                    int64_t sums_stride) {
-  const int64_t begin = int64_t(blockIdx.x) * kPiece, next = begin + kPiece;
+  const int64_t begin = int64_t(blockIdx.x) * OPD_PIECE, next = begin + OPD_PIECE;
   const int column = blockIdx.y * kThreads + threadIdx.x;
   if (next >= entries || column >= columns) return;
   const int64_t id = ids[next - 1];
   const bool starts_here = begin == 0 || ids[begin] != id || ids[begin - 1] != id;
   if (id < 0 || ids[next] != id || !starts_here) return;
   A total = 0;
-  for (int64_t piece = next; piece < entries && ids[piece] == id; piece += kPiece)
-    total += partials[piece / kPiece * columns + column];
+  for (int64_t piece = next; piece < entries && ids[piece] == id; piece += OPD_PIECE)
+    total += partials[piece / OPD_PIECE * columns + column];
   sums[id * sums_stride + column] += total;
 }
 
@@ -123,7 +122,7 @@ template <typename T, int kColumns>
 int scatter(const int64_t* ids, const int64_t* rows, const void* coefficients, int64_t entries,
             const OpdMatrix& dense, const OpdMatrix& sums, void* partials, void* stream) {
   using A = Accumulator<T>;
-  const unsigned pieces = ceiling(entries, kPiece);
+  const unsigned pieces = ceiling(entries, OPD_PIECE);
   const dim3 grid(pieces, ceiling(sums.columns, kThreads * kColumns));
   const int error = launch(
       scatter_kernel<T, kColumns>, grid, kThreads, stream, ids, rows,
@@ -138,8 +137,6 @@ int scatter(const int64_t* ids, const int64_t* rows, const void* coefficients, i
 
 }  // namespace
 }  // namespace opd
-
-int64_t opd_partials(int64_t entries) { return (entries + opd::kPiece - 1) / opd::kPiece; }
 
 int opd_sparse_product(const int64_t* ids, const void* coefficients, int64_t k, OpdMatrix dense,
                        OpdMatrix sums, void* stream) {

@@ -178,5 +178,5 @@ def reaches(name: str, device: device_type) -> bool:
     if name == "triton":
         return _interprets() if on_cpu else device.type == "cuda" and not _interprets()
     if name == "cuda":
-        return device.type == "cuda"
+        return cuda.runs_on(device)
     return name != "cpu" or on_cpu

@@ -2,7 +2,9 @@
 
 import importlib
 import importlib.util
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,12 +17,23 @@ from opd_kernels.head import Head
 # Columns above which a row is worth a whole block of threads: by reckoning, not by a measurement, a
 # warp's share of it is then long beside the merging of eight lists.
 _LONG_ROW = 8_192
+_PARTIAL_BYTES = 16 << 20
 
 
+@cache
 def load_extension() -> Any:
     """The extension, or None where it is not built; one that cannot be loaded raises."""
     name = "opd_kernels._cuda"
     return None if importlib.util.find_spec(name) is None else importlib.import_module(name)
+
+
+@cache
+def runs_on(device: torch.device) -> bool:
+    """Whether the extension has code for a device: OPD_CUDA_ARCHITECTURES may have left it out."""
+    if device.type != "cuda":
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor >= load_extension().LEAST_CAPABILITY
 
 
 class CudaEpilogues:
@@ -86,12 +99,18 @@ class CudaEpilogues:
         with _device_of(ids):
             stream = _stream(ids)
             if dhidden is not None:
-                self._extension.sparse_product(ids, coefficients, weight, dhidden, stream)
+                with _contiguous(dhidden) as sums:
+                    self._extension.sparse_product(ids, coefficients, weight, sums, stream)
             if dweight is not None:
                 # Stable, so that every row of dweight is summed in the order of the tokens.
                 in_order, order = ids.flatten().sort(stable=True)
                 entries = (in_order, order // ids.shape[1], coefficients.flatten()[order])
-                self._extension.sparse_scatter(*entries, hidden, dweight, stream)
+                # A call keeps a row of partial sums for so many entries.
+                rows = max(1, _PARTIAL_BYTES // (hidden.shape[1] * coefficients.element_size()))
+                parts = (t.split(rows * self._extension.PIECE) for t in entries)
+                with _contiguous(dweight) as sums:
+                    for part in zip(*parts, strict=True):
+                        self._extension.sparse_scatter(*part, hidden, sums, stream)
 
     def divergence(
         self,
@@ -147,6 +166,15 @@ def _head(chunk: Tensor, first_id: int, head: Head) -> tuple[Tensor | None, bool
 
 def _accumulator(chunk: Tensor) -> torch.dtype:
     return torch.float64 if chunk.dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def _contiguous(sums: Tensor) -> Iterator[Tensor]:
+    """What is added to it is added to the sums, whatever their strides."""
+    same = sums.contiguous()
+    yield same
+    if same is not sums:
+        sums.copy_(same)
 
 
 def _writes(chunk: Tensor, out: Tensor) -> bool:

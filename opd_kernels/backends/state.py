@@ -56,6 +56,16 @@ class RowState:
             None if self.moment is None else self.moment[rows],
         )
 
+    def close(self) -> None:
+        """After the last chunk: make NaN of every value in a row that has one, which a backend may
+        have met in the tail alone. A loss that reads S alone would miss it there.
+        """
+        is_nan = self.sum.isnan()
+        self.values.masked_fill_(is_nan[:, None], torch.nan)
+        if self.selects:  # nothing was selected, perhaps: one id, so that gradients are NaN too
+            first = self.ids[:, 0]
+            first.copy_(torch.where(is_nan, first.clamp_min(0), first))
+
     def tail(self) -> Tensor:
         """logsumexp of the logits outside S, [N]; -inf where S is everything."""
         # In float64, so that the result is rounded once: at its size that is most of its error.
