@@ -9,7 +9,9 @@ from trainer.config import load_config
 
 def test_values_come_from_the_file_and_the_command_line(tmp_path):
     recipe = write_recipe(tmp_path, weight_decay="1e-2", learning_rate="3e-5")
-    config = load_config(recipe, ["--k", "4", "--temperature", "7e-1", "--stop_gradient", "false"])
+    config = load_config(
+        recipe, ["--k", "4", "--temperature", "7e-1", "--stop_gradient", "false", "--tail", "drop"]
+    )
     assert (config.k, config.temperature, config.stop_gradient) == (4, 0.7, False)
     assert (config.learning_rate, config.weight_decay) == (3e-5, 1e-2)
     assert config.logging_steps == 1
@@ -31,7 +33,18 @@ def test_values_come_from_the_file_and_the_command_line(tmp_path):
         ({"top_p": 1.5}, "top_p: input should be less than or equal to 1, got 1.5"),
         ({"beta": -0.1}, "beta: input should be greater than or equal to 0"),
         ({"tail": "fill"}, "tail: input should be 'drop', 'bucket' or 'renormalize', got 'fill'"),
-        ({"objective": "kl"}, "objective: input should be 'reverse_kl', 'forward_kl' or 'jsd'"),
+        ({"objective": "kl"}, "objective: input should be 'reverse_kl', 'forward_kl', 'jsd' or"),
+        ({"objective": "policy_gradient", "top_p": 0.9, "tail": None}, "expected top_p: 1"),
+        ({"objective": "policy_gradient", "support": "teacher"}, "has no support, tail, stop_grad"),
+        (
+            {"objective": "policy_gradient", "max_token_loss": 2.0},
+            "has no support, tail, stop_grad",
+        ),
+        ({"objective": "jsd", "forward_kl_coef": 0.1}, "added to objective: reverse_kl alone"),
+        ({"objective": "jsd", "stop_gradient": False}, "only reverse_kl has one"),
+        ({"tail": "bucket", "stop_gradient": False}, "only reverse_kl has one"),
+        ({"max_token_loss": 0}, "max_token_loss: input should be greater than 0"),
+        ({"max_loss_tokens": 0}, "max_loss_tokens: input should be greater than or equal to 1"),
         ({"stop_gradient": "maybe"}, "stop_gradient: input should be a valid boolean"),
         ({"gradient_accumulation_steps": 4}, "a batch of prompts is one step; split it"),
         ({"metric_for_best_model": "loss"}, "metric_for_best_model: not supported"),

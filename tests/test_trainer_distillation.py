@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,16 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from opd_kernels import reverse_kl
+from opd_kernels import forward_kl, reverse_kl
 from opd_kernels.integrations.transformers import lazy_logits
 from tests.ranks import run_ranks
+from tests.reference import make_logits
 from tests.tiny_run import make_trainer, read_metrics, write_model, write_recipe
 from trainer.__main__ import prepare, train
 from trainer.config import load_config
 from trainer.data import Prompt
 from trainer.models import load_model
+from trainer.objective import Clamped, WhereUncertain
 from trainer.rollout import Completion
 
 
@@ -104,20 +107,100 @@ def test_the_loss_is_that_of_completion_tokens_alone(tmp_path, aggregation):
     assert (sums["completions"], sums["truncated"]) == (6, 3)
 
 
-def _worker(rank, folder):
-    trainer = make_trainer(Path(folder, f"rank{rank}"), model=f"{folder}/model")
-    model = trainer.accelerator.prepare(trainer.model)
+def test_the_policy_gradient_is_of_the_sampled_tokens(tmp_path):
+    """Against a loop over single sequences of log p(y) times the detached log-ratio."""
+    trainer = make_trainer(tmp_path, objective="policy_gradient", tail=None)
     batch = completions()
-    loss = trainer.learn(model, batch[:2] if rank == 0 else batch[2:])
+    loss, gradients, sums = gradient_of(trainer, batch)
+    terms = []
+    for c in batch:
+        ours = torch.tensor([c.prompt.student_ids + c.ids])
+        theirs = torch.tensor([c.prompt.teacher_ids + c.ids])
+        y = torch.tensor(c.ids)[:, None]
+        log_p = trainer.model(ours).logits[0, len(c.prompt.student_ids) - 1 : -1].log_softmax(-1)
+        with torch.no_grad():
+            log_q = trainer.teacher.model(theirs).logits[0, len(c.prompt.teacher_ids) - 1 : -1]
+            log_q = log_q.log_softmax(-1).gather(1, y)
+        log_p = log_p.gather(1, y)
+        terms.append((log_p * (log_p - log_q).detach())[:, 0])
+    expected = torch.cat(terms).mean()
+    assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+    trainer.model.zero_grad()
+    expected.backward()
+    for name, parameter in trainer.model.named_parameters():
+        scale = float(parameter.grad.abs().max())
+        assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5 * scale)
+    assert sums["student_mass"] / sums["scored_tokens"] > 0.1  # of the top-K, not of the samples
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_what_is_left_out_is_as_if_it_were_not_there(tmp_path, aggregation):
+    """Truncated completions, and tokens behind the first so many of each."""
+    batch = completions()
+    trainer = make_trainer(
+        tmp_path, aggregation=aggregation, skip_truncated=True, max_loss_tokens=3
+    )
+    actual = gradient_of(trainer, batch)
+    assert (actual[2]["tokens"], actual[2]["truncated"]) == (sum(len(c.ids) for c in batch), 3)
+    kept = [replace(c, ids=c.ids[:3]) for c in batch if not c.truncated]
+    assert actual[2]["scored_tokens"] == sum(len(c.ids) for c in kept)
+    trainer.args.skip_truncated, trainer.args.max_loss_tokens = False, None
+    expected = gradient_of(trainer, kept)
+    assert_same_step((*actual[:2], {}), (*expected[:2], {}))
+
+
+def test_a_batch_of_truncated_completions_teaches_nothing(tmp_path):
+    trainer = make_trainer(tmp_path, skip_truncated=True, max_steps=1)
+    batch = [c for c in completions() if c.truncated]
+    loss, gradients, sums = gradient_of(trainer, batch)
+    assert loss == 0
+    assert all(not gradient.any() for gradient in gradients.values())
+    assert gradients.keys() == {name for name, _ in trainer.model.named_parameters()}
+    assert sums.get("scored_tokens", 0) == 0
+
+
+def test_forward_kl_is_added_where_the_teacher_is_uncertain():
+    student, teacher = make_logits(tokens=9), make_logits(tokens=9, requires_grad=False)
+    s = student.topk(5)
+    t = teacher.gather(s.ids, entropy=True)
+    bound = float(t.entropy.median())
+    mixture = WhereUncertain(reverse_kl, forward_kl, 0.3, bound)
+    above = t.entropy > bound
+    assert 0 < above.sum() < 9
+    expected = reverse_kl(s, t) + 0.3 * above * forward_kl(s, t)
+    assert_close(mixture(s, t), expected)
+    most = float(expected.detach().median())
+    clamped = Clamped(mixture, most)(s, t)
+    assert_close(clamped, expected.clamp_max(most))
+    (slope,) = torch.autograd.grad(clamped.sum(), s.values)
+    assert not slope[expected > most].any()
+    assert slope[expected < most].any(-1).all()
+
+
+def _worker(rank, folder, skip_truncated):
+    options = {"model": f"{folder}/model", "skip_truncated": skip_truncated}
+    trainer = make_trainer(Path(folder, f"rank{rank}"), **options)
+    model = trainer.accelerator.prepare(trainer.model)
+    loss = trainer.learn(model, _shares(skip_truncated)[rank])
     gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
     torch.save((trainer.accelerator.reduce(loss, "mean"), gradients), f"{folder}/rank{rank}.pt")
     trainer.evaluation.measure(trainer.model, step=0)
 
 
-def test_two_ranks_learn_what_one_does(tmp_path):
-    """Unequal shares: 2 completions on one rank, 4 on the other. One rank writes the samples."""
-    expected_loss, expected, _ = gradient_of(make_trainer(tmp_path), completions())
-    run_ranks(_worker, tmp_path)
+def _shares(skip_truncated):
+    """Two completions on one rank and four on the other, or on one all that are truncated."""
+    batch = completions()
+    if not skip_truncated:
+        return batch[:2], batch[2:]
+    return [[c for c in batch if c.truncated == truncated] for truncated in (True, False)]
+
+
+@pytest.mark.parametrize("skip_truncated", [False, True])
+def test_two_ranks_learn_what_one_does(tmp_path, skip_truncated):
+    """Also where one has nothing to learn from. One rank writes the samples."""
+    trainer = make_trainer(tmp_path, skip_truncated=skip_truncated)
+    expected_loss, expected, _ = gradient_of(trainer, completions())
+    run_ranks(_worker, tmp_path, skip_truncated)
     for rank in range(2):
         loss, gradients = torch.load(tmp_path / f"rank{rank}.pt")
         assert (tmp_path / f"rank{rank}/run/samples/step-0.jsonl").exists() == (rank == 0)

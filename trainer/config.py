@@ -36,12 +36,17 @@ class DistillationConfig(TrainingArguments):
     lora_r: Annotated[int, Field(ge=0)] = 0  # rank of adapters on the student; 0 trains all weights
     lora_alpha: Count = 32
     lora_target_modules: str | list[str] = "all-linear"
-    objective: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = "reverse_kl"
     stop_gradient: bool = True
     tail: Literal["drop", "bucket", "renormalize"] = "drop"
     beta: Annotated[float, Field(ge=0, le=1)] = 0.5  # jsd's
     k: Count = 20
     support: Literal["student", "teacher", "union", "intersection", "full"] = "student"
+    forward_kl_coef: Annotated[float, Field(ge=0)] = 0.0  # of forward KL, added to reverse_kl ...
+    forward_kl_min_entropy: float = 0.0  # ... on tokens where the teacher's entropy (nats) exceeds
+    max_token_loss: Annotated[float, Field(gt=0)] | None = None  # nats; above it no gradient
+    max_loss_tokens: Count | None = None  # of each completion, from its start
+    skip_truncated: bool = False  # no loss on completions that did not end
     aggregation: Literal["token", "sequence"] = "token"  # what has the same weight
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # of samples and loss
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -71,7 +76,19 @@ class DistillationConfig(TrainingArguments):
                 raise ValueError(f"{name}: {reason}, got {value!r}") from None
         super().__post_init__()
         best = self.load_best_model_at_end or self.metric_for_best_model
+        is_sampled = self.objective == "policy_gradient"
         refused = {
+            "objective: policy_gradient is unbiased only for samples from the model's own "
+            "distribution; expected top_p: 1": is_sampled and self.top_p < 1,
+            "objective: policy_gradient takes the sampled token alone, so it has no support, tail, "
+            "stop_gradient or max_token_loss; leave these keys out": is_sampled
+            and (self.support, self.tail, self.stop_gradient, self.max_token_loss)
+            != ("student", "drop", True, None),
+            "forward_kl_coef: it is added to objective: reverse_kl alone": self.forward_kl_coef > 0
+            and self.objective != "reverse_kl",
+            "stop_gradient: only reverse_kl has one; false changes nothing here": not is_sampled
+            and not self.stop_gradient
+            and (self.objective != "reverse_kl" or self.tail != "drop"),
             "gradient_accumulation_steps: expected 1, as a batch of prompts is one step; split it "
             "in memory by micro_batch_size": self.gradient_accumulation_steps != 1,
             "metric_for_best_model: not supported; pick a checkpoint by its step": bool(best),

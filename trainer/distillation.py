@@ -7,6 +7,7 @@ the same tokens, and go down the divergence. transformers' Trainer does the rest
 import time
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,33 +63,54 @@ class OnPolicyDistillationTrainer(DurableTrainer):
         """Accumulate the gradient of the mean loss over all ranks' completions; return the loss."""
         model.train()
         self.sums.add_completions(completions)
+        learned = self._learned(completions)
         per_token = self.args.aggregation == "token"
-        own = float(sum(len(c.ids) for c in completions) if per_token else len(completions))
+        own = float(sum(len(c.ids) for c in learned) if per_token else len(learned))
         denominator = self.accelerator.reduce(torch.tensor(own, device=self.args.device), "sum")
+        denominator = denominator.clamp_min(1.0)
+        # A rank without any takes part all the same: the others wait for its gradient.
         total = torch.zeros((), device=self.args.device)
         # Completions of similar length together, so that little is padded.
-        order = sorted(completions, key=lambda c: -len(c.ids))
+        order = sorted(learned or completions[:1], key=lambda c: -len(c.ids))
         for first in range(0, len(order), self.args.micro_batch_size):
             batch = order[first : first + self.args.micro_batch_size]
             is_last = first + len(batch) == len(order)
             with nullcontext() if is_last else self.accelerator.no_sync(model):
                 # DDP averages the gradient over the ranks.
-                loss = self._loss(model, batch, denominator) * self.accelerator.num_processes
+                loss = self._loss(model, batch, denominator, bool(learned))
+                loss = loss * self.accelerator.num_processes
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
 
-    def _loss(self, model: nn.Module, batch: list[Completion], denominator: Tensor) -> Tensor:
-        """A micro-batch's share of the mean loss."""
+    def _learned(self, completions: list[Completion]) -> list[Completion]:
+        """What is learned from of the completions."""
+        ended = [c for c in completions if not (self.args.skip_truncated and c.truncated)]
+        return [replace(c, ids=c.ids[: self.args.max_loss_tokens]) for c in ended]
+
+    def _loss(
+        self, model: nn.Module, batch: list[Completion], denominator: Tensor, counts: bool
+    ) -> Tensor:
+        """A micro-batch's share of the mean loss; 0, with a gradient of 0, if it does not count."""
         lengths = torch.tensor([len(c.ids) for c in batch], device=self.args.device)
         weights = torch.ones_like(lengths) if self.args.aggregation == "token" else 1.0 / lengths
-        weights = weights.repeat_interleave(lengths)
+        weights = weights.repeat_interleave(lengths) * counts
+        options = {"token_weights": weights, "denominator": denominator}
+        is_sampled = self.args.objective == "policy_gradient"
+        if is_sampled:
+            ids = [token for completion in batch for token in completion.ids]
+            options["support"] = torch.tensor(ids, device=self.args.device)[:, None]
 
         def loss_of(student: LazyLogits, teacher: LazyLogits) -> Tensor:
-            output = self.loss(student, teacher, token_weights=weights, denominator=denominator)
-            is_topk = self.args.support in ("student", "full")
-            top = output.student if is_topk else student.detach().topk(self.args.k)
-            self.sums.add_tokens(output, top, teacher)
+            output = self.loss(student, teacher, **options)
+            s, t = output.student, output.teacher
+            top = s
+            if is_sampled or self.args.support not in ("student", "full"):
+                top = student.detach().topk(self.args.k, entropy=True)
+            if is_sampled:  # the sampled token's own probability is no measure of the support
+                s, t = top, teacher.gather(top.ids, entropy=True)
+            if counts:
+                self.sums.add_tokens(s, t, top, teacher)
             return output.loss
 
         with self.accelerator.autocast():
@@ -97,13 +119,14 @@ class OnPolicyDistillationTrainer(DurableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; a training loss comes with the figures of its steps over all ranks."""
         if "loss" in logs:
-            names, ranks = sorted(self.sums), self.accelerator.num_processes
-            own = torch.tensor([self.sums[n] for n in names], device=self.args.device)
-            total = Sums(zip(names, self.accelerator.reduce(own, "sum").tolist(), strict=True))
+            ranks = self.accelerator.num_processes
+            own = torch.tensor([self.sums[n] for n in Sums.NAMES], device=self.args.device)
+            total = Sums(zip(Sums.NAMES, self.accelerator.reduce(own, "sum").tolist(), strict=True))
             self.sums.clear()
             logs |= total.means() | {"skipped_steps": total["skipped_steps"]}
             logs["tokens_per_second"] = total["tokens"] * ranks / total["seconds"]
             drops = self.args.tail == "drop" and self.args.support != "full"
+            drops &= self.args.objective != "policy_gradient" and total["scored_tokens"] > 0
             if drops and logs["student_mass"] < 0.95 and self.is_world_process_zero():
                 warnings.warn(DRIFT, stacklevel=2)  # shown once
         super().log(logs, start_time)

@@ -71,7 +71,8 @@ class Evaluation:
         def add(ours: LazyLogits, theirs: LazyLogits) -> None:
             k = self.config.k
             output = distillation_loss(ours, theirs, k=k, support="full", reduction="sum")
-            sums.add_tokens(output, output.student, theirs)
+            s, t = output.student, output.teacher
+            sums.add_tokens(s, t, s, theirs)
             sums.add(kl=float(output.loss))
 
         sums = Sums()

@@ -1,9 +1,22 @@
 """From the recipe's keys to the loss."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
-from opd_kernels import DistillationOutput, distillation_loss, forward_kl, jsd, reverse_kl
+import torch
+from torch import Tensor
+
+from opd_kernels import (
+    DistillationOutput,
+    SparseLogits,
+    distillation_loss,
+    forward_kl,
+    jsd,
+    policy_gradient,
+    reverse_kl,
+)
+from opd_kernels.objective import Objective
 from trainer.config import DistillationConfig
 
 DRIFT = (
@@ -15,11 +28,48 @@ DRIFT = (
 
 def build_loss(config: DistillationConfig) -> Callable[..., DistillationOutput]:
     """distillation_loss with the recipe's objective, k and support; entropies come with it."""
-    objective = {
+    objectives: dict[str, Objective] = {
         "reverse_kl": partial(reverse_kl, stop_gradient=config.stop_gradient, tail=config.tail),
         "forward_kl": partial(forward_kl, tail=config.tail),
         "jsd": partial(jsd, beta=config.beta, tail=config.tail),
-    }[config.objective]
+        "policy_gradient": policy_gradient,
+    }
+    objective = objectives[config.objective]
+    if config.forward_kl_coef > 0:
+        uncertain = partial(forward_kl, tail=config.tail)
+        mixture = (config.forward_kl_coef, config.forward_kl_min_entropy)
+        objective = WhereUncertain(objective, uncertain, *mixture)
+    if config.max_token_loss is not None:
+        objective = Clamped(objective, config.max_token_loss)
     return partial(
         distillation_loss, objective=objective, k=config.k, support=config.support, entropy=True
     )
+
+
+@dataclass(frozen=True)
+class WhereUncertain:
+    """An objective plus coefficient * another on tokens where the teacher's entropy is above a
+    bound in nats: where the teacher has several answers, forward KL keeps the student from
+    choosing one.
+    """
+
+    objective: Objective
+    other: Objective
+    coefficient: float
+    min_entropy: float
+
+    def __call__(self, student: SparseLogits, teacher: SparseLogits) -> Tensor:
+        assert teacher.entropy is not None
+        added = torch.where(teacher.entropy > self.min_entropy, self.other(student, teacher), 0.0)
+        return self.objective(student, teacher) + self.coefficient * added
+
+
+@dataclass(frozen=True)
+class Clamped:
+    """An objective whose loss of a token is at most so many nats; above that it has no gradient."""
+
+    objective: Objective
+    most: float
+
+    def __call__(self, student: SparseLogits, teacher: SparseLogits) -> Tensor:
+        return self.objective(student, teacher).clamp_max(self.most)
