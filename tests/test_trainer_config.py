@@ -35,6 +35,11 @@ def test_values_come_from_the_file_and_the_command_line(tmp_path):
         ({"tail": "fill"}, "tail: input should be 'drop', 'bucket' or 'renormalize', got 'fill'"),
         ({"objective": "kl"}, "objective: input should be 'reverse_kl', 'forward_kl', 'jsd' or"),
         ({"objective": "policy_gradient", "top_p": 0.9, "tail": None}, "expected top_p: 1"),
+        (
+            {"objective": "policy_gradient", "sampling_temperature": 0.9, "tail": None},
+            "expected top_p: 1 and no sampling_temperature",
+        ),
+        ({"sampling_temperature": 0}, "sampling_temperature: input should be greater than 0"),
         ({"objective": "policy_gradient", "support": "teacher"}, "has no support, tail, stop_grad"),
         (
             {"objective": "policy_gradient", "max_token_loss": 2.0},

@@ -321,6 +321,42 @@ def test_a_drifting_support_is_warned_of_once(tmp_path, changes, warns):
     assert all("tail: bucket, support: full, a larger k" in message for message in messages)
 
 
+@pytest.mark.parametrize(
+    ("changes", "warns"),
+    [
+        ({}, False),
+        ({"top_p": 0.9}, True),
+        ({"temperature": 0.7, "sampling_temperature": 1.0}, True),
+        ({"temperature": 0.7, "sampling_temperature": 0.7}, False),
+    ],
+)
+def test_samples_from_another_distribution_are_warned_of(tmp_path, changes, warns):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        trainer = make_trainer(tmp_path, **changes)
+    assert any("to be on-policy" in str(w.message) for w in caught) == warns
+    wanted = changes.get("sampling_temperature", 1.0)
+    assert (trainer.sampler.options.temperature, trainer.sampler.options.top_p) == (
+        wanted, changes.get("top_p", 1.0),
+    )  # fmt: skip
+
+
+def test_several_completions_of_a_prompt(tmp_path):
+    trainer = make_trainer(tmp_path, completions_per_prompt=3, per_device_train_batch_size=2)
+    seen, learn = [], trainer.learn
+    trainer.learn = lambda model, batch: seen.append(batch) or learn(model, batch)
+    trainer.evaluation.prompts = []
+    trainer.train()
+    for batch in seen:
+        texts = [c.prompt.text for c in batch]
+        assert texts[:3] == [texts[0]] * 3
+        assert texts[3:] == [texts[3]] * 3
+        assert texts[0] != texts[3]
+        assert len({tuple(c.ids) for c in batch[:3]}) > 1  # samples, not copies
+    steps, _ = read_metrics(Path(trainer.args.output_dir))
+    assert len(steps) == len(seen) == 4
+
+
 def test_evaluation_runs_once_where_steps_and_epochs_meet(tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 3, "max_steps": 6}  # 3 steps an epoch
     config = load_config(write_recipe(tmp_path, **options), [])

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 Messages = list[Annotated[dict[Literal["role", "content"], str], Field(min_length=2)]]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=1)]
+Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass
@@ -48,8 +49,10 @@ class DistillationConfig(TrainingArguments):
     max_loss_tokens: Count | None = None  # of each completion, from its start
     skip_truncated: bool = False  # no loss on completions that did not end
     aggregation: Literal["token", "sequence"] = "token"  # what has the same weight
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # of samples and loss
+    temperature: Temperature = 1.0  # of the loss, and of samples where they have none of their own
+    sampling_temperature: Temperature | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    completions_per_prompt: Count = 1  # in training
     max_completion_length: Count = 128
     micro_batch_size: Count = 8
     per_device_train_batch_size: Count = 16
@@ -79,7 +82,8 @@ class DistillationConfig(TrainingArguments):
         is_sampled = self.objective == "policy_gradient"
         refused = {
             "objective: policy_gradient is unbiased only for samples from the model's own "
-            "distribution; expected top_p: 1": is_sampled and self.top_p < 1,
+            "distribution; expected top_p: 1 and no sampling_temperature": is_sampled
+            and self.samples_differ,
             "objective: policy_gradient takes the sampled token alone, so it has no support, tail, "
             "stop_gradient or max_token_loss; leave these keys out": is_sampled
             and (self.support, self.tail, self.stop_gradient, self.max_token_loss)
@@ -100,6 +104,11 @@ class DistillationConfig(TrainingArguments):
         }
         for message in [message for message, wrong in refused.items() if wrong]:
             raise ValueError(message)
+
+    @property
+    def samples_differ(self) -> bool:
+        """Whether completions come from another distribution than the one that the loss is of."""
+        return self.top_p < 1 or self.sampling_temperature not in (None, self.temperature)
 
 
 def load_config(recipe: Path, overrides: list[str]) -> DistillationConfig:

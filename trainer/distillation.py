@@ -19,7 +19,7 @@ from trainer.config import DistillationConfig
 from trainer.data import Prompt
 from trainer.diagnostics import Sums
 from trainer.evaluation import Evaluation
-from trainer.objective import DRIFT, build_loss
+from trainer.objective import DRIFT, OFF_POLICY, build_loss
 from trainer.rollout import Completion
 from trainer.teacher import side_by_side
 
@@ -42,13 +42,16 @@ class OnPolicyDistillationTrainer(DurableTrainer):
         self.loss = build_loss(args)
         self.sums = Sums()  # of the steps since the last log line
         self.teacher.model.to(args.device)
+        if args.samples_differ and self.is_world_process_zero():
+            warnings.warn(OFF_POLICY, stacklevel=2)
 
     def training_step(self, model: nn.Module, inputs: list[Prompt], *_: Any, **__: Any) -> Tensor:
         """One optimiser step's gradient: roll the prompts out, then learn from the completions."""
         start = time.perf_counter()
         seed = (self.args.seed, self.state.global_step, self.args.process_index)
+        prompts = [p for p in inputs for _ in range(self.args.completions_per_prompt)]
         with self.accelerator.autocast():
-            completions = self.sampler.sample(self.model, inputs, *seed)
+            completions = self.sampler.sample(self.model, prompts, *seed)
         loss = self.learn(model, completions)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if not torch.isfinite(nn.utils.get_total_norm(gradients)):

@@ -25,6 +25,12 @@ DRIFT = (
     "temperature."
 )
 
+OFF_POLICY = (
+    "Completions are sampled at another temperature than the loss's, or with top_p below 1, so the "
+    "loss is not of the distribution that they come from: leave out sampling_temperature and top_p "
+    "to be on-policy."
+)
+
 
 def build_loss(config: DistillationConfig) -> Callable[..., DistillationOutput]:
     """distillation_loss with the recipe's objective, k and support; entropies come with it."""

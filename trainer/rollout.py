@@ -30,7 +30,8 @@ class Sampler:
         for eos in (causal_lm_of(model).generation_config.eos_token_id for model in models):
             self.eos_ids |= set(eos if isinstance(eos, list) else [eos]) - {None}
         heads = [causal_lm_of(model).get_output_embeddings().weight.shape[0] for model in models]
-        sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+        temperature = config.sampling_temperature or config.temperature
+        sampling = {"temperature": temperature, "top_p": config.top_p, "top_k": 0}
         ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": sorted(self.eos_ids)}
         ends["suppress_tokens"] = list(range(min(heads), max(heads))) or None
         length = config.max_completion_length
