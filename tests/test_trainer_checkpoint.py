@@ -18,8 +18,10 @@ def _losses(run):
     return {line["step"]: line["loss"] for line in steps}
 
 
-def test_a_run_killed_after_a_checkpoint_resumes_with_the_same_losses(tmp_path):
+@pytest.mark.parametrize("update_rate", [0.0, 0.3])
+def test_a_run_killed_after_a_checkpoint_resumes_with_the_same_losses(tmp_path, update_rate):
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 7, "warmup_steps": 2}
+    options |= {"teacher_update_rate": update_rate, "eval_strategy": "steps", "eval_steps": 3}
     recipe = write_recipe(tmp_path, **options)
     main(["distill", str(recipe)])
     expected = _losses(tmp_path / "run")
@@ -40,6 +42,18 @@ def test_a_run_killed_after_a_checkpoint_resumes_with_the_same_losses(tmp_path):
     resumed = _losses(run)
     assert resumed.keys() == expected.keys()
     assert resumed == pytest.approx(expected, rel=1e-6)
+    _, lines = read_metrics(tmp_path / "run")
+    _, resumed_lines = read_metrics(run)
+    last, resumed_last = (
+        [line for line in log if "eval_overlap" in line][-1] for log in (lines, resumed_lines)
+    )
+    assert resumed_last == pytest.approx(last, rel=1e-5)
+    if update_rate > 0:
+        teachers = [
+            load_file(folder / "checkpoint-6" / "teacher" / "model.safetensors")
+            for folder in (tmp_path / "run", run)
+        ]
+        assert_close(teachers[1], teachers[0], rtol=1e-5, atol=1e-6)
     assert not (run / ".saving").exists() or not any((run / ".saving").iterdir())
     final = [
         load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "run", run)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from transformers import TrainerCallback
 
 from opd_kernels import forward_kl, reverse_kl
 from opd_kernels.integrations.transformers import lazy_logits
@@ -275,6 +276,26 @@ def test_lora_trains_adapters_against_the_base_below_them(tmp_path):
         assert_close(teacher, lazy_logits(base, ids).materialize(), rtol=1e-5, atol=1e-5)
         student = lazy_logits(trainer.model, ids).materialize()
     assert (student - teacher).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("rate", [0.25, 1.0])
+def test_a_self_teacher_follows_the_student(tmp_path, rate):
+    trainer = make_trainer(tmp_path, teacher_update_rate=rate, max_steps=3, learning_rate=1e-2)
+    trainer.evaluation.prompts = []
+    assert (trainer.teacher.model is trainer.model) == (rate == 1)
+    expected = {n: p.detach().clone() for n, p in trainer.teacher.model.named_parameters()}
+
+    class Reckon(TrainerCallback):
+        def on_step_end(self, *_, model, **__):
+            for name, parameter in model.named_parameters():
+                expected[name] += rate * (parameter.detach() - expected[name])
+
+    start = {n: p.clone() for n, p in expected.items()}
+    trainer.add_callback(Reckon())
+    trainer.train()
+    for name, parameter in trainer.teacher.model.named_parameters():
+        assert_close(parameter.detach(), expected[name], rtol=1e-5, atol=1e-6)
+        assert not torch.equal(parameter, start[name])
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step(tmp_path):

@@ -28,10 +28,15 @@ class DurableTrainer(Trainer):
         self.args.output_dir = f"{run}/.saving"
         super()._save_checkpoint(model, trial)
         self.args.output_dir = str(run)
+        if self.args.should_save:
+            self.save_more(run / ".saving" / name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             publish(run / ".saving" / name, run / name)
             rotate_checkpoints(str(run), self.args.save_total_limit)
+
+    def save_more(self, checkpoint: Path) -> None:
+        """For what a subclass keeps beside the student, before the checkpoint is published."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log to metrics.jsonl too; a resumed run first drops what its checkpoint did not see."""

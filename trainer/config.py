@@ -27,6 +27,9 @@ class DistillationConfig(TrainingArguments):
 
     model: str = field(kw_only=True)  # the student
     teacher: str = "self"  # another model, or the student's initial weights
+    # Of the way to the student's weights that a self-teacher goes after each step: 0 stays, 1 is
+    # the student as it is, what lies between is an exponential moving average in float32.
+    teacher_update_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
     privileged_context: str | Messages | None = None  # system message or messages, teacher only
     train_data: str = field(kw_only=True)
     eval_data: str | None = None
@@ -78,32 +81,45 @@ class DistillationConfig(TrainingArguments):
                 reason = error.errors()[0]["msg"].lower()
                 raise ValueError(f"{name}: {reason}, got {value!r}") from None
         super().__post_init__()
+        for wrong, message in self._refusals():
+            if wrong:
+                raise ValueError(message)
+
+    def _refusals(self) -> list[tuple[bool, str]]:
+        """What does not go together, or would teach nothing, and why."""
         best = self.load_best_model_at_end or self.metric_for_best_model
-        is_sampled = self.objective == "policy_gradient"
-        refused = {
-            "objective: policy_gradient is unbiased only for samples from the model's own "
-            "distribution; expected top_p: 1 and no sampling_temperature": is_sampled
-            and self.samples_differ,
-            "objective: policy_gradient takes the sampled token alone, so it has no support, tail, "
-            "stop_gradient or max_token_loss; leave these keys out": is_sampled
-            and (self.support, self.tail, self.stop_gradient, self.max_token_loss)
-            != ("student", "drop", True, None),
-            "forward_kl_coef: it is added to objective: reverse_kl alone": self.forward_kl_coef > 0
-            and self.objective != "reverse_kl",
-            "stop_gradient: only reverse_kl has one; false changes nothing here": not is_sampled
-            and not self.stop_gradient
-            and (self.objective != "reverse_kl" or self.tail != "drop"),
-            "gradient_accumulation_steps: expected 1, as a batch of prompts is one step; split it "
-            "in memory by micro_batch_size": self.gradient_accumulation_steps != 1,
-            "metric_for_best_model: not supported; pick a checkpoint by its step": bool(best),
-            "k: expected at least 2 with tail: renormalize": self.tail == "renormalize"
-            and self.k < 2,
-            "dtype: expected float32 to train all weights, since 16 bits round their updates away; "
-            "for speed use bf16: true, or lora_r": self.dtype != "float32" and self.lora_r == 0,
-            "several GPUs: start one process for each by torchrun": self.n_gpu > 1,
-        }
-        for message in [message for message, wrong in refused.items() if wrong]:
-            raise ValueError(message)
+        is_sampled, is_reverse = (self.objective == x for x in ("policy_gradient", "reverse_kl"))
+        shaped = (self.support, self.tail, self.stop_gradient, self.max_token_loss)
+        rate, averages = self.teacher_update_rate, 0 < self.teacher_update_rate < 1
+        return [
+            (is_sampled and self.samples_differ,
+             "objective: policy_gradient is unbiased only for samples from the model's own "
+             "distribution; expected top_p: 1 and no sampling_temperature"),
+            (is_sampled and shaped != ("student", "drop", True, None),
+             "objective: policy_gradient takes the sampled token alone, so it has no support, tail, "
+             "stop_gradient or max_token_loss; leave these keys out"),
+            (self.forward_kl_coef > 0 and not is_reverse,
+             "forward_kl_coef: it is added to objective: reverse_kl alone"),
+            (not self.stop_gradient and not (is_reverse and self.tail == "drop"),
+             "stop_gradient: only reverse_kl has one; false changes nothing here"),
+            (self.tail == "renormalize" and self.k < 2,
+             "k: expected at least 2 with tail: renormalize"),
+            (rate > 0 and self.teacher != "self",
+             "teacher_update_rate: expected 0 for a teacher that is another model"),
+            (averages and self.lora_r > 0,
+             "teacher_update_rate: expected 0 (the base) or 1 (with the adapters) under lora_r"),
+            (averages and self.teacher_dtype not in (None, "float32"),
+             "teacher_dtype: expected float32 for an average of weights, whose small steps 16 bits "
+             "round away"),
+            (self.dtype != "float32" and self.lora_r == 0,
+             "dtype: expected float32 to train all weights, since 16 bits round their updates "
+             "away; for speed use bf16: true, or lora_r"),
+            (self.gradient_accumulation_steps != 1,
+             "gradient_accumulation_steps: expected 1, as a batch of prompts is one step; split it "
+             "in memory by micro_batch_size"),
+            (bool(best), "metric_for_best_model: not supported; pick a checkpoint by its step"),
+            (self.n_gpu > 1, "several GPUs: start one process for each by torchrun"),
+        ]  # fmt: skip
 
     @property
     def samples_differ(self) -> bool:

@@ -8,10 +8,12 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from opd_kernels import LazyLogits
 from trainer.checkpoint import DurableTrainer
@@ -19,9 +21,23 @@ from trainer.config import DistillationConfig
 from trainer.data import Prompt
 from trainer.diagnostics import Sums
 from trainer.evaluation import Evaluation
+from trainer.models import Model, load_model
 from trainer.objective import DRIFT, OFF_POLICY, build_loss
 from trainer.rollout import Completion
-from trainer.teacher import side_by_side
+from trainer.teacher import Teacher, side_by_side
+
+# In a checkpoint, beside the student.
+TEACHER, REFERENCES = "teacher", "held_out_completions.json"
+
+
+class _FollowingTeacher(TrainerCallback):
+    """Moves the teacher after each optimiser step."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+
+    def on_step_end(self, *_: Any, model: Model, **__: Any) -> None:
+        self.teacher.follow(model)
 
 
 class OnPolicyDistillationTrainer(DurableTrainer):
@@ -42,6 +58,7 @@ class OnPolicyDistillationTrainer(DurableTrainer):
         self.loss = build_loss(args)
         self.sums = Sums()  # of the steps since the last log line
         self.teacher.model.to(args.device)
+        self.add_callback(_FollowingTeacher(self.teacher))
         if args.samples_differ and self.is_world_process_zero():
             warnings.warn(OFF_POLICY, stacklevel=2)
 
@@ -61,6 +78,20 @@ class OnPolicyDistillationTrainer(DurableTrainer):
                 model.zero_grad(set_to_none=True)
         self.sums.add(seconds=time.perf_counter() - start)
         return loss
+
+    def save_more(self, checkpoint: Path) -> None:
+        """Keep a teacher that moves, and the held-out completions of the one that began."""
+        if self.teacher.update_rate > 0:
+            self.teacher.model.save_pretrained(checkpoint / TEACHER)
+        self.evaluation.save_references(checkpoint / REFERENCES)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *models: nn.Module | None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *models)
+        checkpoint = Path(resume_from_checkpoint)
+        if self.teacher.update_rate > 0:
+            saved = load_model(str(checkpoint / TEACHER), "float32")
+            self.teacher.model.load_state_dict(saved.state_dict())
+        self.evaluation.load_references(checkpoint / REFERENCES)
 
     def learn(self, model: nn.Module, completions: list[Completion]) -> Tensor:
         """Accumulate the gradient of the mean loss over all ranks' completions; return the loss."""

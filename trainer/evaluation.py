@@ -1,5 +1,6 @@
 """Held-out measurements: how far the student is from its teacher, and whether it acts like it."""
 
+import json
 import runpy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -56,6 +57,19 @@ class Evaluation:
         if self.scorer:
             metrics["eval_score"] = sum(map(self.scorer, texts[0])) / len(own)
         return metrics
+
+    def save_references(self, path: Path) -> None:
+        """The references, if they were sampled: a resumed run's teacher may have moved."""
+        if self.references:
+            kept = [{"ids": c.ids, "truncated": c.truncated} for c in self.references]
+            path.write_text(json.dumps(kept))
+
+    def load_references(self, path: Path) -> None:
+        """Those that a checkpoint kept, unless the held-out prompts are others by now."""
+        kept = json.loads(path.read_text()) if path.exists() else []
+        if len(kept) == len(self.prompts):
+            pairs = zip(self.prompts, kept, strict=True)
+            self.references = [Completion(prompt, **saved) for prompt, saved in pairs]
 
     def _sample(self, model: Model, as_teacher: bool = False) -> list[Completion]:
         completions: list[Completion] = []

@@ -19,10 +19,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen model, or the base weights below the student's LoRA adapters."""
+    """A model of its own, the student as it is, or the base weights below its LoRA adapters."""
 
     model: Model
     without_adapters: Callable[[], AbstractContextManager[None]] = nullcontext
+    update_rate: float = 0.0  # of a model of its own that follows the student
 
     @contextmanager
     def active(self) -> Iterator[Model]:
@@ -30,13 +31,24 @@ class Teacher:
         with eval_mode(self.model), self.without_adapters():
             yield self.model
 
+    @torch.no_grad()
+    def follow(self, student: Model) -> None:
+        """After a step: move towards the student's weights, if this teacher does."""
+        if self.update_rate > 0:
+            pairs = zip(self.model.parameters(), student.parameters(), strict=True)
+            for own, theirs in pairs:
+                own.lerp_(theirs.to(own.dtype), self.update_rate)
+
 
 def load_teacher(config: DistillationConfig, student: Model) -> Teacher:
-    """The recipe's teacher; "self" is the initial weights, even when a run resumes."""
+    """The recipe's teacher; "self" begins with the initial weights, even when a run resumes."""
+    if config.teacher_update_rate == 1:
+        return Teacher(student)
     if config.teacher == "self" and config.lora_r > 0:
         return Teacher(student, student.disable_adapter)
     name = config.model if config.teacher == "self" else config.teacher
-    return Teacher(load_model(name, config.teacher_dtype or config.dtype).requires_grad_(False))
+    model = load_model(name, config.teacher_dtype or config.dtype).requires_grad_(False)
+    return Teacher(model, update_rate=config.teacher_update_rate)
 
 
 def side_by_side(
