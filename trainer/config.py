@@ -96,7 +96,7 @@ class DistillationConfig(TrainingArguments):
              "objective: policy_gradient is unbiased only for samples from the model's own "
              "distribution; expected top_p: 1 and no sampling_temperature"),
             (is_sampled and shaped != ("student", "drop", True, None),
-             "objective: policy_gradient takes the sampled token alone, so it has no support, tail, "
+             "objective: policy_gradient takes the sampled token alone: it has no support, tail, "
              "stop_gradient or max_token_loss; leave these keys out"),
             (self.forward_kl_coef > 0 and not is_reverse,
              "forward_kl_coef: it is added to objective: reverse_kl alone"),
