@@ -22,6 +22,15 @@ class Head:
     temperature: float
     vocab_size: int
 
+    @property
+    def factors(self) -> tuple[float, float]:
+        """(inner, outer) of z = outer * tanh(inner * score), or of z = outer * score without a
+        softcap: what a kernel takes of the three scalars.
+        """
+        if self.softcap is None:
+            return 1.0, self.scale / self.temperature
+        return self.scale / self.softcap, self.softcap / self.temperature
+
     def scores(self, raw: Tensor, first_id: int) -> Tensor:
         """raw [n, v] plus the bias of columns [first_id, first_id + v)."""
         if self.bias is None:
@@ -30,9 +39,8 @@ class Head:
 
     def logits(self, scores: Tensor) -> Tensor:
         """The final logits z of scores = hidden @ weight.T + bias; a new tensor, differentiable."""
-        if self.softcap is None:
-            return scores * (self.scale / self.temperature)
-        return torch.tanh(scores * (self.scale / self.softcap)) * (self.softcap / self.temperature)
+        inner, outer = self.factors
+        return scores * outer if self.softcap is None else torch.tanh(scores * inner) * outer
 
     def derivative(self, scores: Tensor) -> Tensor | float:
         """dz/dscores. 1 - tanh^2 cancels where the cap saturates; 4 e / (1 + e)^2 does not."""

@@ -14,6 +14,7 @@ import torch
 from opd_kernels import backends
 from opd_kernels.backends import select_backend
 from opd_kernels.backends import torch as definition
+from opd_kernels.backends.devices import capability
 from tests import cuda_emulator
 
 CASES = 250
@@ -173,12 +174,11 @@ def test_sparse_backward_adds_to_sums_of_any_strides(kernels, layout, monkeypatc
 def test_a_device_that_no_code_was_made_for_is_not_reached(monkeypatch):
     extension = type("Extension", (), {"LEAST_CAPABILITY": 80})
     monkeypatch.setattr(backends.cuda, "load_extension", lambda: extension)
-    for index, (capability, reached) in enumerate(
-        [((7, 5), False), ((8, 0), True), ((12, 1), True)]
-    ):
-        monkeypatch.setattr("torch.cuda.get_device_capability", lambda _, c=capability: c)
+    cases = [((7, 5), False), ((8, 0), True), ((12, 1), True)]
+    for index, (own, reached) in enumerate(cases):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda _, c=own: c)
         assert backends.reaches("cuda", torch.device("cuda", index)) is reached
-    backends.cuda.runs_on.cache_clear()
+    capability.cache_clear()
 
 
 def test_auto_stays_with_triton_on_a_gpu(monkeypatch):

@@ -102,9 +102,9 @@ class OnPolicyDistillationTrainer(DurableTrainer):
         own = float(sum(len(c.ids) for c in learned) if per_token else len(learned))
         denominator = self.accelerator.reduce(torch.tensor(own, device=self.args.device), "sum")
         denominator = denominator.clamp_min(1.0)
-        # A rank without any takes part all the same: the others wait for its gradient.
         total = torch.zeros((), device=self.args.device)
-        # Completions of similar length together, so that little is padded.
+        # Completions of similar length together, so that little is padded. A rank without any takes
+        # part all the same: the others wait for its gradient.
         order = sorted(learned or completions[:1], key=lambda c: -len(c.ids))
         for first in range(0, len(order), self.args.micro_batch_size):
             batch = order[first : first + self.args.micro_batch_size]

@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from opd_kernels.backends import torch as definition
+from opd_kernels.backends.devices import capability, device_of
 from opd_kernels.backends.state import RowState
-from opd_kernels.head import Head
+from opd_kernels.head import Head, accumulator_dtype
 
 # Columns above which a row is worth a whole block of threads: by reckoning, not by a measurement, a
 # warp's share of it is then long beside the merging of eight lists.
@@ -27,13 +28,9 @@ def load_extension() -> Any:
     return None if importlib.util.find_spec(name) is None else importlib.import_module(name)
 
 
-@cache
 def runs_on(device: torch.device) -> bool:
     """Whether the extension has code for a device: OPD_CUDA_ARCHITECTURES may have left it out."""
-    if device.type != "cuda":
-        return False
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor >= load_extension().LEAST_CAPABILITY
+    return device.type == "cuda" and capability(device) >= load_extension().LEAST_CAPABILITY
 
 
 class CudaEpilogues:
@@ -51,7 +48,7 @@ class CudaEpilogues:
             return definition.update(chunk, first_id, head, state)
         if rows == 0:
             return
-        with _device_of(chunk):
+        with device_of(chunk):
             extension.update(
                 chunk, first_id, *_head(chunk, first_id, head), state.values, state.ids,
                 state.selects, state.max, state.sum, state.moment, columns > self._long_row,
@@ -75,7 +72,7 @@ class CudaEpilogues:
         if chunk.numel() == 0:
             return
         rows = (t.contiguous() for t in (ids, dvalues, tail, dtail))
-        with _device_of(chunk):
+        with device_of(chunk):
             self._extension.gradient(
                 chunk, first_id, *_head(chunk, first_id, head), *rows, out, _stream(chunk)
             )
@@ -96,7 +93,7 @@ class CudaEpilogues:
         dense = (weight if dhidden is not None else None, hidden if dweight is not None else None)
         if not all(t is None or _is_multiplied(t, coefficients) for t in dense):
             return definition.sparse_backward(ids, coefficients, hidden, weight, dhidden, dweight)
-        with _device_of(ids):
+        with device_of(ids):
             stream = _stream(ids)
             if dhidden is not None:
                 with _contiguous(dhidden) as sums:
@@ -123,15 +120,15 @@ class CudaEpilogues:
         out: Tensor,
     ) -> Tensor:
         """As in backends/torch.py."""
-        loss = chunk.new_empty(chunk.shape[0], dtype=_accumulator(chunk))
         if not _writes(chunk, out):
             pair = (chunk, head, teacher_chunk, teacher_head)
             return definition.divergence(*pair, beta, upstream, out)
+        loss = chunk.new_empty(chunk.shape[0], dtype=accumulator_dtype(chunk))
         if chunk.shape[0] == 0:
             return loss
         upstream = None if upstream is None else upstream.contiguous()
         heads = _head(chunk, 0, head), _head(teacher_chunk, 0, teacher_head)
-        with _device_of(chunk):
+        with device_of(chunk):
             self._extension.divergence(
                 chunk, *heads[0], teacher_chunk, *heads[1], beta, upstream, loss, out,
                 _stream(chunk),
@@ -157,15 +154,9 @@ def _head(chunk: Tensor, first_id: int, head: Head) -> tuple[Tensor | None, bool
     """
     bias = head.bias
     if bias is not None:
-        bias = bias.detach()[first_id : first_id + chunk.shape[1]].to(_accumulator(chunk))
+        bias = bias.detach()[first_id : first_id + chunk.shape[1]].to(accumulator_dtype(chunk))
         bias = bias.contiguous()
-    if head.softcap is None:
-        return bias, False, 1.0, head.scale / head.temperature
-    return bias, True, head.scale / head.softcap, head.softcap / head.temperature
-
-
-def _accumulator(chunk: Tensor) -> torch.dtype:
-    return torch.float64 if chunk.dtype == torch.float64 else torch.float32
+    return bias, head.softcap is not None, *head.factors
 
 
 @contextmanager
@@ -185,8 +176,3 @@ def _writes(chunk: Tensor, out: Tensor) -> bool:
 
 def _stream(tensor: Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
-
-
-def _device_of(tensor: Tensor) -> AbstractContextManager:
-    """A launch goes to the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

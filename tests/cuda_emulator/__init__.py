@@ -7,8 +7,9 @@ import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -123,16 +124,10 @@ def _hash(*texts: str) -> str:
     return hashlib.sha256("\0".join((COMPILER, *texts)).encode()).hexdigest()[:16]
 
 
-class _lock:  # noqa: N801 (a function in all but form)
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
     """Only one of several test processes builds a folder; the others wait for it."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = folder / "lock"
-
-    def __enter__(self) -> None:
-        self._handle = self._file.open("w")
-        fcntl.flock(self._handle, fcntl.LOCK_EX)
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.close()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

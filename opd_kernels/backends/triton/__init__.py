@@ -7,15 +7,16 @@ import triton
 from torch import Tensor
 
 from opd_kernels.backends import torch as definition
+from opd_kernels.backends.devices import device_of
 from opd_kernels.backends.state import RowState
 from opd_kernels.backends.triton import configs, linear
 from opd_kernels.backends.triton.configs import Case, RowConfig
 from opd_kernels.backends.triton.divergence import FORWARD, JSD, REVERSE, divergence_kernel
-from opd_kernels.backends.triton.launch import device_of, flags, is_plain, operands
+from opd_kernels.backends.triton.launch import flags, is_plain, operands
 from opd_kernels.backends.triton.reverse_kl import reverse_kl_kernel
 from opd_kernels.backends.triton.rows import gradient_kernel, update_kernel
 from opd_kernels.cost_model import MAX_FUSED_DIM
-from opd_kernels.head import Head
+from opd_kernels.head import Head, accumulator_dtype
 from opd_kernels.sparse_rows import SparseRows
 
 
@@ -92,7 +93,7 @@ def divergence(
 ) -> Tensor:
     """As in backends/torch.py."""
     rows, columns = chunk.shape
-    dtype = torch.float64 if chunk.dtype == torch.float64 else torch.float32
+    dtype = accumulator_dtype(chunk)
     losses = chunk.new_empty(rows, dtype=dtype)
     if rows == 0:
         return losses

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import triton
 
+from opd_kernels.backends.devices import capability
+
 # Whether kernels run in Triton's interpreter, on CPU tensors.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 TABLE = Path(__file__).with_name("configs.json")
@@ -131,15 +133,6 @@ def _fits(entry: dict[str, Any], case: Case) -> bool:
 def _table() -> dict[int, list[dict[str, Any]]]:
     """Entries by compute capability; those of 0 are for all."""
     return {int(name): entries for name, entries in json.loads(TABLE.read_text()).items()}
-
-
-@cache
-def capability(device: torch.device) -> int:
-    """The device's compute capability as one number, 90 for 9.0; 0 without a GPU."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 @cache

@@ -1,9 +1,7 @@
-"""What every launch needs: the head's operands and flags, and the device."""
+"""What every launch needs of a head: its operands and flags."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from opd_kernels.head import Head
@@ -16,9 +14,7 @@ def operands(
     bias = placeholder
     if head.bias is not None:
         bias = head.bias.detach()[first_id : first_id + columns].contiguous()
-    if head.softcap is None:
-        return bias, 1.0, head.scale / head.temperature
-    return bias, head.scale / head.softcap, head.softcap / head.temperature
+    return bias, *head.factors
 
 
 def flags(head: Head) -> dict[str, Any]:
@@ -29,8 +25,3 @@ def flags(head: Head) -> dict[str, Any]:
 def is_plain(head: Head) -> bool:
     """Whether a logit is its product times a scalar."""
     return head.bias is None and head.softcap is None
-
-
-def device_of(tensor: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
