@@ -1,8 +1,6 @@
 """The trainer's step: what it does not depend on, what it logs, and whole runs of a tiny model."""
 
 import json
-import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,53 +9,16 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import TrainerCallback
 
-from opd_kernels import forward_kl, reverse_kl
+from opd_kernels import reverse_kl
 from opd_kernels.integrations.transformers import lazy_logits
 from tests.ranks import run_ranks
-from tests.reference import make_logits
-from tests.tiny_run import make_trainer, read_metrics, write_model, write_recipe
+from tests.tiny_run import make_trainer, read_metrics, write_recipe
+from tests.trainer_steps import assert_same_step, completions, gradient_of
 from trainer.__main__ import prepare, train
 from trainer.config import load_config
 from trainer.data import Prompt
 from trainer.models import load_model
-from trainer.objective import Clamped, WhereUncertain
 from trainer.rollout import Completion
-
-
-def completions(count=6):
-    """Given completions of different lengths, so that nothing is left to sampling."""
-    generator = torch.Generator().manual_seed(5)
-
-    def ids(length):
-        return torch.randint(3, 97, (length,), generator=generator).tolist()
-
-    result = []
-    for i in range(count):
-        context = ids(3 + i)
-        prompt = Prompt("", context, [*ids(4), *context])
-        result.append(Completion(prompt, [*ids(1 + 2 * i % 7), 2], truncated=i % 2 == 0))
-    return result
-
-
-def gradient_of(trainer, batch):
-    trainer.model.zero_grad()
-    trainer.sums.clear()
-    loss = trainer.learn(trainer.model, batch)
-    sums = dict(trainer.sums)
-    gradients = {
-        n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None
-    }
-    return loss, gradients, sums
-
-
-def assert_same_step(actual, expected):
-    assert_close(actual[0], expected[0], rtol=1e-5, atol=1e-6)
-    assert actual[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        scale = float(gradient.abs().max())
-        assert_close(actual[1][name], gradient, rtol=1e-4, atol=1e-5 * scale)
-    for name, total in expected[2].items():
-        assert actual[2][name] == pytest.approx(total, rel=1e-4)
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
@@ -106,76 +67,6 @@ def test_the_loss_is_that_of_completion_tokens_alone(tmp_path, aggregation):
         assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5 * scale)
     assert sums["tokens"] == sum(len(c.ids) for c in batch)
     assert (sums["completions"], sums["truncated"]) == (6, 3)
-
-
-def test_the_policy_gradient_is_of_the_sampled_tokens(tmp_path):
-    """Against a loop over single sequences of log p(y) times the detached log-ratio."""
-    trainer = make_trainer(tmp_path, objective="policy_gradient", tail=None)
-    batch = completions()
-    loss, gradients, sums = gradient_of(trainer, batch)
-    terms = []
-    for c in batch:
-        ours = torch.tensor([c.prompt.student_ids + c.ids])
-        theirs = torch.tensor([c.prompt.teacher_ids + c.ids])
-        y = torch.tensor(c.ids)[:, None]
-        log_p = trainer.model(ours).logits[0, len(c.prompt.student_ids) - 1 : -1].log_softmax(-1)
-        with torch.no_grad():
-            log_q = trainer.teacher.model(theirs).logits[0, len(c.prompt.teacher_ids) - 1 : -1]
-            log_q = log_q.log_softmax(-1).gather(1, y)
-        log_p = log_p.gather(1, y)
-        terms.append((log_p * (log_p - log_q).detach())[:, 0])
-    expected = torch.cat(terms).mean()
-    assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
-    trainer.model.zero_grad()
-    expected.backward()
-    for name, parameter in trainer.model.named_parameters():
-        scale = float(parameter.grad.abs().max())
-        assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5 * scale)
-    assert sums["student_mass"] / sums["scored_tokens"] > 0.1  # of the top-K, not of the samples
-
-
-@pytest.mark.parametrize("aggregation", ["token", "sequence"])
-def test_what_is_left_out_is_as_if_it_were_not_there(tmp_path, aggregation):
-    """Truncated completions, and tokens behind the first so many of each."""
-    batch = completions()
-    trainer = make_trainer(
-        tmp_path, aggregation=aggregation, skip_truncated=True, max_loss_tokens=3
-    )
-    actual = gradient_of(trainer, batch)
-    assert (actual[2]["tokens"], actual[2]["truncated"]) == (sum(len(c.ids) for c in batch), 3)
-    kept = [replace(c, ids=c.ids[:3]) for c in batch if not c.truncated]
-    assert actual[2]["scored_tokens"] == sum(len(c.ids) for c in kept)
-    trainer.args.skip_truncated, trainer.args.max_loss_tokens = False, None
-    expected = gradient_of(trainer, kept)
-    assert_same_step((*actual[:2], {}), (*expected[:2], {}))
-
-
-def test_a_batch_of_truncated_completions_teaches_nothing(tmp_path):
-    trainer = make_trainer(tmp_path, skip_truncated=True, max_steps=1)
-    batch = [c for c in completions() if c.truncated]
-    loss, gradients, sums = gradient_of(trainer, batch)
-    assert loss == 0
-    assert all(not gradient.any() for gradient in gradients.values())
-    assert gradients.keys() == {name for name, _ in trainer.model.named_parameters()}
-    assert sums.get("scored_tokens", 0) == 0
-
-
-def test_forward_kl_is_added_where_the_teacher_is_uncertain():
-    student, teacher = make_logits(tokens=9), make_logits(tokens=9, requires_grad=False)
-    s = student.topk(5)
-    t = teacher.gather(s.ids, entropy=True)
-    bound = float(t.entropy.median())
-    mixture = WhereUncertain(reverse_kl, forward_kl, 0.3, bound)
-    above = t.entropy > bound
-    assert 0 < above.sum() < 9
-    expected = reverse_kl(s, t) + 0.3 * above * forward_kl(s, t)
-    assert_close(mixture(s, t), expected)
-    most = float(expected.detach().median())
-    clamped = Clamped(mixture, most)(s, t)
-    assert_close(clamped, expected.clamp_max(most))
-    (slope,) = torch.autograd.grad(clamped.sum(), s.values)
-    assert not slope[expected > most].any()
-    assert slope[expected < most].any(-1).all()
 
 
 def _worker(rank, folder, skip_truncated):
@@ -243,26 +134,6 @@ def test_a_run_learns_and_leaves_everything_to_look_at(tmp_path, capsys):
         train(*prepare(config))
 
 
-@pytest.mark.parametrize(
-    ("objective", "support"),
-    [("reverse_kl", "full"), ("forward_kl", "teacher"), ("jsd", "union"), ("jsd", "intersection")],
-)
-def test_every_objective_and_support_runs(tmp_path, objective, support):
-    """From another model as teacher, without a privileged context."""
-    write_recipe(tmp_path)
-    write_model(tmp_path / "teacher", seed=9, name="qwen3")
-    config = load_config(
-        write_recipe(
-            tmp_path, teacher=str(tmp_path / "teacher"), privileged_context=None, eval_data=None,
-            scorer=None, objective=objective, support=support, max_steps=8, learning_rate=3e-3,
-        ), [],
-    )  # fmt: skip
-    train(*prepare(config))
-    steps, _ = read_metrics(Path(config.output_dir))
-    assert steps[-1]["loss"] < steps[0]["loss"]
-    assert not (Path(config.output_dir) / "report.md").exists()
-
-
 def test_lora_trains_adapters_against_the_base_below_them(tmp_path):
     trainer = make_trainer(tmp_path, lora_r=4, learning_rate=1e-2)
     assert trainer.teacher.model is trainer.model
@@ -322,44 +193,6 @@ def _without(hook, head, sample, model, prompts, seed):
     result = sample(model, prompts, *seed)
     head._forward_pre_hooks.update(poison)
     return result
-
-
-@pytest.mark.parametrize(
-    ("changes", "warns"),
-    [
-        ({"tail": "drop", "k": 2}, True),
-        ({"tail": "bucket", "k": 2}, False),
-        ({"tail": "drop", "k": 97}, False),
-    ],
-)
-def test_a_drifting_support_is_warned_of_once(tmp_path, changes, warns):
-    trainer = make_trainer(tmp_path, max_steps=3, eval_on_start=False, **changes)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        trainer.train()
-    messages = [str(w.message) for w in caught if "less than 95 %" in str(w.message)]
-    assert len(messages) == int(warns)
-    assert all("tail: bucket, support: full, a larger k" in message for message in messages)
-
-
-@pytest.mark.parametrize(
-    ("changes", "warns"),
-    [
-        ({}, False),
-        ({"top_p": 0.9}, True),
-        ({"temperature": 0.7, "sampling_temperature": 1.0}, True),
-        ({"temperature": 0.7, "sampling_temperature": 0.7}, False),
-    ],
-)
-def test_samples_from_another_distribution_are_warned_of(tmp_path, changes, warns):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        trainer = make_trainer(tmp_path, **changes)
-    assert any("to be on-policy" in str(w.message) for w in caught) == warns
-    wanted = changes.get("sampling_temperature", 1.0)
-    assert (trainer.sampler.options.temperature, trainer.sampler.options.top_p) == (
-        wanted, changes.get("top_p", 1.0),
-    )  # fmt: skip
 
 
 def test_several_completions_of_a_prompt(tmp_path):

@@ -1,0 +1,44 @@
+"""One step of the trainer on given completions, and whether two of them are the same."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from trainer.data import Prompt
+from trainer.rollout import Completion
+
+
+def completions(count=6):
+    """Given completions of different lengths, so that nothing is left to sampling."""
+    generator = torch.Generator().manual_seed(5)
+
+    def ids(length):
+        return torch.randint(3, 97, (length,), generator=generator).tolist()
+
+    result = []
+    for i in range(count):
+        context = ids(3 + i)
+        prompt = Prompt("", context, [*ids(4), *context])
+        result.append(Completion(prompt, [*ids(1 + 2 * i % 7), 2], truncated=i % 2 == 0))
+    return result
+
+
+def gradient_of(trainer, batch):
+    trainer.model.zero_grad()
+    trainer.sums.clear()
+    loss = trainer.learn(trainer.model, batch)
+    sums = dict(trainer.sums)
+    gradients = {
+        n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None
+    }
+    return loss, gradients, sums
+
+
+def assert_same_step(actual, expected):
+    assert_close(actual[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert actual[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        scale = float(gradient.abs().max())
+        assert_close(actual[1][name], gradient, rtol=1e-4, atol=1e-5 * scale)
+    for name, total in expected[2].items():
+        assert actual[2][name] == pytest.approx(total, rel=1e-4)
