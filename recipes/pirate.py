@@ -8,6 +8,6 @@ _PIRATE = re.compile(
 )
 
 
-def speaks_pirate(completion: str) -> float:
+def speaks_pirate(completion: str, row: dict) -> float:
     """1.0 if the completion has at least one word that only a pirate would say, else 0.0."""
     return float(_PIRATE.search(completion) is not None)

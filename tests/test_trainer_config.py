@@ -4,20 +4,22 @@ import pytest
 
 from tests.tiny_run import write_recipe
 from trainer.__main__ import main
-from trainer.config import load_config
+from trainer.config import DistillationConfig, load_config
 
 
 def test_values_come_from_the_file_and_the_command_line(tmp_path):
     recipe = write_recipe(tmp_path, weight_decay="1e-2", learning_rate="3e-5")
     config = load_config(
-        recipe, ["--k", "4", "--temperature", "7e-1", "--stop_gradient", "false", "--tail", "drop"]
+        DistillationConfig,
+        recipe,
+        ["--k", "4", "--temperature", "7e-1", "--stop_gradient", "false", "--tail", "drop"],
     )
     assert (config.k, config.temperature, config.stop_gradient) == (4, 0.7, False)
     assert (config.learning_rate, config.weight_decay) == (3e-5, 1e-2)
     assert config.logging_steps == 1
     assert config.remove_unused_columns is False
     messages = "[{role: user, content: hi}]"
-    config = load_config(recipe, ["--privileged_context", messages])
+    config = load_config(DistillationConfig, recipe, ["--privileged_context", messages])
     assert config.privileged_context == [{"role": "user", "content": "hi"}]
 
 
@@ -64,7 +66,7 @@ def test_values_come_from_the_file_and_the_command_line(tmp_path):
 )
 def test_bad_keys_and_values(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        load_config(write_recipe(tmp_path, **changes), [])
+        load_config(DistillationConfig, write_recipe(tmp_path, **changes), [])
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def test_bad_recipes(tmp_path, text, overrides, message):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text)
     with pytest.raises(ValueError, match=message):
-        load_config(recipe, overrides)
+        load_config(DistillationConfig, recipe, overrides)
 
 
 def test_the_command_line_ends_with_one_line(tmp_path):

@@ -6,7 +6,7 @@ import pandas
 import pytest
 
 from tests.tiny_run import tiny_tokenizer, write_model, write_recipe
-from trainer.config import load_config
+from trainer.config import DistillationConfig, load_config
 from trainer.data import PromptReader
 from trainer.models import check_same_tokenizer, load_model, load_tokenizer
 
@@ -16,7 +16,7 @@ def load(tmp_path):
     """Loads rows as a .jsonl under a recipe with changes."""
 
     def load(rows, chat=True, context_length=256, suffix="jsonl", **changes):
-        config = load_config(write_recipe(tmp_path, **changes), [])
+        config = load_config(DistillationConfig, write_recipe(tmp_path, **changes), [])
         source = tmp_path / f"rows.{suffix}"
         if suffix == "parquet":
             pandas.DataFrame(rows).to_parquet(source)
@@ -25,8 +25,8 @@ def load(tmp_path):
         else:
             source.write_text("".join(json.dumps(row) + "\n" for row in rows))
         tokenizer = tiny_tokenizer(chat)
-        contexts = (context_length, context_length)
-        prompts = PromptReader(config, tokenizer, contexts).read(str(source))
+        contexts = context_length, {"": context_length}
+        prompts = PromptReader(config, tokenizer, *contexts).read(str(source))
         decode = tokenizer.decode
         return [(decode(p.student_ids), decode(p.teacher_ids)) for p in prompts]
 
@@ -89,7 +89,7 @@ def test_parquet(load):
         (
             [{"prompt": "a"}, {"prompt": "a" * 250}],
             {},
-            "row 2, prompt: expected 1 to 250 tokens, the context of 256 without .*, got 255",
+            "row 2, prompt: expected 1 to 250 tokens, the student's context of 256 .*, got 255",
         ),
     ],
 )
@@ -100,9 +100,9 @@ def test_bad_rows_name_the_source_and_the_row(load, rows, changes, message):
 
 def test_a_missing_file_is_named(load, tmp_path):
     load([{"prompt": "a"}])
-    config = load_config(tmp_path / "recipe.yaml", [])
+    config = load_config(DistillationConfig, tmp_path / "recipe.yaml", [])
     with pytest.raises(OSError, match="nowhere"):
-        PromptReader(config, tiny_tokenizer(), (256, 256)).read(str(tmp_path / "nowhere.jsonl"))
+        PromptReader(config, tiny_tokenizer(), 256, {"": 256}).read(str(tmp_path / "nowhere.jsonl"))
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(tmp_path):

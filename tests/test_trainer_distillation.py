@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 from tests.tiny_run import make_trainer, read_metrics, write_recipe
 from tests.trainer_steps import assert_same_step, completions, gradient_of
 from trainer.__main__ import prepare, train
-from trainer.config import load_config
+from trainer.config import DistillationConfig, load_config
 from trainer.data import Prompt
 from trainer.models import load_model
 from trainer.rollout import Completion
@@ -54,7 +54,9 @@ def test_the_loss_is_that_of_completion_tokens_alone(tmp_path, aggregation):
         theirs = torch.tensor([c.prompt.teacher_ids + c.ids])
         s = lazy_logits(trainer.model, ours)[0, len(c.prompt.student_ids) - 1 : -1].topk(8)
         with torch.no_grad():
-            rows = lazy_logits(trainer.teacher.model, theirs)[0, len(c.prompt.teacher_ids) - 1 : -1]
+            rows = lazy_logits(trainer.teachers[""].model, theirs)[
+                0, len(c.prompt.teacher_ids) - 1 : -1
+            ]
         per_completion.append(reverse_kl(s, rows.gather(s.ids), tail="bucket"))
     expected = torch.cat(per_completion).mean()
     if aggregation == "sequence":
@@ -103,7 +105,9 @@ def test_two_ranks_learn_what_one_does(tmp_path, skip_truncated):
 
 
 def test_a_run_learns_and_leaves_everything_to_look_at(tmp_path, capsys):
-    config = load_config(write_recipe(tmp_path, max_steps=12, learning_rate=3e-3), [])
+    config = load_config(
+        DistillationConfig, write_recipe(tmp_path, max_steps=12, learning_rate=3e-3), []
+    )
     train(*prepare(config))
     run = Path(config.output_dir)
     steps, lines = read_metrics(run)
@@ -121,7 +125,7 @@ def test_a_run_learns_and_leaves_everything_to_look_at(tmp_path, capsys):
     assert evaluations[0]["eval_score"] > 0
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     report = (run / "report.md").read_text()
-    assert "| reverse kl |" in report
+    assert "| reverse KL |" in report
     assert "**tell 1**" in report
     assert report.strip() in capsys.readouterr().out
     for step in (0, 12):
@@ -136,12 +140,12 @@ def test_a_run_learns_and_leaves_everything_to_look_at(tmp_path, capsys):
 
 def test_lora_trains_adapters_against_the_base_below_them(tmp_path):
     trainer = make_trainer(tmp_path, lora_r=4, learning_rate=1e-2)
-    assert trainer.teacher.model is trainer.model
+    assert trainer.teachers[""].model is trainer.model
     base = load_model(str(tmp_path / "model"), "float32")
     batch = completions(2)
     trainer.train()
     ids = torch.tensor([batch[0].prompt.teacher_ids + batch[0].ids])
-    with trainer.teacher.active() as model, torch.no_grad():
+    with trainer.teachers[""].active() as model, torch.no_grad():
         teacher = lazy_logits(model, ids).materialize()
     with torch.no_grad():
         assert_close(teacher, lazy_logits(base, ids).materialize(), rtol=1e-5, atol=1e-5)
@@ -153,8 +157,8 @@ def test_lora_trains_adapters_against_the_base_below_them(tmp_path):
 def test_a_self_teacher_follows_the_student(tmp_path, rate):
     trainer = make_trainer(tmp_path, teacher_update_rate=rate, max_steps=3, learning_rate=1e-2)
     trainer.evaluation.prompts = []
-    assert (trainer.teacher.model is trainer.model) == (rate == 1)
-    expected = {n: p.detach().clone() for n, p in trainer.teacher.model.named_parameters()}
+    assert (trainer.teachers[""].model is trainer.model) == (rate == 1)
+    expected = {n: p.detach().clone() for n, p in trainer.teachers[""].model.named_parameters()}
 
     class Reckon(TrainerCallback):
         def on_step_end(self, *_, model, **__):
@@ -164,7 +168,7 @@ def test_a_self_teacher_follows_the_student(tmp_path, rate):
     start = {n: p.clone() for n, p in expected.items()}
     trainer.add_callback(Reckon())
     trainer.train()
-    for name, parameter in trainer.teacher.model.named_parameters():
+    for name, parameter in trainer.teachers[""].model.named_parameters():
         assert_close(parameter.detach(), expected[name], rtol=1e-5, atol=1e-6)
         assert not torch.equal(parameter, start[name])
 
@@ -213,7 +217,7 @@ def test_several_completions_of_a_prompt(tmp_path):
 
 def test_evaluation_runs_once_where_steps_and_epochs_meet(tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 3, "max_steps": 6}  # 3 steps an epoch
-    config = load_config(write_recipe(tmp_path, **options), [])
+    config = load_config(DistillationConfig, write_recipe(tmp_path, **options), [])
     train(*prepare(config))
     _, lines = read_metrics(Path(config.output_dir))
     assert [line["step"] for line in lines if "eval_reverse_kl" in line] == [0, 3, 6]
@@ -223,7 +227,7 @@ def test_evaluation_runs_once_where_steps_and_epochs_meet(tmp_path):
 def test_under_bf16_student_teacher_and_rollout_run_in_the_same_precision(tmp_path, lora_r):
     trainer = make_trainer(tmp_path, bf16=True, lora_r=lora_r, max_steps=1)
     dtypes = set()
-    for model in {trainer.model, trainer.teacher.model}:
+    for model in {trainer.model, trainer.teachers[""].model}:
         for name, module in model.named_modules():
             if name.endswith("gate_proj"):
                 module.register_forward_hook(lambda _, __, output: dtypes.add(output.dtype))

@@ -13,7 +13,7 @@ from tests.reference import make_logits
 from tests.tiny_run import make_trainer, read_metrics, write_model, write_recipe
 from tests.trainer_steps import assert_same_step, completions, gradient_of
 from trainer.__main__ import prepare, train
-from trainer.config import load_config
+from trainer.config import DistillationConfig, load_config
 from trainer.objective import Clamped, WhereUncertain
 
 
@@ -29,7 +29,7 @@ def test_the_policy_gradient_is_of_the_sampled_tokens(tmp_path):
         y = torch.tensor(c.ids)[:, None]
         log_p = trainer.model(ours).logits[0, len(c.prompt.student_ids) - 1 : -1].log_softmax(-1)
         with torch.no_grad():
-            log_q = trainer.teacher.model(theirs).logits[0, len(c.prompt.teacher_ids) - 1 : -1]
+            log_q = trainer.teachers[""].model(theirs).logits[0, len(c.prompt.teacher_ids) - 1 : -1]
             log_q = log_q.log_softmax(-1).gather(1, y)
         log_p = log_p.gather(1, y)
         terms.append((log_p * (log_p - log_q).detach())[:, 0])
@@ -95,7 +95,7 @@ def test_every_objective_and_support_runs(tmp_path, objective, support):
     """From another model as teacher, without a privileged context."""
     write_recipe(tmp_path)
     write_model(tmp_path / "teacher", seed=9, name="qwen3")
-    config = load_config(
+    config = load_config(DistillationConfig, 
         write_recipe(
             tmp_path, teacher=str(tmp_path / "teacher"), privileged_context=None, eval_data=None,
             scorer=None, objective=objective, support=support, max_steps=8, learning_rate=3e-3,

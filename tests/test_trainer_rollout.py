@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from opd_kernels.integrations.transformers import lazy_logits, pad_completions
 from tests.tiny_models import tiny_model
 from tests.tiny_run import tiny_tokenizer, write_recipe
-from trainer.config import load_config
+from trainer.config import DistillationConfig, load_config
 from trainer.data import Prompt
 from trainer.rollout import Sampler
 
@@ -21,7 +21,7 @@ PROMPTS = [
 @pytest.fixture
 def sampler(tmp_path):
     """A sampler and the model it was made for, whose generation config would spoil the samples."""
-    config = load_config(write_recipe(tmp_path, max_completion_length=24), [])
+    config = load_config(DistillationConfig, write_recipe(tmp_path, max_completion_length=24), [])
     model = tiny_model("llama")
     model.generation_config.eos_token_id = [2, 11, 12, 13]
     sampler = Sampler(config, tiny_tokenizer(), model)
@@ -53,7 +53,7 @@ def test_completions_end_at_the_first_eos(sampler):
 
 
 def test_student_and_teacher_sample_their_common_ids_and_end_at_any_eos_of_either(tmp_path):
-    config = load_config(write_recipe(tmp_path, max_completion_length=24), [])
+    config = load_config(DistillationConfig, write_recipe(tmp_path, max_completion_length=24), [])
     student, teacher = tiny_model("llama"), tiny_model("llama", vocab_size=103, seed=1)
     student.generation_config.eos_token_id, teacher.generation_config.eos_token_id = 11, [12, 13]
     sampler = Sampler(config, tiny_tokenizer(), student, teacher)

@@ -1,21 +1,16 @@
 """A tiny model directory with a character tokenizer, data and a recipe: runs in seconds."""
 
 import json
+import shutil
 import string
-from pathlib import Path
 
 import yaml
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_models import tiny_model
-from trainer.config import load_config
-from trainer.data import PromptReader
-from trainer.distillation import OnPolicyDistillationTrainer
-from trainer.evaluation import Evaluation
-from trainer.models import load_model, load_tokenizer, with_lora
-from trainer.rollout import Sampler
-from trainer.teacher import load_teacher
+from trainer.__main__ import prepare
+from trainer.config import DistillationConfig, load_config
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation[:29] + " \n"
@@ -57,7 +52,7 @@ def write_recipe(folder, **changes):
         prompts = [{"prompt": f"say {i}"} for i in range(12)]
         (folder / "train.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
         (folder / "held_out.jsonl").write_text('{"prompt": "tell 1"}\n{"prompt": "tell 2"}\n')
-        (folder / "scorer.py").write_text("def length(text):\n    return len(text)\n")
+        (folder / "scorer.py").write_text("def length(text, row):\n    return len(text)\n")
     recipe = {
         "model": str(folder / "model"),
         "teacher": "self",
@@ -83,16 +78,11 @@ def write_recipe(folder, **changes):
     return path
 
 
-def make_trainer(folder, **changes):
-    config = load_config(write_recipe(folder, **changes), [])
-    Path(config.output_dir).mkdir(exist_ok=True)
-    tokenizer = load_tokenizer(config.model)
-    student = with_lora(load_model(config.model, config.dtype), config)
-    teacher = load_teacher(config, student)
-    prompts = PromptReader(config, tokenizer, (256, 256)).read(config.train_data)
-    sampler = Sampler(config, tokenizer, student, teacher.model)
-    evaluation = Evaluation(config, prompts[:2], teacher, sampler)
-    return OnPolicyDistillationTrainer(student, config, prompts, evaluation)
+def make_trainer(folder, stage=DistillationConfig, **changes):
+    """A trainer whose run has begun; `changes` are of the recipe, and its `stage`."""
+    config = load_config(stage, write_recipe(folder, **changes), [])
+    shutil.rmtree(config.output_dir, ignore_errors=True)
+    return prepare(config)[0]
 
 
 def read_metrics(run):

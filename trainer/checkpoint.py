@@ -1,18 +1,26 @@
-"""Checkpoints that are whole or absent, and a log of metrics that goes on where a run resumes."""
+"""Checkpoints that are whole or absent, a log of metrics that goes on where a run resumes, and runs
+that save when they are told to stop.
+"""
 
+import hashlib
 import json
 import os
 import shutil
+import signal
+import threading
+import warnings
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import rotate_checkpoints
 
-from trainer.config import DistillationConfig
+from trainer.config import StageConfig
 
-METRICS = "metrics.jsonl"
+METRICS, CONFIG, MANIFEST = "metrics.jsonl", "config.json", "manifest.json"
 
 
 class DurableTrainer(Trainer):
@@ -20,14 +28,22 @@ class DurableTrainer(Trainer):
 
     _logged = False
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.interruption = _Interruption(self)
+        self.add_callback(self.interruption)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         if self.args.should_save:  # what a kill left half written
             shutil.rmtree(run / ".saving", ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.args.output_dir = f"{run}/.saving"
-        super()._save_checkpoint(model, trial)
-        self.args.output_dir = str(run)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = str(run)
+        self.save_own(run / ".saving" / name)
         if self.args.should_save:
             self.save_more(run / ".saving" / name)
         self.accelerator.wait_for_everyone()
@@ -38,7 +54,10 @@ class DurableTrainer(Trainer):
     def save_more(self, checkpoint: Path) -> None:
         """For what a subclass keeps beside the student, before the checkpoint is published."""
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def save_own(self, checkpoint: Path) -> None:
+        """The same, for what each rank keeps."""
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Log to metrics.jsonl too; a resumed run first drops what its checkpoint did not see."""
         super().log(logs, start_time)
         if self.is_world_process_zero():
@@ -48,27 +67,97 @@ class DurableTrainer(Trainer):
         self._logged = True
 
 
+class _Interruption(TrainerCallback):
+    """On Ctrl-C or SIGTERM to any rank, all finish the step, save and stop; on another, at once."""
+
+    def __init__(self, trainer: DurableTrainer) -> None:
+        self.trainer, self.requested = trainer, False
+        self.previous: dict[int, Any] = {}
+
+    def _request(self, number: int, frame: Any) -> None:
+        self.requested = True
+        print("\nfinishing this step, then saving; once more to stop at once", flush=True)
+        signal.signal(number, self.previous[number])
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._request)
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        flag = torch.tensor(float(self.requested), device=args.device)
+        self.requested = bool(self.trainer.accelerator.reduce(flag, "sum") > 0)
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
 def publish(staged: Path, final: Path) -> None:
-    """Move a directory into place once it is on the disk: it is seen whole or not at all."""
-    for path in filter(Path.is_file, staged.rglob("*")):
+    """Move a directory into place, with a manifest, once it is on the disk: it is seen whole or not
+    at all.
+    """
+    manifest = {}
+    for path in sorted(filter(Path.is_file, staged.rglob("*"))):
         with path.open("rb") as file:
+            manifest[str(path.relative_to(staged))] = _digest(file)
             os.fsync(file.fileno())
+    with (staged / MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
     if final.exists():
         os.replace(final, staged.with_suffix(".old"))
     os.replace(staged, final)
     shutil.rmtree(staged.with_suffix(".old"), ignore_errors=True)
 
 
-def claim_output_directory(config: DistillationConfig) -> str | None:
-    """Make the run's directory, or return its newest checkpoint, to resume from."""
+def damage(checkpoint: Path) -> str | None:
+    """What differs from the checkpoint's manifest, or None if it is as it was written."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            with (checkpoint / name).open("rb") as file:
+                if _digest(file) != expected:
+                    return f"{name} has changed"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _digest(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def claim_output_directory(config: StageConfig) -> str | None:
+    """Make the run's directory, or return its newest whole checkpoint, to resume from."""
     run = Path(config.output_dir)
     steps = [int(p.name[11:]) for p in run.glob("checkpoint-*") if p.name[11:].isdigit()]
     if config.resume_from_checkpoint:
-        if not steps:
-            raise ValueError(f"resume_from_checkpoint: {run} has no checkpoint; leave it out")
-        return str(run / f"checkpoint-{max(steps)}")
+        for step in sorted(steps, reverse=True):
+            checkpoint = run / f"checkpoint-{step}"
+            if (reason := damage(checkpoint)) is None:
+                return str(checkpoint)
+            warnings.warn(f"{checkpoint} is passed over: {reason}", stacklevel=2)
+        whole = "whole " if steps else ""
+        raise ValueError(f"resume_from_checkpoint: {run} has no {whole}checkpoint; leave it out")
     if steps or (run / METRICS).exists():
         remedy = ", or --resume_from_checkpoint auto" if steps else ""
         raise ValueError(f"output_dir: {run} holds another run; choose another one{remedy}")
     run.mkdir(parents=True, exist_ok=True)
+    (run / CONFIG).write_text(json.dumps(recipe_of(config), indent=1))
     return None
+
+
+def recipe_of(config: StageConfig) -> dict[str, Any]:
+    """The keys whose values are not the defaults; tokens of hubs are masked."""
+    values = config.to_dict()
+    default = {f.name: f.default if f.default_factory is MISSING else f.default_factory()
+               for f in fields(config)}  # fmt: skip
+    return {name: values[name] for name in default if values.get(name) != default[name]}

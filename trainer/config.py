@@ -1,9 +1,9 @@
-"""The recipe: one flat dataclass, from a YAML file and the command line."""
+"""Recipes: one flat dataclass for each stage, from a YAML file and the command line."""
 
 import difflib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
@@ -12,56 +12,52 @@ from transformers import TrainingArguments
 Messages = list[Annotated[dict[Literal["role", "content"], str], Field(min_length=2)]]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=1)]
-Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Refusals = list[tuple[bool, str]]
 
 
 @dataclass
-class DistillationConfig(TrainingArguments):
-    """What to distil, into what, on which prompts and how; beside everything in TrainingArguments.
+class StageConfig(TrainingArguments):
+    """What every stage has, beside everything in TrainingArguments.
 
     A batch of the dataloader, `per_device_train_batch_size` prompts, is one optimiser step of a
-    rank: rolled out together, then learned in micro-batches. Models are named by a path, hub name,
-    .gguf file, or package:NAME/FILE. Data is a .jsonl or .parquet file or a hub name, with a column
-    `prompt` (a string or messages), and `privileged_context` where rows have their own.
+    rank: completed together, then learned in micro-batches. Models are named by a path, hub name,
+    .gguf file, or package:NAME/FILE. Data is a .jsonl or .parquet file, a hub name, or
+    reasoning_gym:TASK?size=100&seed=1, with the columns of data.Row.
     """
 
+    REQUIRED: ClassVar[tuple[str, ...]] = ("model", "train_data")
+
     model: str = field(kw_only=True)  # the student
-    teacher: str = "self"  # another model, or the student's initial weights
-    # Of the way to the student's weights that a self-teacher goes after each step: 0 stays, 1 is
-    # the student as it is, what lies between is an exponential moving average in float32.
-    teacher_update_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
-    privileged_context: str | Messages | None = None  # system message or messages, teacher only
     train_data: str = field(kw_only=True)
     eval_data: str | None = None
-    scorer: str | None = None  # file.py:function, of a held-out completion's text to a number
+    # Of a completion and its row: exact_match, math_verify, reasoning_gym, or a function(text, row)
+    # of file.py:function or module:function.
+    scorer: str | None = None
+    answer_pattern: str | None = None  # what is scored: its last match's group, else everything
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     dtype: Dtype = "float32"
-    teacher_dtype: Dtype | None = None
     lora_r: Annotated[int, Field(ge=0)] = 0  # rank of adapters on the student; 0 trains all weights
     lora_alpha: Count = 32
     lora_target_modules: str | list[str] = "all-linear"
-    objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = "reverse_kl"
-    stop_gradient: bool = True
-    tail: Literal["drop", "bucket", "renormalize"] = "drop"
-    beta: Annotated[float, Field(ge=0, le=1)] = 0.5  # jsd's
-    k: Count = 20
-    support: Literal["student", "teacher", "union", "intersection", "full"] = "student"
-    forward_kl_coef: Annotated[float, Field(ge=0)] = 0.0  # of forward KL, added to reverse_kl ...
-    forward_kl_min_entropy: float = 0.0  # ... on tokens where the teacher's entropy (nats) exceeds
-    max_token_loss: Annotated[float, Field(gt=0)] | None = None  # nats; above it no gradient
-    max_loss_tokens: Count | None = None  # of each completion, from its start
-    skip_truncated: bool = False  # no loss on completions that did not end
-    aggregation: Literal["token", "sequence"] = "token"  # what has the same weight
-    temperature: Temperature = 1.0  # of the loss, and of samples where they have none of their own
-    sampling_temperature: Temperature | None = None
+    temperature: Positive = 1.0  # of the loss, and of samples where they have none of their own
+    sampling_temperature: Positive | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    completions_per_prompt: Count = 1  # in training
     max_completion_length: Count = 128
+    completions_per_prompt: Count = 1  # in training
+    steps_per_rollout: Count = 1  # optimiser steps on the same completions
+    rollout_batch_size: Count = 64  # completions sampled at a time
     micro_batch_size: Count = 8
+    aggregation: Literal["token", "sequence"] = "token"  # what has the same weight
+    skip_truncated: bool = False  # no loss on completions that did not end
+    eval_completions_per_prompt: Count = 1  # above 1, scores come with pass@k
+    eval_greedy: bool = False  # held-out completions are the likeliest, not samples
     per_device_train_batch_size: Count = 16
     per_device_eval_batch_size: Count = 16
-    learning_rate: Annotated[float, Field(ge=0)] = 1e-5
-    logging_steps: Annotated[float, Field(gt=0)] = 1
+    learning_rate: NotNegative = 1e-5
+    logging_steps: Positive = 1
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool | None = False
     dataloader_pin_memory: bool = False
@@ -70,12 +66,13 @@ class DistillationConfig(TrainingArguments):
     resume_from_checkpoint: Literal["auto"] | None = None  # from output_dir's newest checkpoint
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(DistillationConfig, include_extras=True)
+        hints = get_type_hints(type(self), include_extras=True)
+        own = {name for c in type(self).__mro__ if c in _stages() for name in c.__annotations__}
         for name in [f.name for f in fields(self) if f.init]:
             value = getattr(self, name)
             # YAML reads 3e-5 as a string, which is a number where the field is one.
             try:
-                if name in DistillationConfig.__annotations__ or isinstance(value, str):
+                if name in own or isinstance(value, str):
                     setattr(self, name, TypeAdapter(hints[name]).validate_python(value))
             except ValidationError as error:
                 reason = error.errors()[0]["msg"].lower()
@@ -85,19 +82,98 @@ class DistillationConfig(TrainingArguments):
             if wrong:
                 raise ValueError(message)
 
-    def _refusals(self) -> list[tuple[bool, str]]:
+    def _refusals(self) -> Refusals:
         """What does not go together, or would teach nothing, and why."""
         best = self.load_best_model_at_end or self.metric_for_best_model
+        return [
+            (self.dtype != "float32" and self.lora_r == 0,
+             "dtype: expected float32 to train all weights, since 16 bits round their updates "
+             "away; for speed use bf16: true, or lora_r"),
+            (self.gradient_accumulation_steps != 1,
+             "gradient_accumulation_steps: expected 1, as a batch of prompts is one step; split it "
+             "in memory by micro_batch_size"),
+            (self.eval_greedy and self.eval_completions_per_prompt > 1,
+             "eval_completions_per_prompt: expected 1 with eval_greedy, whose completions are all "
+             "the same"),
+            (bool(best), "metric_for_best_model: not supported; pick a checkpoint by its step"),
+            (self.n_gpu > 1, "several GPUs: start one process for each by torchrun"),
+        ]  # fmt: skip
+
+    @property
+    def samples_differ(self) -> bool:
+        """Whether completions come from another distribution than the one that the loss is of."""
+        return self.top_p < 1 or self.sampling_temperature not in (None, self.temperature)
+
+
+@dataclass
+class TeacherConfig(StageConfig):
+    """A stage with a teacher."""
+
+    # "self" is the student's initial weights. Several models are {name: model}, where each row
+    # names its own in a column `teacher`. http(s)://HOST/v1 is a server, see server.py.
+    teacher: str | dict[str, str] | None = None
+    teacher_dtype: Dtype | None = None
+    privileged_context: str | Messages | None = None  # system message or messages, teacher only
+    k: Count = 20  # of the top-K, in loss and measurements
+    teacher_model: str | None = None  # a server's name for it; default its first
+    teacher_concurrency: Count = 32  # requests at a time
+    teacher_timeout: Positive = 120.0  # seconds for a request
+    teacher_patience: NotNegative = 600.0  # seconds that a server may be away
+
+    @property
+    def teachers(self) -> dict[str, str]:
+        """The teachers by the name that rows have for them; a single one has none."""
+        if self.teacher is None:
+            return {}
+        return self.teacher if isinstance(self.teacher, dict) else {"": self.teacher}
+
+    def _refusals(self) -> Refusals:
+        return [*super()._refusals(),
+            (isinstance(self.teacher, dict) and not self.teacher,
+             "teacher: expected at least one name: model"),
+            (isinstance(self.teacher, dict) and "self" in self.teacher.values(),
+             "teacher: self cannot be one of several; name the model"),
+            (any(is_server(x) and "@" in x for x in self.teachers.values()),
+             "teacher: expected a URL without credentials; a key goes into the environment"),
+        ]  # fmt: skip
+
+
+@dataclass
+class DistillationConfig(TeacherConfig):
+    """On-policy distillation: from the teacher's distribution on the student's own samples."""
+
+    teacher: str | dict[str, str] = "self"
+    # Of the way to the student's weights that a self-teacher goes after each step: 0 stays, 1 is
+    # the student as it is, what lies between is an exponential moving average in float32.
+    teacher_update_rate: Share = 0.0
+    objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = "reverse_kl"
+    stop_gradient: bool = True
+    tail: Literal["drop", "bucket", "renormalize"] = "drop"
+    beta: Share = 0.5  # jsd's
+    support: Literal["student", "teacher", "union", "intersection", "full"] = "student"
+    missing: Literal["error", "drop"] = "error"  # the support's ids that a server did not return
+    forward_kl_coef: NotNegative = 0.0  # of forward KL, added to reverse_kl ...
+    forward_kl_min_entropy: float = 0.0  # ... on tokens where the teacher's entropy (nats) exceeds
+    sft_coef: NotNegative = 0.0  # of the cross-entropy on the rows' own completions
+    max_token_loss: Positive | None = None  # nats; above it no gradient
+    max_loss_tokens: Count | None = None  # of each completion, from its start
+    # Tokens are weighted by p(now) / p(when sampled), at most this, for completions that are stale.
+    max_importance_weight: Positive | None = None
+
+    def _refusals(self) -> Refusals:
         is_sampled, is_reverse = (self.objective == x for x in ("policy_gradient", "reverse_kl"))
         shaped = (self.support, self.tail, self.stop_gradient, self.max_token_loss)
         rate, averages = self.teacher_update_rate, 0 < self.teacher_update_rate < 1
-        return [
+        served = any(is_server(x) for x in self.teachers.values())
+        return [*super()._refusals(),
             (is_sampled and self.samples_differ,
              "objective: policy_gradient is unbiased only for samples from the model's own "
              "distribution; expected top_p: 1 and no sampling_temperature"),
             (is_sampled and shaped != ("student", "drop", True, None),
              "objective: policy_gradient takes the sampled token alone: it has no support, tail, "
              "stop_gradient or max_token_loss; leave these keys out"),
+            (is_sampled and self.steps_per_rollout > 1 and self.max_importance_weight is None,
+             "objective: policy_gradient on stale completions needs max_importance_weight"),
             (self.forward_kl_coef > 0 and not is_reverse,
              "forward_kl_coef: it is added to objective: reverse_kl alone"),
             (not self.stop_gradient and not (is_reverse and self.tail == "drop"),
@@ -111,23 +187,86 @@ class DistillationConfig(TrainingArguments):
             (averages and self.teacher_dtype not in (None, "float32"),
              "teacher_dtype: expected float32 for an average of weights, whose small steps 16 bits "
              "round away"),
-            (self.dtype != "float32" and self.lora_r == 0,
-             "dtype: expected float32 to train all weights, since 16 bits round their updates "
-             "away; for speed use bf16: true, or lora_r"),
-            (self.gradient_accumulation_steps != 1,
-             "gradient_accumulation_steps: expected 1, as a batch of prompts is one step; split it "
-             "in memory by micro_batch_size"),
-            (bool(best), "metric_for_best_model: not supported; pick a checkpoint by its step"),
-            (self.n_gpu > 1, "several GPUs: start one process for each by torchrun"),
+            (served and self.support == "full",
+             "support: full needs the teacher's whole distribution; a server returns its top-K"),
+            (served and self.forward_kl_coef > 0,
+             "forward_kl_coef: it needs the teacher's entropy, which a server does not return"),
+            (served and self.temperature != 1,
+             "temperature: expected 1 with a server, whose log-probs are of temperature 1"),
         ]  # fmt: skip
 
-    @property
-    def samples_differ(self) -> bool:
-        """Whether completions come from another distribution than the one that the loss is of."""
-        return self.top_p < 1 or self.sampling_temperature not in (None, self.temperature)
+
+@dataclass
+class SFTConfig(TeacherConfig):
+    """Supervised fine-tuning on given completions, or on those that a teacher generates first."""
+
+    generate_from: Literal["data", "teacher"] = "data"
+
+    def _refusals(self) -> Refusals:
+        return [*super()._refusals(),
+            (self.generate_from == "teacher" and self.teacher is None,
+             "teacher: missing; it generates the completions"),
+            (self.completions_per_prompt > 1 and self.generate_from == "data",
+             "completions_per_prompt: expected 1 with completions from the data"),
+            (self.steps_per_rollout > 1, "steps_per_rollout: expected 1; use num_train_epochs"),
+        ]  # fmt: skip
 
 
-def load_config(recipe: Path, overrides: list[str]) -> DistillationConfig:
+@dataclass
+class RLVRConfig(StageConfig):
+    """Reinforcement learning from verifiable rewards: the scorer is the reward.
+
+    The group-relative policy gradient of GRPO, arXiv 2402.03300.
+    """
+
+    completions_per_prompt: Count = 8  # the group
+    scale_advantages: bool = True  # by the group's standard deviation
+    clip_ratio: Positive = 0.2  # of p(now) / p(when sampled), where more of it has no gradient
+    clip_ratio_high: Positive | None = None  # upwards; default clip_ratio
+    kl_coef: NotNegative = 0.0  # of the KL to the initial weights, nats per token
+
+    def _refusals(self) -> Refusals:
+        return [*super()._refusals(),
+            (self.scorer is None, "scorer: missing; it is the reward"),
+            (self.completions_per_prompt < 2,
+             "completions_per_prompt: expected at least 2, since a reward counts by its difference "
+             "to the others of the prompt"),
+            (self.samples_differ,
+             "sampling_temperature: the policy gradient is of the distribution that is sampled; "
+             "expected top_p: 1 and no sampling_temperature"),
+        ]  # fmt: skip
+
+
+@dataclass
+class EvaluationConfig(TeacherConfig):
+    """Measurements of a model on held-out prompts, with a teacher or without."""
+
+    REQUIRED: ClassVar[tuple[str, ...]] = ("model", "eval_data")
+
+    train_data: str = field(default="", kw_only=True)
+    # The teacher continues student completions that are cut at random; needs a scorer.
+    prefix_probe: bool = False
+
+    def _refusals(self) -> Refusals:
+        return [*super()._refusals(),
+            (self.prefix_probe and not (self.scorer and self.teacher),
+             "prefix_probe: it needs a teacher and a scorer"),
+        ]  # fmt: skip
+
+
+def _stages() -> tuple[type[StageConfig], ...]:
+    return (StageConfig, TeacherConfig, DistillationConfig, SFTConfig, RLVRConfig, EvaluationConfig)
+
+
+def is_server(teacher: str) -> bool:
+    """Whether a teacher is an endpoint and not a model to load."""
+    return teacher.startswith(("http://", "https://"))
+
+
+Stage = TypeVar("Stage", bound=StageConfig)
+
+
+def load_config(stage: type[Stage], recipe: Path, overrides: list[str]) -> Stage:
     """The config of a recipe file with `--key value` pairs on top; a bad key raises ValueError."""
     values = yaml.safe_load(recipe.read_text())
     if not isinstance(values, dict):
@@ -135,11 +274,12 @@ def load_config(recipe: Path, overrides: list[str]) -> DistillationConfig:
     if len(overrides) % 2 or not all(key.startswith("--") for key in overrides[::2]):
         raise ValueError(f"expected `--key value` pairs after the recipe, got {overrides}")
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
-        values[key.removeprefix("--")] = yaml.safe_load(value)
-    known = {f.name for f in fields(DistillationConfig) if f.init}
+        values[key.removeprefix("--").replace("-", "_")] = yaml.safe_load(value)
+    known = {f.name for f in fields(stage) if f.init}
     for key in sorted(values.keys() - known):
         close = difflib.get_close_matches(key, known, n=1)
         raise ValueError(f"{key}: unknown key; did you mean {close[0] if close else 'another'!r}?")
-    for key in sorted({"model", "train_data"} - values.keys()):
-        raise ValueError(f"{key}: missing; set it in {recipe} or pass --{key}")
-    return DistillationConfig(**values)
+    for key in stage.REQUIRED:
+        if key not in values:
+            raise ValueError(f"{key}: missing; set it in {recipe} or pass --{key}")
+    return stage(**values)

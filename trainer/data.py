@@ -1,23 +1,26 @@
 """Prompts: from files to the token ids that student and teacher see."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets import Dataset, load_dataset
 from jinja2 import TemplateError
 from pydantic import BaseModel, ValidationError
 
-from trainer.config import DistillationConfig, Messages
+from trainer.config import Messages, StageConfig, TeacherConfig
 from trainer.models import Tokenizer
 
 
 class Row(BaseModel):
-    """What a row of the data must hold; other columns are ignored."""
+    """What a row of the data may hold; a scorer sees the other columns too."""
 
     prompt: str | Messages
     privileged_context: str | Messages | None = None
+    teacher: str | None = None  # which of the recipe's, where there are several
+    completion: str | None = None  # to learn from in SFT and by sft_coef
 
 
 @dataclass(frozen=True)
@@ -27,22 +30,26 @@ class Prompt:
     text: str
     student_ids: list[int]
     teacher_ids: list[int]
+    teacher: str = ""  # the name of its teacher, "" if there is only one
+    reference_ids: list[int] | None = None  # the row's own completion, EOS included
+    row: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
 class PromptReader:
     """Reads, checks and tokenises prompts; an error names the source and the row."""
 
-    config: DistillationConfig
+    config: StageConfig
     tokenizer: Tokenizer
-    contexts: tuple[int, int]  # tokens that student and teacher can hold
+    context: int  # tokens that the student can hold
+    teacher_contexts: dict[str, int]  # and each teacher, by its name
 
     def read(self, source: str) -> list[Prompt]:
         """Every prompt of a source, see `load_rows`."""
         prompts = []
         for number, raw in enumerate(load_rows(source), start=1):
             try:
-                prompts.append(self._prompt(Row.model_validate(raw)))
+                prompts.append(self._prompt(Row.model_validate(raw), raw))
             except ValidationError as error:
                 column, reason = [*error.errors()[0]["loc"], "row"][0], error.errors()[0]["msg"]
                 reason = f"row {number}, {column}: {reason.lower()}, got {raw!r:.80}"
@@ -53,20 +60,41 @@ class PromptReader:
             raise ValueError(f"{source}: expected at least one prompt, got none")
         return prompts
 
-    def _prompt(self, row: Row) -> Prompt:
-        privileged = row.privileged_context or self.config.privileged_context
-        if self.config.teacher == "self" and not privileged:
-            raise ValueError(
-                "privileged_context: missing; without it a self-teacher is the student"
-            )
+    def _prompt(self, row: Row, raw: dict[str, Any]) -> Prompt:
+        privileged = row.privileged_context
+        if isinstance(self.config, TeacherConfig):
+            privileged = privileged or self.config.privileged_context
+            if self.config.teacher == "self" and not privileged:
+                raise ValueError(
+                    "privileged_context: missing; without it a self-teacher is the student"
+                )
         ours, theirs = self._encode(row.prompt, None), self._encode(row.prompt, privileged)
-        for ids, context in zip((ours, theirs), self.contexts, strict=True):
+        name, contexts = row.teacher or "", self.teacher_contexts
+        if "" in contexts or not contexts:  # a single teacher has every row
+            name = ""
+        elif name not in contexts:
+            raise ValueError(f"teacher: expected one of {', '.join(contexts)}, got {row.teacher!r}")
+        models = [("the student", ours, self.context)]
+        models += [("the teacher", theirs, contexts[name])] if contexts else []
+        for model, ids, context in models:
             room = context - self.config.max_completion_length
             if not 0 < len(ids) <= room:
-                reason = f"the context of {context} without max_completion_length"
+                reason = f"{model}'s context of {context} without max_completion_length"
                 raise ValueError(f"prompt: expected 1 to {room} tokens, {reason}, got {len(ids)}")
         text = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
-        return Prompt(text, ours, theirs)
+        return Prompt(text, ours, theirs, name, self._completion(row.completion), raw)
+
+    def _completion(self, text: str | None) -> list[int] | None:
+        if text is None:
+            return None
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        most = self.config.max_completion_length - 1
+        if len(ids) > most:
+            reason = "max_completion_length without EOS"
+            raise ValueError(
+                f"completion: expected at most {most} tokens, {reason}, got {len(ids)}"
+            )
+        return [*ids, self.tokenizer.eos_token_id]
 
     def _encode(self, prompt: str | Messages, context: str | Messages | None) -> list[int]:
         """Token ids of the prompt behind its context; plain text without a chat template."""
@@ -88,8 +116,12 @@ class PromptReader:
 
 
 def load_rows(source: str) -> Dataset | list[dict[str, Any]]:
-    """The rows of a .jsonl or .parquet file, or of the train split of a dataset on the hub."""
+    """The rows of a .jsonl or .parquet file, of the train split of a dataset on the hub, or of
+    reasoning_gym:TASK?OPTION=VALUE&... with the task's own options.
+    """
     path, rows = Path(source), []
+    if source.startswith("reasoning_gym:"):
+        return _reasoning_rows(*source.removeprefix("reasoning_gym:").partition("?")[::2])
     if path.suffix not in (".jsonl", ".parquet"):
         return load_dataset(source, split="train")
     if path.suffix == ".parquet":
@@ -100,3 +132,14 @@ def load_rows(source: str) -> Dataset | list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: malformed JSON: {error.msg}") from None
     return rows
+
+
+def _reasoning_rows(task: str, options: str) -> list[dict[str, Any]]:
+    import reasoning_gym
+
+    pairs = [option.partition("=")[::2] for option in options.split("&") if option]
+    try:
+        entries = reasoning_gym.create_dataset(task, **{k: yaml.safe_load(v) for k, v in pairs})
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"reasoning_gym:{task}: {error}") from None
+    return [{"prompt": entry["question"], **entry} for entry in entries]

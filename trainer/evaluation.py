@@ -1,25 +1,29 @@
 """Held-out measurements: how far the student is from its teacher, and whether it acts like it."""
 
 import json
-import runpy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import comb
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas
 import torch
 from tqdm.auto import tqdm
 
-from opd_kernels import LazyLogits, distillation_loss
-from trainer.config import DistillationConfig
+from opd_kernels import LazyLogits, SparseLogits, distillation_loss, reverse_kl
+from trainer.config import EvaluationConfig, StageConfig, TeacherConfig
 from trainer.data import Prompt
 from trainer.diagnostics import Sums
 from trainer.models import Model, eval_mode
+from trainer.privileged import across_contexts
 from trainer.rollout import Completion, Sampler
-from trainer.teacher import Teacher, side_by_side
+from trainer.scoring import load_scorer
+from trainer.teacher import LocalTeacher, Teacher, side_by_side, token_ids
 
-SAMPLES, COLUMNS = "samples/step-{}.jsonl", ("prompt", "student", "teacher")
+SAMPLES = "samples/step-{}.jsonl"
 _HELD_OUT = 1 << 31  # a seed that no training step has
 
 
@@ -27,36 +31,172 @@ _HELD_OUT = 1 << 31  # a seed that no training step has
 class Evaluation:
     """Measures students on held-out prompts, on the same completions and with the same seeds."""
 
-    config: DistillationConfig
+    config: StageConfig
     prompts: list[Prompt]
-    teacher: Teacher
+    teachers: dict[str, Teacher]  # by the name that prompts have for them; none is fine
     sampler: Sampler
-    references: list[Completion] = field(default_factory=list)  # the teacher's, sampled once
+    references: list[Completion] = field(default_factory=list)  # the teachers', sampled once
+    local: dict[str, LocalTeacher] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.scorer = load_scorer(self.config.scorer) if self.config.scorer else None
+        self.scorer = load_scorer(self.config)
+        self.local = {n: t for n, t in self.teachers.items() if isinstance(t, LocalTeacher)}
 
     def measure(self, student: Model, step: int) -> dict[str, float]:
         """Figures of the student as it is; its samples go to samples/step-N.jsonl."""
         if not self.references:
-            with self.teacher.active() as model:
-                self.references = self._sample(model, as_teacher=True)
-        own = self._sample(student)
-        decode, both = self.sampler.tokenizer.batch_decode, (own, self.references)
-        texts = [decode([c.ids for c in x], skip_special_tokens=True) for x in both]
-        if self.config.should_save:  # one of the ranks, which all measure the same
-            path = Path(self.config.output_dir) / SAMPLES.format(step)
-            path.parent.mkdir(exist_ok=True)
-            samples = zip(COLUMNS, ([p.text for p in self.prompts], *texts), strict=True)
-            pandas.DataFrame(dict(samples)).to_json(path, orient="records", lines=True)
-        fixed, on_policy = (self._divergence(student, x) for x in (self.references, own))
-        metrics = {"eval_reverse_kl": fixed["kl"], "eval_overlap": fixed["overlap"]}
-        metrics["eval_reverse_kl_per_completion"] = fixed["kl"] * fixed["completion_length"]
-        metrics["eval_reverse_kl_on_own_samples"] = on_policy["kl"]
-        metrics["eval_completion_length"] = on_policy["completion_length"]
+            self.references = self._continued(self.prompts)
+        count, greedy = self.config.eval_completions_per_prompt, self.config.eval_greedy
+        repeated = [p for p in self.prompts for _ in range(count)]
+        seed = self.config.seed, _HELD_OUT
+        own = self.sampler.sample(student, repeated, *seed, greedy=greedy)
+        sums = Sums()
+        sums.add_completions(own)
+        names = ("completion_length", "truncated", "repetition")
+        metrics = {f"eval_{name}": sums.means()[name] for name in names}
+        if self.teachers:
+            metrics |= self._divergences(student, own)
+        if step == 0 and self.references:
+            metrics |= self._contexts()
         if self.scorer:
-            metrics["eval_score"] = sum(map(self.scorer, texts[0])) / len(own)
+            metrics |= self._scores(own)
+        self._write_samples(step, own)
         return metrics
+
+    def _scores(self, own: list[Completion]) -> dict[str, float]:
+        count, scores = self.config.eval_completions_per_prompt, self.score(own)
+        metrics = {"eval_score": sum(scores) / len(scores)}
+        right = (np.array(scores).reshape(-1, count) >= 1).sum(1).tolist()
+        for k in [2**i for i in range(count.bit_length()) if count > 1]:
+            metrics[f"eval_pass_at_{k}"] = sum(pass_at_k(count, c, k) for c in right) / len(right)
+        if self.references:
+            metrics["eval_teacher_score"] = sum(self.score(self.references)) / len(self.references)
+        if isinstance(self.config, EvaluationConfig) and self.config.prefix_probe:
+            metrics |= self._prefix_probe(own, scores)
+        return metrics
+
+    def score(self, completions: list[Completion]) -> list[float]:
+        """The scorer's number for each."""
+        assert self.scorer is not None
+        return [self.scorer(self.sampler.text(c), c.prompt.row) for c in completions]
+
+    def _prefix_probe(self, own: list[Completion], scores: list[float]) -> dict[str, float]:
+        """Whether the teacher does better or worse when it goes on from the student's prefixes."""
+        generator = np.random.default_rng([self.config.seed, _HELD_OUT])
+        cuts = [int(generator.integers(1, max(2, len(c.ids)))) for c in own]
+        prefixes = [c.ids[:cut] for c, cut in zip(own, cuts, strict=True)]
+        prompts = [
+            replace(c.prompt, teacher_ids=c.prompt.teacher_ids + prefix)
+            for c, prefix in zip(own, prefixes, strict=True)
+        ]
+        length = self.config.max_completion_length
+        continued = self.score([
+            replace(c, ids=[*prefix, *c.ids][:length])
+            for c, prefix in zip(self._continued(prompts), prefixes, strict=True)
+        ])  # fmt: skip
+        pairs = [(a >= 1, b >= 1) for a, b in zip(scores, continued, strict=True)]
+        return {
+            "eval_probe_score": sum(continued) / len(continued),
+            "eval_probe_right_to_wrong": float(pairs.count((True, False))),
+            "eval_probe_wrong_to_right": float(pairs.count((False, True))),
+        }
+
+    def _continued(self, prompts: list[Prompt]) -> list[Completion]:
+        """The local teachers' completions, in the order of the prompts; of no others."""
+        if len(self.local) < len(self.teachers) or not self.teachers:
+            return []
+        found: dict[int, Completion] = {}
+        for number, (name, teacher) in enumerate(self.local.items()):
+            own = [i for i, p in enumerate(prompts) if p.teacher == name]
+            seed = (self.config.seed, _HELD_OUT, number)
+            with teacher.active() as model:
+                theirs = [prompts[i] for i in own]
+                samples = self.sampler.sample(model, theirs, *seed, as_teacher=True)
+            found.update(zip(own, samples, strict=True))
+        return [found[i] for i in range(len(prompts))]
+
+    def _divergences(self, student: Model, own: list[Completion]) -> dict[str, float]:
+        on_policy = self._divergence(student, own)
+        names = ("overlap", "outside_teacher_top_k", "teacher_nll")
+        metrics = {f"eval_{n}": on_policy[n] for n in names if n in on_policy}
+        metrics["eval_reverse_kl_on_own_samples"] = on_policy["kl"]
+        if self.references:
+            fixed = self._divergence(student, self.references)
+            metrics |= {"eval_reverse_kl": fixed["kl"], "eval_overlap": fixed["overlap"]}
+            metrics["eval_reverse_kl_per_completion"] = fixed["kl"] * fixed["completion_length"]
+        return metrics
+
+    def _contexts(self) -> dict[str, float]:
+        """What the teachers' privileged context changes, see privileged.py."""
+        metrics: dict[str, float] = {}
+        kl, tokens = 0.0, 0
+        for name, teacher in self.local.items():
+            own = [c for c in self.references if c.prompt.teacher == name]
+            seen = [c for c in own if c.prompt.teacher_ids != c.prompt.student_ids]
+            metrics |= across_contexts(teacher, own, self._k, self.config.temperature)
+            count = sum(len(c.ids) for c in seen)
+            if seen:
+                with teacher.active() as model:
+                    kl, tokens = kl + count * self._divergence(model, seen)["kl"], tokens + count
+        return metrics | ({"eval_context_kl": kl / tokens} if tokens else {})
+
+    @property
+    def _k(self) -> int:
+        assert isinstance(self.config, TeacherConfig)
+        return self.config.k
+
+    @torch.no_grad()
+    def _divergence(self, student: Model, completions: list[Completion]) -> dict[str, float]:
+        """Per token of the completions: the reverse KL `kl`, and Sums' means.
+
+        It is exact with a local teacher; a server tells its top-K and the rest is one bucket, so
+        that it is a lower bound.
+        """
+        k, temperature = self._k, self.config.temperature
+        batch: list[Completion] = []
+
+        def add(ours: LazyLogits, theirs: LazyLogits | SparseLogits) -> None:
+            if isinstance(theirs, LazyLogits):
+                loss = partial(distillation_loss, support="full")
+            else:
+                loss = partial(distillation_loss, support="teacher", missing="drop")
+                loss = partial(loss, objective=partial(reverse_kl, tail="bucket"))
+            output = loss(ours, theirs, k=k, reduction="sum")
+            sums.add_tokens(output.student, output.teacher)
+            ids = token_ids(batch, output.student.ids.device)
+            top = output.student if isinstance(theirs, LazyLogits) else ours.topk(k)
+            sums.add_positions(top, theirs, ids, [len(c.ids) for c in batch])
+            sums.add(kl=float(output.loss))
+
+        sums = Sums()
+        sums.add_completions(completions)
+        with eval_mode(student):
+            for name, teacher in self.teachers.items():
+                own = [c for c in completions if c.prompt.teacher == name]
+                teacher.prepare(own)
+                for batch in self._batches(own):
+                    side_by_side(student, teacher, batch, temperature, add)
+        return sums.means()
+
+    def _batches(self, items: list[Any]) -> Iterator[list[Any]]:
+        size, quiet = self.config.per_device_eval_batch_size, self.config.disable_tqdm
+        starts = range(0, len(items), size)
+        for first in tqdm(starts, desc="held-out divergence", leave=False, disable=quiet):
+            yield items[first : first + size]
+
+    def _write_samples(self, step: int, own: list[Completion]) -> None:
+        if not self.config.should_save:  # one of the ranks, which all measure the same
+            return
+        first = own[:: self.config.eval_completions_per_prompt]
+        columns: dict[str, list[Any]] = {"prompt": [p.text for p in self.prompts]}
+        columns["student"] = [self.sampler.text(c) for c in first]
+        if self.references:
+            columns["teacher"] = [self.sampler.text(c) for c in self.references]
+        if self.scorer:
+            columns["score"] = self.score(first)
+        path = Path(self.config.output_dir) / SAMPLES.format(step)
+        path.parent.mkdir(exist_ok=True, parents=True)
+        pandas.DataFrame(columns).to_json(path, orient="records", lines=True)
 
     def save_references(self, path: Path) -> None:
         """The references, if they were sampled: a resumed run's teacher may have moved."""
@@ -71,42 +211,7 @@ class Evaluation:
             pairs = zip(self.prompts, kept, strict=True)
             self.references = [Completion(prompt, **saved) for prompt, saved in pairs]
 
-    def _sample(self, model: Model, as_teacher: bool = False) -> list[Completion]:
-        completions: list[Completion] = []
-        for batch in self._batches(self.prompts, "completions"):
-            seed = (self.config.seed, _HELD_OUT, len(completions))
-            completions += self.sampler.sample(model, batch, *seed, as_teacher=as_teacher)
-        return completions
 
-    @torch.no_grad()
-    def _divergence(self, student: Model, completions: list[Completion]) -> dict[str, float]:
-        """Per token of the completions: the exact reverse KL `kl`, and Sums' means."""
-
-        def add(ours: LazyLogits, theirs: LazyLogits) -> None:
-            k = self.config.k
-            output = distillation_loss(ours, theirs, k=k, support="full", reduction="sum")
-            s, t = output.student, output.teacher
-            sums.add_tokens(s, t, s, theirs)
-            sums.add(kl=float(output.loss))
-
-        sums = Sums()
-        sums.add_completions(completions)
-        with eval_mode(student):
-            for batch in self._batches(completions, "divergence"):
-                side_by_side(student, self.teacher, batch, self.config.temperature, add)
-        return sums.means()
-
-    def _batches(self, items: list[Any], what: str) -> Iterator[list[Any]]:
-        size, quiet = self.config.per_device_eval_batch_size, self.config.disable_tqdm
-        starts = range(0, len(items), size)
-        for first in tqdm(starts, desc=f"held-out {what}", leave=False, disable=quiet):
-            yield items[first : first + size]
-
-
-def load_scorer(reference: str) -> Callable[[str], float]:
-    """The function of file.py:function."""
-    path, _, name = reference.partition(":")
-    functions = runpy.run_path(path)
-    if name not in functions:
-        raise ValueError(f"scorer: expected file.py:function, got {reference!r}, which has none")
-    return functions[name]
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """The chance that one of k of the samples is right, unbiased: arXiv 2107.03374 equation 1."""
+    return 1 - comb(samples - right, k) / comb(samples, k)

@@ -19,12 +19,6 @@ from opd_kernels import (
 from opd_kernels.objective import Objective
 from trainer.config import DistillationConfig
 
-DRIFT = (
-    "The support holds less than 95 % of the student's mass and the rest is dropped, so the loss "
-    "can fall while mass drifts off it: use tail: bucket, support: full, a larger k or a lower "
-    "temperature."
-)
-
 OFF_POLICY = (
     "Completions are sampled at another temperature than the loss's, or with top_p below 1, so the "
     "loss is not of the distribution that they come from: leave out sampling_temperature and top_p "
@@ -47,9 +41,8 @@ def build_loss(config: DistillationConfig) -> Callable[..., DistillationOutput]:
         objective = WhereUncertain(objective, uncertain, *mixture)
     if config.max_token_loss is not None:
         objective = Clamped(objective, config.max_token_loss)
-    return partial(
-        distillation_loss, objective=objective, k=config.k, support=config.support, entropy=True
-    )
+    loss = partial(distillation_loss, k=config.k, support=config.support, missing=config.missing)
+    return partial(loss, objective=objective, entropy=True)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,20 @@
-"""What a run leaves to look at: its curves, and the table before and after on held-out prompts."""
+"""What runs leave to look at: curves, what came before and after, and one HTML page of it all."""
 
 import json
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from io import StringIO
+from itertools import chain, count, cycle
 from pathlib import Path
+from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 
 from trainer.checkpoint import METRICS
@@ -16,45 +28,154 @@ PANELS = {
     "entropy (nats)": ["student_entropy", "teacher_entropy"],
     "completion length (tokens)": ["completion_length", "eval_completion_length"],
     "held-out reverse KL (nats per token)": ["eval_reverse_kl", "eval_reverse_kl_on_own_samples"],
-    "held-out score": ["eval_score"],
+    "held-out score": ["eval_score", "eval_teacher_score"],
 }
+SPEED = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+TOTALS = ("epoch", "train_loss", *SPEED)  # of a run as a whole: no curves
+Sample = tuple[str, str, float | None]  # of what, the completion, its score
+
+
+@dataclass
+class Run:
+    """What the directory of a run holds, and the colour of its curves."""
+
+    path: Path
+    color: str | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.path / METRICS).exists():
+            raise ValueError(f"{self.path}: it has no {METRICS}; expected a recipe's output_dir")
+        config = self.path / "config.json"
+        self.config = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        self.figures: dict[str, list[tuple[int, float]]] = defaultdict(list)  # steps and values
+        self.alarms: dict[str, list[int]] = defaultdict(list)  # what is wrong, at which steps
+        for line in _read(self.path / METRICS):
+            if line.get("alarm"):
+                self.alarms[str(line["alarm"])].append(line["step"])
+            for name, value in line.items():
+                if name != "step" and type(value) in (int, float):
+                    self.figures[name].append((line["step"], value))
+                    if not math.isfinite(value):
+                        self.alarms[f"{name} is {value}"].append(line["step"])
+
+    def samples(self) -> dict[str, list[Sample]]:
+        """By prompt: title, text and score of the first and last completions, and the teacher's."""
+        steps = {step for points in self.figures.values() for step, _ in points}
+        kept = [s for s in sorted(steps) if (self.path / SAMPLES.format(s)).exists()]
+        ends = [(s, _read(self.path / SAMPLES.format(s))) for s in kept[:1] + kept[1:][-1:]]
+        found: dict[str, list[Sample]] = defaultdict(list)
+        for title, (step, rows) in zip(("before", "after"), ends, strict=False):
+            for row in rows:
+                texts = found[row["prompt"]]
+                texts.append((f"{title} (step {step})", row["student"], row.get("score")))
+                if rows is ends[-1][1] and row.get("teacher") is not None:
+                    texts.append(("teacher", row["teacher"], None))
+        return found
 
 
 def plot_curves(run: Path) -> None:
     """Plot the logged figures against the step, as curves.png."""
-    log = _read(run / METRICS)
-    panels = [
-        t for t, names in PANELS.items() if any(name in line for name in names for line in log)
-    ]
-    figure = Figure(figsize=(10, 1.4 * len(panels)), dpi=120, layout="tight")
-    for position, title in enumerate(panels, start=1):
+    runs = [Run(run)]
+    panels = [panel for panel in _panels(runs) if panel[0] in PANELS]
+    figure = Figure(figsize=(10, 1.4 * max(2, len(panels))), dpi=120, layout="tight")
+    for position, (title, names) in enumerate(panels, start=1):
         axis = figure.add_subplot((len(panels) + 1) // 2, 2, position, title=title, xlabel="step")
-        for name in PANELS[title]:
-            points = [(line["step"], line[name]) for line in log if name in line]
-            label = name.replace("eval", "held-out").replace("_", " ")
-            axis.plot(*zip(*points, strict=True), label=label, marker="o", markersize=3)
-        axis.grid(alpha=0.3)
+        _draw(axis, runs, names)
         axis.legend()
     figure.savefig(run / "curves.png")
 
 
 def before_after(run: Path, shown: int = 3) -> str:
     """Markdown: the first and last held-out figures and some completions; also as report.md."""
-    evaluations = [line for line in _read(run / METRICS) if "eval_reverse_kl" in line]
-    first, last = evaluations[0], evaluations[-1]
+    logged = Run(run)
     lines = ["| held-out | before | after |", "|---|---|---|"]
-    for name in [name for name in last if name.startswith("eval_")]:
-        title = name.removeprefix("eval_").replace("_", " ")
-        lines.append(f"| {title} | {first[name]:.3f} | {last[name]:.3f} |")
-    samples = [_read(run / SAMPLES.format(x["step"]))[:shown] for x in (first, last)]
-    for before, after in zip(*samples, strict=True):
-        lines += ["", f"**{before['prompt']}**"]
-        texts = before["student"], after["student"], after["teacher"]
-        for name, text in zip(("before", "after", "teacher"), texts, strict=True):
-            lines.append(f"- {name}: {' '.join(text.split())[:240]}")
+    for name in [name for name in logged.figures if name.startswith("eval_")]:
+        points, title = logged.figures[name], _label(name.removeprefix("eval_"))
+        lines.append(f"| {title} | {points[0][1]:.3f} | {points[-1][1]:.3f} |")
+    if len(lines) == 2:
+        lines = ["No held-out evaluation was logged."]
+    for prompt, samples in list(logged.samples().items())[:shown]:
+        lines += ["", f"**{prompt}**"]
+        for title, text, _ in samples:
+            lines.append(f"- {title.partition(' (')[0]}: {' '.join(text.split())[:240]}")
     (run / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return "\n".join(lines)
 
 
-def _read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def write_report(runs: list[Path], output: Path) -> None:
+    """Write a page of runs side by side, which needs no other file, no network and no script.
+
+    Raises ValueError for a directory that is not a run's.
+    """
+    # Hues a golden section apart differ, however many there are.
+    colors = (to_hex(hsv_to_rgb(((0.58 + 0.382 * i) % 1, 0.75, 0.82))) for i in count())
+    loaded = [Run(*arguments) for arguments in zip(dict.fromkeys(runs), colors, strict=False)]
+    names = dict.fromkeys(name for run in loaded for name in run.figures)
+    panels = sorted(_panels(loaded), key=lambda panel: not panel[0].startswith("held-out"))
+    samples = [(run, run.samples()) for run in loaded]
+    recipes = [run.config for run in loaded if run.config]
+    rows = [(k, [str(x.get(k, "–")) for x in recipes]) for k in dict.fromkeys(chain(*recipes))]
+    loader = FileSystemLoader(Path(__file__).parent)
+    pages = Environment(autoescape=True, loader=loader, undefined=StrictUndefined)
+    page = pages.get_template("report.html").render(
+        runs=loaded,
+        figures=[name for name in names if name.startswith("eval_") or name in TOTALS],
+        panels=[(title, shown, _svg(loaded, shown)) for title, shown in panels],
+        prompts={p: [(run, s[p]) for run, s in samples if p in s] for _, s in samples for p in s},
+        recipes=sorted(rows, key=lambda row: len(set(row[1])) == 1),
+        label=_label,
+    )
+    # A lone surrogate, which JSON can hold, has no UTF-8.
+    output.write_text(page, encoding="utf-8", errors="replace")
+
+
+def _panels(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    """Titles and figures: of PANELS, then of others, which are with their like."""
+    titles = {name: title for title, names in PANELS.items() for name in names}
+    logged = dict.fromkeys(name for run in runs for name in run.figures)
+    panels: dict[str, list[str]] = {}
+    for name in dict.fromkeys([*titles, *logged]):
+        plain = name.removeprefix("eval_")
+        like = re.sub(r"_from_\d+$", "_by_position", plain if plain in logged else name)
+        if name in logged and name not in TOTALS:
+            panels.setdefault(titles.get(name, _label(like)), []).append(name)
+    return list(panels.items())
+
+
+def _draw(axis: Axes, runs: list[Run], names: list[str]) -> list[str]:
+    """Draw curves, with at most about 100 marks each; what the marks stand for."""
+    marked = []
+    for name, style in zip(names, cycle(("-", "--", ":", "-.", (0, (1, 4)))), strict=False):
+        for run in [run for run in runs if name in run.figures]:
+            points, label = run.figures[name], _label(name)
+            every = len(points) // 100 + 1
+            (line,) = axis.plot(*zip(*points, strict=True), label=label, color=run.color)
+            line.set(linestyle=style, marker="o", markersize=3, markevery=every)
+            marked += [f"step {x}: {y:.6g}" for x, y in points[::every] if math.isfinite(y)]
+    axis.locator_params(axis="x", integer=True)
+    axis.grid(alpha=0.3)
+    return marked
+
+
+def _svg(runs: list[Run], names: list[str]) -> Markup:
+    """A panel's curves, whose marks tell their step and value under the mouse."""
+    figure, file = Figure(figsize=(4.6, 2), layout="constrained"), StringIO()
+    axis = figure.add_subplot()
+    marked = iter(_draw(axis, runs, names))
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)  # so that all marks are of curves
+    with rc_context({"svg.fonttype": "none"}):
+        figure.savefig(file, format="svg", transparent=True)
+    svg = re.sub(r'<metadata>.*?</metadata>|(?<=<g) id="[^"]*"', "", file.getvalue(), flags=re.S)
+    svg = re.sub("(<use [^>]*)/>", lambda use: f"{use[1]}><title>{next(marked)}</title></use>", svg)
+    return Markup(svg[svg.index("<svg") :])  # of numbers alone
+
+
+def _label(name: str) -> str:
+    return re.sub("^eval_", "held-out ", name).replace("_kl", " KL").replace("_", " ")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """A file's lines, but not one that is still being written."""
+    lines = path.read_text(encoding="utf-8").split("\n")  # str.splitlines takes U+2028 for one
+    return [json.loads(line) for line in lines if line.endswith("}")]

@@ -4,26 +4,49 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
-from opd_kernels import LazyLogits
+from opd_kernels import LazyLogits, SparseLogits
 from opd_kernels.integrations.transformers import call_with_lazy_logits, pad_completions
-from trainer.config import DistillationConfig
-from trainer.models import Model, eval_mode, load_model
+from trainer.config import TeacherConfig
+from trainer.models import Model, context_length, eval_mode, load_model
 from trainer.rollout import Completion
 
 T = TypeVar("T")
 
 
+class TeacherError(ValueError):
+    """A teacher cannot go on; the message says what to do."""
+
+
+class Teacher(Protocol):
+    """Scores the tokens of completions."""
+
+    @property
+    def context(self) -> int:
+        """The tokens that it can hold."""
+
+    def prepare(self, completions: list[Completion]) -> None:
+        """Begin with the completions of a step, whose logits are about to be asked for."""
+
+    def logits(
+        self, completions: list[Completion], temperature: float
+    ) -> LazyLogits | SparseLogits:
+        """Of every completion token [N], in order, detached."""
+
+
 @dataclass(frozen=True)
-class Teacher:
+class LocalTeacher:
     """A model of its own, the student as it is, or the base weights below its LoRA adapters."""
 
     model: Model
     without_adapters: Callable[[], AbstractContextManager[None]] = nullcontext
-    update_rate: float = 0.0  # of a model of its own that follows the student
+
+    @property
+    def context(self) -> int:
+        return context_length(self.model)
 
     @contextmanager
     def active(self) -> Iterator[Model]:
@@ -31,24 +54,74 @@ class Teacher:
         with eval_mode(self.model), self.without_adapters():
             yield self.model
 
+    def prepare(self, completions: list[Completion]) -> None:
+        """Nothing to begin with."""
+
     @torch.no_grad()
-    def follow(self, student: Model) -> None:
-        """After a step: move towards the student's weights, if this teacher does."""
-        if self.update_rate > 0:
-            pairs = zip(self.model.parameters(), student.parameters(), strict=True)
-            for own, theirs in pairs:
-                own.lerp_(theirs.to(own.dtype), self.update_rate)
+    def logits(self, completions: list[Completion], temperature: float) -> LazyLogits:
+        """See Teacher."""
+        contexts = [c.prompt.teacher_ids for c in completions]
+        with self.active() as model:
+            return on_completions(
+                model, contexts, completions, temperature, lambda logits: logits.detach()
+            )
+
+    @torch.no_grad()
+    def follow(self, student: Model, rate: float) -> None:
+        """Go this part of the way to the student's weights."""
+        for own, theirs in zip(self.model.parameters(), student.parameters(), strict=True):
+            own.lerp_(theirs.to(own.dtype), rate)
 
 
-def load_teacher(config: DistillationConfig, student: Model) -> Teacher:
-    """The recipe's teacher; "self" begins with the initial weights, even when a run resumes."""
-    if config.teacher_update_rate == 1:
-        return Teacher(student)
-    if config.teacher == "self" and config.lora_r > 0:
-        return Teacher(student, student.disable_adapter)
-    name = config.model if config.teacher == "self" else config.teacher
-    model = load_model(name, config.teacher_dtype or config.dtype).requires_grad_(False)
-    return Teacher(model, update_rate=config.teacher_update_rate)
+def self_teacher(config: TeacherConfig, student: Model, update_rate: float = 0.0) -> LocalTeacher:
+    """The student as it is, its base below adapters, or a copy of its initial weights.
+
+    The copy begins with the initial weights even when a run resumes.
+    """
+    if update_rate == 1:
+        return LocalTeacher(student)
+    if config.lora_r > 0:
+        return LocalTeacher(student, student.disable_adapter)
+    return load_teacher(config.model, config.teacher_dtype or config.dtype)
+
+
+def load_teacher(name: str, dtype: str) -> LocalTeacher:
+    """A frozen model of its own."""
+    return LocalTeacher(load_model(name, dtype).requires_grad_(False))
+
+
+def on_completions(
+    model: Model,
+    contexts: list[list[int]],
+    completions: list[Completion],
+    temperature: float,
+    function: Callable[[LazyLogits], T],
+) -> T:
+    """function(logits) of every completion token, hidden [N, D], behind its context.
+
+    It runs inside the model's forward, where wrappers such as DDP see the whole loss. The tokens
+    come in the order of the completions; contexts and padding are left out.
+    """
+    device = next(model.parameters()).device
+    *batch, tokens = pad_completions(contexts, [c.ids for c in completions], device)
+    call = partial(call_with_lazy_logits, model, temperature=temperature)
+    return call(lambda logits: function(logits[tokens]), *batch)
+
+
+def on_students(
+    model: Model,
+    completions: list[Completion],
+    temperature: float,
+    function: Callable[[LazyLogits], T],
+) -> T:
+    """`on_completions` behind the student's prompts."""
+    contexts = [c.prompt.student_ids for c in completions]
+    return on_completions(model, contexts, completions, temperature, function)
+
+
+def token_ids(completions: list[Completion], device: torch.device) -> torch.Tensor:
+    """[N] the completions' tokens, whose logits `on_completions` has."""
+    return torch.tensor([token for c in completions for token in c.ids], device=device)
 
 
 def side_by_side(
@@ -56,18 +129,8 @@ def side_by_side(
     teacher: Teacher,
     completions: list[Completion],
     temperature: float,
-    function: Callable[[LazyLogits, LazyLogits], T],
+    function: Callable[[LazyLogits, LazyLogits | SparseLogits], T],
 ) -> T:
-    """function(student, teacher) on the logits of every completion token, both hidden [N, D].
-
-    It runs inside the student's forward, where wrappers such as DDP see the whole loss. The tokens
-    come in the order of the completions; prompts and padding are left out.
-    """
-    device = next(student.parameters()).device
-    ids, prompts = [c.ids for c in completions], [c.prompt for c in completions]
-    *ours, our_tokens = pad_completions([p.student_ids for p in prompts], ids, device)
-    *theirs, their_tokens = pad_completions([p.teacher_ids for p in prompts], ids, device)
-    call = partial(call_with_lazy_logits, temperature=temperature)
-    with torch.no_grad(), teacher.active() as model:
-        scored = call(model, lambda x: x[their_tokens].detach(), *theirs)
-    return call(student, lambda x: function(x[our_tokens], scored), *ours)
+    """function(student, teacher) on the logits of every completion token, see `on_completions`."""
+    scored = teacher.logits(completions, temperature)
+    return on_students(student, completions, temperature, lambda logits: function(logits, scored))

@@ -1,0 +1,115 @@
+"""Reinforcement learning from verifiable rewards: GRPO's group-relative policy gradient.
+
+The loss of a token with advantage A and ratio r = p(now) / p(when sampled) is PPO's clipped
+-min(r A, clip(r, 1 - e, 1 + e) A), arXiv 1707.06347 equation 7, with A the reward's distance from
+the mean of the prompt's group, arXiv 2402.03300 section 4.1.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from opd_kernels import LazyLogits
+from trainer.config import RLVRConfig
+from trainer.data import Prompt
+from trainer.evaluation import Evaluation
+from trainer.rollout import Completion
+from trainer.teacher import LocalTeacher, on_students, token_ids
+from trainer.training import CompletionTrainer, Part
+
+
+class RLVRTrainer(CompletionTrainer):
+    """Raises the likelihood of completions that score above the others of their prompt."""
+
+    args: RLVRConfig
+    FIGURES = ("reward", "informative", "ratio", "clipped", "kl_to_start")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: RLVRConfig,
+        data: list[Prompt],
+        evaluation: Evaluation,
+        start: LocalTeacher | None,
+    ) -> None:
+        super().__init__(model, args, data, evaluation)
+        self.needs_log_probs = args.steps_per_rollout > 1
+        self.start = start
+        if start is not None:
+            start.model.to(args.device)
+
+    def complete(self, prompts: list[Prompt]) -> list[Completion]:
+        """Samples with their advantages."""
+        completions, score = super().complete(prompts), self.evaluation.scorer
+        assert score is not None
+        rewards = [score(self.sampler.text(c), c.prompt.row) for c in completions]
+        groups = torch.tensor(rewards).view(-1, self.args.completions_per_prompt)
+        informative = groups.amax(-1) > groups.amin(-1)
+        advantages = groups - groups.mean(-1, keepdim=True)
+        if self.args.scale_advantages:
+            advantages /= groups.std(-1, keepdim=True).masked_fill(~informative[:, None], 1.0)
+        figures = zip(completions, rewards, advantages.flatten().tolist(), strict=True)
+        return [replace(c, reward=reward, advantage=advantage) for c, reward, advantage in figures]
+
+    def parts(self, completions: list[Completion]) -> list[Part]:
+        """The policy gradient, with the KL to the start."""
+        return [Part(completions, self._policy_loss)]
+
+    def _policy_loss(
+        self, model: nn.Module, batch: list[Completion], weights: Tensor, denominator: Tensor
+    ) -> Tensor:
+        device, ids = weights.device, token_ids(batch, weights.device)
+        lengths = torch.tensor([len(c.ids) for c in batch], device=device)
+        advantages = torch.tensor([c.advantage for c in batch], device=device)
+        advantages = advantages.repeat_interleave(lengths)
+        start = None
+        if self.start is not None and self.args.kl_coef > 0:
+            with torch.no_grad():
+                start = self.start.logits(batch, self.args.temperature).log_prob(ids)
+
+        def of(logits: LazyLogits) -> Tensor:
+            now = logits.log_prob(ids)
+            sampled = now.detach()
+            if self.needs_log_probs:
+                sampled = torch.tensor([x for c in batch for x in c.log_probs or []], device=device)
+            loss, ratio, clipped = clipped_policy_loss(
+                now, sampled, advantages, self.args.clip_ratio, self.args.clip_ratio_high
+            )
+            counted = (weights > 0).float()
+            figures = {"ratio": ratio, "clipped": clipped}
+            if start is not None:
+                divergence = kl_estimate(now, start)
+                loss = loss + self.args.kl_coef * divergence
+                figures["kl_to_start"] = divergence
+            self.sums.add(scored_tokens=float(counted.sum()))
+            self.sums.add(**{n: float((x.detach() * counted).sum()) for n, x in figures.items()})
+            return (loss * weights).sum() / denominator
+
+        return on_students(model, batch, self.args.temperature, of)
+
+
+def clipped_policy_loss(
+    now: Tensor, sampled: Tensor, advantages: Tensor, clip: float, clip_high: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, the ratio, and 1 where it is clipped, of tokens [N].
+
+    Args:
+        now: [N] log-probabilities of the sampled tokens, differentiable.
+        sampled: [N] the same by the policy that sampled them.
+        advantages: [N].
+        clip: e below 1.
+        clip_high: e above 1; None for the same.
+    """
+    ratio = (now - sampled).exp()
+    bounded = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    loss = -torch.minimum(ratio * advantages, bounded * advantages)
+    return loss, ratio, (ratio * advantages > bounded * advantages).float()
+
+
+def kl_estimate(now: Tensor, start: Tensor) -> Tensor:
+    """exp(d) - 1 - d with d = log start - log now: never negative, and its mean over samples is
+    the reverse KL to the start (Schulman, Approximating KL divergence, 2020, k3).
+    """
+    difference = start - now
+    return difference.expm1() - difference

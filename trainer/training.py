@@ -1,0 +1,217 @@
+"""What the stages share: a step completes its prompts and learns from the completions."""
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from operator import methodcaller
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler as Order
+
+from trainer.checkpoint import DurableTrainer
+from trainer.config import StageConfig
+from trainer.data import Prompt
+from trainer.diagnostics import Sums, alarms
+from trainer.evaluation import Evaluation
+from trainer.models import eval_mode
+from trainer.rollout import Completion
+from trainer.teacher import on_students, token_ids
+
+REFERENCES, ROLLOUT = "held_out_completions.json", "rollout-{}.json"  # in a checkpoint
+
+
+@dataclass(frozen=True)
+class Part:
+    """A term of a step's loss: the mean over its completions' tokens, times a coefficient.
+
+    `loss` is of a micro-batch: (model, completions, token weights [N], denominator) -> the sum of
+    weight * loss over its tokens, / denominator.
+    """
+
+    completions: list[Completion]
+    loss: Callable[[nn.Module, list[Completion], Tensor, Tensor], Tensor]
+    coefficient: float = 1.0
+
+
+class CompletionTrainer(DurableTrainer):
+    """Learns from completions of a batch of prompts, sampled from the student unless overridden.
+
+    The sampler is that of the evaluation, which may hold no prompts.
+    """
+
+    args: StageConfig
+    FIGURES: tuple[str, ...] = ()  # what a stage logs beside Sums.COUNTS
+    needs_log_probs = False  # of the policy that sampled, in the completions
+
+    def __init__(
+        self, model: nn.Module, args: StageConfig, data: list[Prompt], evaluation: Evaluation
+    ) -> None:
+        collate, tokenizer = list, evaluation.sampler.tokenizer
+        super().__init__(model, args, collate, data, evaluation.prompts, tokenizer)
+        self.evaluation, self.sampler = evaluation, evaluation.sampler
+        self.sums = Sums()  # of the steps since the last log line
+        self.rollout: list[Completion] = []  # what the next steps learn from too
+
+    def complete(self, prompts: list[Prompt]) -> list[Completion]:
+        """The completions of a step's prompts."""
+        seed = (self.args.seed, self.state.global_step, self.args.process_index)
+        repeated = [p for p in prompts for _ in range(self.args.completions_per_prompt)]
+        completions = self.sampler.sample(self.model, repeated, *seed)
+        return self._with_log_probs(completions) if self.needs_log_probs else completions
+
+    def parts(self, completions: list[Completion]) -> list[Part]:
+        """The terms of the loss."""
+        raise NotImplementedError
+
+    def training_step(self, model: nn.Module, inputs: list[Prompt], *_: Any, **__: Any) -> Tensor:
+        """One optimiser step's gradient: complete the prompts, then learn from the completions."""
+        start = time.perf_counter()
+        if self.state.global_step % self.args.steps_per_rollout == 0:
+            with self.accelerator.autocast():
+                self.rollout = self.complete(inputs)
+        loss = self.learn(model, self.rollout)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not torch.isfinite(nn.utils.get_total_norm(gradients)):
+            self.sums.add(skipped_steps=float(self.is_world_process_zero()))
+            # NaN would poison the optimiser's state; under float16 the scaler sees to it.
+            if not self.accelerator.scaler:
+                model.zero_grad(set_to_none=True)
+        self.sums.add(seconds=time.perf_counter() - start)
+        return loss
+
+    def learn(self, model: nn.Module, completions: list[Completion]) -> Tensor:
+        """Accumulate the gradient of the mean loss over all ranks' completions; return the loss."""
+        model.train()
+        self.sums.add_completions(completions)
+        total = torch.zeros((), device=self.args.device)
+        batches = [x for part in self.parts(completions) for x in self._batches(part, completions)]
+        for number, (part, batch, weights, denominator) in enumerate(batches, start=1):
+            is_last = number == len(batches)
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                with self.accelerator.autocast():
+                    loss = part.coefficient * part.loss(model, batch, weights, denominator)
+                # DDP averages the gradient over the ranks.
+                loss = loss * self.accelerator.num_processes
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _batches(
+        self, part: Part, others: list[Completion]
+    ) -> Iterator[tuple[Part, list[Completion], Tensor, Tensor]]:
+        """Micro-batches of completions of one teacher and similar length, so little is padded.
+
+        A rank without any takes part all the same, with one of the others at weight 0: the other
+        ranks wait for its gradient.
+        """
+        kept = [c for c in part.completions if not (self.args.skip_truncated and c.truncated)]
+        per_token = self.args.aggregation == "token"
+        own = float(sum(len(c.ids) for c in kept) if per_token else len(kept))
+        denominator = self.accelerator.reduce(torch.tensor(own, device=self.args.device), "sum")
+        order = sorted(kept or others[:1], key=lambda c: (c.prompt.teacher, -len(c.ids)))
+        first = 0
+        while first < len(order):
+            batch = order[first : first + self.args.micro_batch_size]
+            batch = [c for c in batch if c.prompt.teacher == batch[0].prompt.teacher]
+            first += len(batch)
+            lengths = torch.tensor([len(c.ids) for c in batch], device=self.args.device)
+            weights = torch.ones_like(lengths, dtype=torch.float32) if per_token else 1.0 / lengths
+            weights = weights.repeat_interleave(lengths) * bool(kept)
+            yield part, batch, weights, denominator.clamp_min(1.0)
+
+    @torch.no_grad()
+    def _with_log_probs(self, completions: list[Completion]) -> list[Completion]:
+        result, size = [], self.args.micro_batch_size
+        with eval_mode(self.model):
+            for batch in (completions[i : i + size] for i in range(0, len(completions), size)):
+                of = methodcaller("log_prob", token_ids(batch, self.args.device))
+                flat = on_students(self.model, batch, self.args.temperature, of)
+                rows = flat.split([len(c.ids) for c in batch])
+                result += [
+                    replace(c, log_probs=x.tolist()) for c, x in zip(batch, rows, strict=True)
+                ]
+        return result
+
+    def _get_train_sampler(self, *arguments: Any) -> Order | None:
+        times = self.args.steps_per_rollout
+        if times == 1:
+            return super()._get_train_sampler(*arguments)
+        size = self.args.train_batch_size * self.args.world_size
+        return _RepeatedBatches(len(self.train_dataset), size, times, self.args.seed)
+
+    def save_more(self, checkpoint: Path) -> None:
+        """Keep the held-out completions of the teacher that began."""
+        self.evaluation.save_references(checkpoint / REFERENCES)
+
+    def save_own(self, checkpoint: Path) -> None:
+        """Keep each rank's completions that steps to come learn from, without their rows."""
+        if self.args.steps_per_rollout > 1:
+            kept = [asdict(replace(c, prompt=replace(c.prompt, row={}))) for c in self.rollout]
+            path = checkpoint / ROLLOUT.format(self.args.process_index)
+            path.write_text(json.dumps(kept))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *models: nn.Module | None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *models)
+        checkpoint = Path(resume_from_checkpoint)
+        self.evaluation.load_references(checkpoint / REFERENCES)
+        path = checkpoint / ROLLOUT.format(self.args.process_index)
+        if path.exists():
+            saved = json.loads(path.read_text())
+            self.rollout = [Completion(**x | {"prompt": Prompt(**x["prompt"])}) for x in saved]
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Log; a training loss comes with the figures of its steps over all ranks."""
+        if "loss" in logs:
+            names, ranks = Sums.COUNTS + self.FIGURES, self.accelerator.num_processes
+            own = torch.tensor([self.sums[n] for n in names], device=self.args.device)
+            total = Sums(zip(names, self.accelerator.reduce(own, "sum").tolist(), strict=True))
+            self.sums.clear()
+            logs |= total.means() | {"skipped_steps": total["skipped_steps"]}
+            logs["tokens_per_second"] = total["tokens"] * ranks / total["seconds"]
+            if self.is_world_process_zero():
+                alarm = alarms(self.args, [*self.state.log_history, logs])
+                if alarm:
+                    warnings.warn(alarm, stacklevel=2)
+                    logs |= {"alarm": alarm}
+        super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Held-out measurements of the student as it is, see Evaluation; {} without eval_data."""
+        if not self.evaluation.prompts:
+            return {}
+        with self.accelerator.autocast():
+            metrics = self.evaluation.measure(self.model, self.state.global_step)
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class _RepeatedBatches(Order[int]):
+    """Full batches of a random order of the data, each several times in a row."""
+
+    def __init__(self, count: int, size: int, times: int, seed: int) -> None:
+        if count < size:
+            raise ValueError(
+                f"per_device_train_batch_size: expected at most the {count} prompts over all ranks "
+                f"with steps_per_rollout above 1, got {size}"
+            )
+        self.count, self.size, self.times, self.seed, self.epoch = count, size, times, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """accelerate calls it before an epoch, and when a run resumes in it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count // self.size * self.size * self.times
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.count, generator=generator).tolist()
+        for first in range(0, self.count - self.size + 1, self.size):
+            yield from order[first : first + self.size] * self.times
