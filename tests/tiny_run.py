@@ -12,6 +12,8 @@ from tests.tiny_models import tiny_model
 from trainer.__main__ import prepare
 from trainer.config import DistillationConfig, load_config
 
+# Changes of the recipe below for stages without a teacher.
+NO_TEACHER = {"teacher": None, "privileged_context": None, "tail": None, "k": None}
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation[:29] + " \n"
 TEMPLATE = (

@@ -110,7 +110,8 @@ def _teacher(name: str, config: TeacherConfig, student: Model) -> Teacher:
         return ServedTeacher(name, config, student.get_output_embeddings().weight.shape[0])
     if name == "self":
         moves = isinstance(config, DistillationConfig)
-        return self_teacher(config, student, config.teacher_update_rate if moves else 0.0)
+        rate = config.teacher_update_rate if moves else 0.0
+        return self_teacher(config, student, config.teacher_dtype, rate)
     return load_teacher(name, config.teacher_dtype or config.dtype)
 
 

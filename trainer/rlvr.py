@@ -6,6 +6,7 @@ the mean of the prompt's group, arXiv 2402.03300 section 4.1.
 """
 
 from dataclasses import replace
+from operator import methodcaller
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +66,9 @@ class RLVRTrainer(CompletionTrainer):
         advantages = advantages.repeat_interleave(lengths)
         start = None
         if self.start is not None and self.args.kl_coef > 0:
-            with torch.no_grad():
-                start = self.start.logits(batch, self.args.temperature).log_prob(ids)
+            with torch.no_grad(), self.start.active() as initial:
+                of_ids = methodcaller("log_prob", ids)
+                start = on_students(initial, batch, self.args.temperature, of_ids)
 
         def of(logits: LazyLogits) -> Tensor:
             now = logits.log_prob(ids)
@@ -104,7 +106,7 @@ def clipped_policy_loss(
     ratio = (now - sampled).exp()
     bounded = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     loss = -torch.minimum(ratio * advantages, bounded * advantages)
-    return loss, ratio, (ratio * advantages > bounded * advantages).float()
+    return loss, ratio, (ratio * advantages > bounded * advantages).to(ratio.dtype)
 
 
 def kl_estimate(now: Tensor, start: Tensor) -> Tensor:

@@ -44,7 +44,9 @@ def _exact_match(answer: str, row: dict[str, Any]) -> float:
 def _math_verify(answer: str, row: dict[str, Any]) -> float:
     from math_verify import parse, verify
 
-    return float(verify(parse(str(row["answer"])), parse(answer)))
+    gold = str(row["answer"])
+    bare = not any(mark in gold for mark in ("$", "\\(", "\\[", "\\boxed"))
+    return float(verify(parse(f"${gold}$" if bare else gold), parse(answer)))
 
 
 def _reasoning_gym(answer: str, row: dict[str, Any]) -> float:

