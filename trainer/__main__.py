@@ -23,6 +23,7 @@ from trainer.data import Prompt, PromptReader
 from trainer.distillation import OnPolicyDistillationTrainer
 from trainer.evaluation import Evaluation
 from trainer.models import Model
+from trainer.preflight import preflight
 from trainer.report import before_after, plot_curves, write_report
 from trainer.rlvr import RLVRTrainer
 from trainer.rollout import Sampler
@@ -72,6 +73,12 @@ def prepare(config: StageConfig) -> tuple[CompletionTrainer, str | None]:
     checkpoint = claim_output_directory(config)
     student, evaluation, reader = load(config)
     prompts, teachers = reader.read(config.train_data), evaluation.teachers
+    student.to(config.device)
+    for teacher in evaluation.local.values():
+        teacher.model.to(config.device)
+    if config.preflight and checkpoint is None:
+        for finding in preflight(config, student, evaluation, prompts):
+            print(f"preflight: {finding}")
     if isinstance(config, DistillationConfig):
         return OnPolicyDistillationTrainer(student, config, prompts, evaluation), checkpoint
     if isinstance(config, RLVRConfig):

@@ -62,6 +62,7 @@ class StageConfig(TrainingArguments):
     remove_unused_columns: bool | None = False
     dataloader_pin_memory: bool = False
     eval_on_start: bool = True
+    preflight: bool = True  # tell before training whether it fits and has something to learn
     use_cache: bool = True  # of the saved student
     resume_from_checkpoint: Literal["auto"] | None = None  # from output_dir's newest checkpoint
 

@@ -116,12 +116,12 @@ class Evaluation:
         return [found[i] for i in range(len(prompts))]
 
     def _divergences(self, student: Model, own: list[Completion]) -> dict[str, float]:
-        on_policy = self._divergence(student, own)
+        on_policy = self.divergence(student, own)
         names = ("overlap", "outside_teacher_top_k", "teacher_nll")
         metrics = {f"eval_{n}": on_policy[n] for n in names if n in on_policy}
         metrics["eval_reverse_kl_on_own_samples"] = on_policy["kl"]
         if self.references:
-            fixed = self._divergence(student, self.references)
+            fixed = self.divergence(student, self.references)
             metrics |= {"eval_reverse_kl": fixed["kl"], "eval_overlap": fixed["overlap"]}
             metrics["eval_reverse_kl_per_completion"] = fixed["kl"] * fixed["completion_length"]
         return metrics
@@ -137,7 +137,7 @@ class Evaluation:
             count = sum(len(c.ids) for c in seen)
             if seen:
                 with teacher.active() as model:
-                    kl, tokens = kl + count * self._divergence(model, seen)["kl"], tokens + count
+                    kl, tokens = kl + count * self.divergence(model, seen)["kl"], tokens + count
         return metrics | ({"eval_context_kl": kl / tokens} if tokens else {})
 
     @property
@@ -146,7 +146,7 @@ class Evaluation:
         return self.config.k
 
     @torch.no_grad()
-    def _divergence(self, student: Model, completions: list[Completion]) -> dict[str, float]:
+    def divergence(self, student: Model, completions: list[Completion]) -> dict[str, float]:
         """Per token of the completions: the reverse KL `kl`, and Sums' means.
 
         It is exact with a local teacher; a server tells its top-K and the rest is one bucket, so
