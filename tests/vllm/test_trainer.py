@@ -1,0 +1,107 @@
+"""The trainer with a real vLLM: its server as the teacher, and its engine for rollouts."""
+
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from opd_kernels.integrations.transformers import lazy_logits
+from tests.tiny_run import write_recipe
+from tests.vllm.server import API_KEY
+from trainer.__main__ import load, prepare
+from trainer.config import DistillationConfig, load_config
+from trainer.data import Prompt
+from trainer.rollout import Completion, Sampler
+from trainer.server import ServedTeacher
+from trainer.teacher import TeacherError
+
+QUESTIONS = ["What is a tree?", "How do I cook rice?", "Name three colours.", "Why is it dark?"]
+
+
+def _recipe(folder, smollm2, **changes):
+    options = {"model": str(smollm2), "scorer": None, "eval_data": None, "k": 20} | changes
+    options |= {"per_device_train_batch_size": 4, "max_completion_length": 12, "preflight": False}
+    write_recipe(folder)
+    (folder / "questions.jsonl").write_text(
+        "".join(json.dumps({"prompt": q}) + "\n" for q in QUESTIONS)
+    )
+    recipe = write_recipe(folder, train_data=str(folder / "questions.jsonl"), **options)
+    return load_config(DistillationConfig, recipe, [])
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_r": 4}])
+def test_after_a_step_the_engines_greedy_output_is_that_of_the_trained_weights(
+    tmp_path, smollm2, options
+):
+    config = _recipe(
+        tmp_path, smollm2, rollout_engine="vllm", learning_rate=2e-3 if options else 2e-4,
+        max_steps=2, **options,
+    )  # fmt: skip
+    trainer, _ = prepare(config)
+    transformers = Sampler(config, trainer.sampler.tokenizer, trainer.model)
+    prompts = trainer.train_dataset
+
+    def both():
+        return [
+            [c.ids for c in sampler.sample(trainer.model, prompts, 1, greedy=True)]
+            for sampler in (trainer.sampler, transformers)
+        ]
+
+    before, expected = both()
+    assert before == expected
+    first = trainer.sampler.sample(trainer.model, prompts, 5)
+    assert trainer.sampler.sample(trainer.model, prompts, 5) == first
+    assert trainer.sampler.sample(trainer.model, prompts, 6) != first
+    trainer.train()
+    after, expected = both()
+    assert after == expected
+    assert after != before
+
+
+def test_a_served_teachers_log_probs_are_the_local_ones(
+    tmp_path, smollm2, model, server_url, monkeypatch
+):
+    config = _recipe(tmp_path, smollm2, teacher=server_url, support="teacher", tail=None)
+    monkeypatch.setenv("OPD_TEACHER_API_KEY", API_KEY)
+    teacher = ServedTeacher(server_url, config, vocab_size=model.lm_head.weight.shape[0])
+    assert teacher.context == 512
+    torch.manual_seed(0)
+    batch = []
+    for length in (1, 5, 40, 200):
+        ids = torch.randint(100, 40_000, (length + 7,)).tolist()
+        batch.append(Completion(Prompt("", ids[:2], ids[:length]), ids[length:], True))
+    teacher.prepare(batch)
+    served = teacher.logits(batch, 1.0)
+    expected = []
+    for c in batch:
+        context = c.prompt.teacher_ids
+        rows = lazy_logits(model, torch.tensor([context + c.ids]))[0, len(context) - 1 : -1]
+        expected.append(rows.materialize().log_softmax(-1))
+    expected = torch.cat(expected).detach()
+    live = served.values > -torch.inf
+    assert (live.sum(-1) >= 20).all()
+    local = expected.gather(-1, served.ids.clamp_min(0))
+    assert_close(served.values[live], local[live], rtol=0, atol=1e-3)
+    best = expected.topk(20).values
+    assert_close(served.values.topk(20).values, best, rtol=0, atol=1e-3)
+    monkeypatch.setenv("OPD_TEACHER_API_KEY", "wrong")
+    with pytest.raises(TeacherError, match="refused the API key"):
+        ServedTeacher(server_url, config, vocab_size=49_152)
+    monkeypatch.setenv("OPD_TEACHER_API_KEY", API_KEY)
+    many = _recipe(tmp_path, smollm2, teacher=server_url, support="teacher", tail=None, k=65)
+    with pytest.raises(TeacherError, match=r"max allowed: 64.*--max-logprobs"):
+        ServedTeacher(server_url, many, vocab_size=49_152)
+
+
+def test_a_run_with_a_served_teacher(tmp_path, smollm2, server_url, monkeypatch):
+    monkeypatch.setenv("OPD_TEACHER_API_KEY", API_KEY)
+    config = _recipe(tmp_path, smollm2, teacher=server_url, support="teacher", max_steps=2)
+    student, evaluation, _ = load(config)
+    assert isinstance(evaluation.teachers[""], ServedTeacher)
+    trainer, _ = prepare(config)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == 2
+    assert all(0 < loss < 5 for loss in losses)
+    assert student.num_parameters() == trainer.model.num_parameters()

@@ -1,0 +1,86 @@
+"""Rollouts by vLLM in this process, on the student's weights of the moment.
+
+vLLM is an environment of its own: `make test-vllm` shows how it is installed.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import GenerationConfig
+
+from opd_kernels.integrations.transformers import causal_lm_of
+from trainer.config import StageConfig
+from trainer.models import Model, Tokenizer, context_length
+from trainer.rollout import Sampler
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process
+from vllm import LLM, SamplingParams
+
+
+class VLLMSampler(Sampler):
+    """Samples from the student by vLLM, and from other models as Sampler does."""
+
+    def __init__(
+        self, config: StageConfig, tokenizer: Tokenizer, student: Model, *others: Model
+    ) -> None:
+        super().__init__(config, tokenizer, student, *others)
+        if config.world_size > 1:
+            raise ValueError("rollout_engine: vllm is for a single process; use transformers")
+        self.student = causal_lm_of(student)
+        set_num_threads = torch.set_num_threads
+        with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+            self.student.save_pretrained(folder, state_dict=dict(merged_weights(self.student)))
+            tokenizer.save_pretrained(folder)
+            dtype, length = str(self.student.dtype).removeprefix("torch."), context_length(student)
+            self.engine = LLM(folder, dtype=dtype, enforce_eager=True, max_model_len=length)
+        torch.set_num_threads = set_num_threads  # vLLM replaces it by a function without effect
+
+    def _generate(
+        self, model: Model, contexts: list[list[int]], options: GenerationConfig, seed: int
+    ) -> list[list[int]]:
+        if causal_lm_of(model) is not self.student:
+            return super()._generate(model, contexts, options, seed)
+        self._load_weights()
+        seeds = np.random.SeedSequence(seed).generate_state(len(contexts)).tolist()
+        allowed = None
+        if options.suppress_tokens:
+            allowed = list(range(min(options.suppress_tokens)))
+        parameters = [
+            SamplingParams(
+                temperature=options.temperature if options.do_sample else 0.0,
+                top_p=options.top_p if options.do_sample else 1.0,
+                seed=own,
+                max_tokens=options.max_new_tokens,
+                stop_token_ids=options.eos_token_id,
+                allowed_token_ids=allowed,
+                detokenize=False,
+            )
+            for own in seeds
+        ]
+        prompts = [{"prompt_token_ids": ids} for ids in contexts]
+        with torch.random.fork_rng():  # requests with a seed draw from the global RNG too
+            outputs = self.engine.generate(prompts, parameters, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    @torch.no_grad()
+    def _load_weights(self) -> None:
+        weights = merged_weights(self.student)
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if not self.engine.reset_prefix_cache():  # it would answer from the old weights
+            raise RuntimeError("vLLM's prefix cache could not be reset")
+
+
+def merged_weights(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """A model's weights by name, with the LoRA adapters that are active added to them."""
+    adapted = {name: x for name, x in model.named_modules() if isinstance(x, LoraLayer)}
+    for name, tensor in model.state_dict().items():
+        layer = adapted.get(name.removesuffix(".base_layer.weight"))
+        if layer is not None and not layer.disable_adapters:
+            tensor = tensor + sum(layer.get_delta_weight(a) for a in layer.active_adapters)
+        if ".lora_" not in name:
+            yield name.replace(".base_layer.", "."), tensor
