@@ -24,7 +24,7 @@ class RLVRTrainer(CompletionTrainer):
     """Raises the likelihood of completions that score above the others of their prompt."""
 
     args: RLVRConfig
-    FIGURES = ("reward", "informative", "ratio", "clipped", "kl_to_start")
+    FIGURES: tuple[str, ...] = ("reward", "informative", "ratio", "clipped")
 
     def __init__(
         self,
@@ -38,6 +38,7 @@ class RLVRTrainer(CompletionTrainer):
         self.needs_log_probs = args.steps_per_rollout > 1
         self.start = start
         if start is not None:
+            self.FIGURES = (*self.FIGURES, "kl_to_start")
             start.model.to(args.device)
 
     def complete(self, prompts: list[Prompt]) -> list[Completion]:
