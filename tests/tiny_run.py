@@ -38,9 +38,9 @@ def tiny_tokenizer(chat=True, characters=CHARACTERS):
     return tokenizer
 
 
-def write_model(folder, seed=0, name="llama", tokenizer=None):
-    """Save a tiny model and its tokenizer; weights small enough for its samples to vary."""
-    model = tiny_model(name, seed=seed)
+def write_model(folder, seed=0, name="llama", tokenizer=None, **changes):
+    """Save a tiny model and its tokenizer; `changes` are of the model's config."""
+    model = tiny_model(name, seed=seed, **changes)
     model.save_pretrained(folder)
     (tokenizer or tiny_tokenizer()).save_pretrained(folder)
     return folder

@@ -1,0 +1,67 @@
+"""The recipes: every one is read, and runs on a tiny model; on the real one in `make test-slow`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_run import write_model
+from trainer.__main__ import STAGES, main
+from trainer.config import load_config
+
+RECIPES = {"demo": "distill", "sft": "sft", "rlvr": "rlvr", "evaluate": "evaluate"}
+
+
+def test_every_recipe_is_here():
+    assert {path.stem for path in Path("recipes").glob("*.yaml")} == RECIPES.keys()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_on_a_tiny_model(tmp_path, name):
+    """With its own data, scorer and objective, and shorter completions."""
+    model = str(write_model(tmp_path / "model", max_position_embeddings=2048))
+    stage = RECIPES[name]
+    arguments = {"model": model, "output_dir": str(tmp_path / "run"), "use_cpu": "true",
+                 "report_to": "none", "disable_tqdm": "true"}  # fmt: skip
+    arguments["max_completion_length"] = "4"
+    if stage != "evaluate":
+        arguments |= {"max_steps": "2", "per_device_train_batch_size": "2"}
+    if name == "evaluate":
+        arguments["teacher"] = model
+    pairs = [x for key, value in arguments.items() for x in (f"--{key}", value)]
+    main([stage, f"recipes/{name}.yaml", *pairs])
+    run = tmp_path / "run"
+    if stage == "evaluate":
+        assert json.loads((run / "evaluation.json").read_text())["eval_reverse_kl"] > 0
+        return
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if "loss" in x] == [1, 2]
+    assert [x["step"] for x in lines if "eval_score" in x] == [0, 2]
+    assert (run / "model" / "model.safetensors").exists()
+    main(["report", str(run), "--output", str(tmp_path / "report.html")])
+    assert "<html" in (tmp_path / "report.html").read_text()[:500]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_what_its_stage_knows(name):
+    load_config(STAGES[RECIPES[name]][0], Path(f"recipes/{name}.yaml"), ["--use_cpu", "true"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "better"),
+    [("sft", "eval_reverse_kl"), ("rlvr", "eval_score"), ("evaluate", "eval_reverse_kl")],
+)
+def test_a_recipe_on_smollm2(tmp_path, name, better):
+    """SFT comes closer to the teacher, the reward rises, and what is evaluated is the student."""
+    run = tmp_path / "run"
+    main([RECIPES[name], f"recipes/{name}.yaml", "--output_dir", str(run)])
+    if name == "evaluate":
+        figures = json.loads((run / "evaluation.json").read_text())
+        # The student is the teacher without its context.
+        assert figures["eval_reverse_kl"] == pytest.approx(figures["eval_context_kl"], rel=1e-3)
+        assert figures["eval_teacher_score"] > 0.5 > figures["eval_score"]
+        return
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = [x[better] for x in lines if better in x]
+    assert last < 0.8 * first if better == "eval_reverse_kl" else last > first
