@@ -1,0 +1,234 @@
+"""A trainer in a process of its own, which takes one training step on command.
+
+The trainer runs its own loop, as a user's would; what is measured is a step of it with all that
+belongs to it: data, rollout, loss, backward, clipping, optimiser and log.
+"""
+
+import argparse
+import ctypes
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from benchmarks.worker import Worker, _status
+from trainer.config import DistillationConfig
+from trainer.data import Prompt
+from trainer.distillation import OnPolicyDistillationTrainer
+from trainer.evaluation import Evaluation
+from trainer.models import Model, Tokenizer, load_model, load_tokenizer
+from trainer.rollout import Completion, Sampler
+from trainer.teacher import LocalTeacher
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step on a batch of prompts."""
+
+    model: str
+    prompts: list[str]
+    completions: list[list[int]]  # of the prompts; none: each is sampled, `tokens` long
+    tokens: int  # the longest completion
+    micro_batch_size: int
+
+    def encode(self, tokenizer: Tokenizer) -> list[list[int]]:
+        """The token ids of the prompts, as both trainers make them."""
+        chats = [conversation(prompt) for prompt in self.prompts]
+        options = {"add_generation_prompt": True, "return_dict": False}
+        return [tokenizer.apply_chat_template(chat, **options) for chat in chats]
+
+
+def conversation(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
+
+
+class StepWorker(Worker):
+    """The parent's end; a trainer that fails raises RuntimeError. Seconds are of rollout and rest.
+
+    The peak is beyond models and optimiser: it holds the gradients, activations and logits.
+    """
+
+    def __init__(self, provider: str, step: Step, folder: Path) -> None:
+        self.provider = provider
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in __exit__)
+        arguments = [provider, json.dumps(asdict(step)), str(folder)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.trainer_step_worker", *arguments], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+        )  # fmt: skip
+
+    def loss(self, gradient: Path) -> float:
+        """The loss of a step, whose gradient is saved."""
+        return self._ask(f"gradient {gradient}")["loss"]
+
+
+class OnCommand(TrainerCallback):
+    """Lets a trainer take a step for each command, and answers it when the next would begin."""
+
+    def __init__(self, commands: TextIO, answers: TextIO) -> None:
+        self.commands, self.answers = commands, answers
+        self.command: list[str] = []
+        self.start = self.rollout = self.loss = 0.0
+        self.resident = 0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        if self.command:
+            print(json.dumps(self._answer()), file=self.answers, flush=True)
+        self.command = self.commands.readline().split()
+        if not self.command:
+            sys.exit()  # nobody is there to ask again
+        if self.command[0] == "memory":
+            ctypes.CDLL(None).malloc_trim(0)
+            self.resident = _status("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")
+        self.start, self.rollout = time.perf_counter(), 0.0
+
+    def on_pre_optimizer_step(self, *_: Any, model: Model, **__: Any) -> None:
+        if self.command[0] == "gradient":
+            named = model.named_parameters()
+            torch.save({n: p.grad for n, p in named if p.grad is not None}, self.command[1])
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        self.loss = logs.get("loss", self.loss)
+
+    def _answer(self) -> dict[str, Any]:
+        seconds = time.perf_counter() - self.start
+        return {
+            "loss": self.loss,
+            "bytes": max(0, _status("VmHWM") - self.resident),
+            "forward": self.rollout,
+            "backward": seconds - self.rollout,
+        }
+
+    def time_rollout(self, owner: Any, method: str, given: Callable[..., Any] | None) -> None:
+        """Count a method's time as rollout; a function that hands out what is given replaces it."""
+        call = given or getattr(owner, method)
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            result = call(*arguments, **options)
+            self.rollout += time.perf_counter() - start
+            return result
+
+        setattr(owner, method, timed)
+
+
+Models = tuple[Model, Model, Tokenizer]
+
+
+def ours(step: Step, models: Models, on_command: OnCommand, folder: str, **options: Any) -> Trainer:
+    """This project's trainer, with the recipe's keys that are not the same for both."""
+    student, teacher, tokenizer = models
+    config = DistillationConfig(
+        model=step.model, teacher=step.model, train_data="", eval_on_start=False,
+        per_device_train_batch_size=len(step.prompts), micro_batch_size=step.micro_batch_size,
+        **_common(step, folder), **options,
+    )  # fmt: skip
+    ids = step.encode(tokenizer)
+    prompts = [Prompt(text, own, own) for text, own in zip(step.prompts, ids, strict=True)]
+    sampler = Sampler(config, tokenizer, student, teacher)
+    sampler.options.min_new_tokens = step.tokens
+    given = dict(zip(step.prompts, step.completions, strict=False))
+
+    def hand_out(_: Model, batch: list[Prompt], *__: int) -> list[Completion]:
+        return [Completion(prompt, given[prompt.text], truncated=True) for prompt in batch]
+
+    on_command.time_rollout(sampler, "sample", hand_out if given else None)
+    evaluation = Evaluation(config, [], {"": LocalTeacher(teacher)}, sampler)
+    return OnPolicyDistillationTrainer(student, config, prompts, evaluation)
+
+
+def trl(step: Step, models: Models, on_command: OnCommand, folder: str) -> Trainer:
+    """TRL's: the exact reverse KL, at beta = 1."""
+    from datasets import Dataset
+    from trl import DistillationConfig as Config
+    from trl import DistillationTrainer
+
+    student, teacher, tokenizer = models
+    config = Config(
+        beta=1.0, bf16=False, gradient_checkpointing=False, shuffle_dataset=False,
+        per_device_train_batch_size=step.micro_batch_size,
+        gradient_accumulation_steps=len(step.prompts) // step.micro_batch_size,
+        generation_kwargs={"min_new_tokens": step.tokens}, **_common(step, folder),
+    )  # fmt: skip
+    data = Dataset.from_list([{"prompt": conversation(prompt)} for prompt in step.prompts])
+    trainer = DistillationTrainer(
+        student, teacher, config, train_dataset=data, processing_class=tokenizer
+    )
+    ids = map(tuple, step.encode(tokenizer))
+    given = dict(zip(ids, step.completions, strict=False))
+
+    def hand_out(prompt_ids: list[list[int]], *_: Any) -> list[list[int]]:
+        return [given[tuple(prompt)] for prompt in prompt_ids]
+
+    on_command.time_rollout(trainer, "_generate_single_turn", hand_out if given else None)
+    return trainer
+
+
+PROVIDERS: dict[str, Callable[..., Trainer]] = {
+    "trl": trl,
+    "ours_full": partial(ours, support="full"),
+    "ours_topk": partial(ours, k=20, tail="bucket"),
+}
+
+
+def _common(step: Step, folder: str) -> dict[str, Any]:
+    """What both trainers are told in the same words."""
+    return {
+        "output_dir": folder,
+        "temperature": 1.0,
+        "max_completion_length": step.tokens,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1e9,  # computed, but gradients stay comparable
+        "max_steps": 1_000_000,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+
+
+def load_models(step: Step) -> Models:
+    """A student, a teacher of the same weights with seeded noise on them, and their tokenizer."""
+    student, teacher = (load_model(step.model, "float32") for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in _matrices(teacher.requires_grad_(False)):
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.add_(noise, alpha=0.1 * float(weight.std()))
+    return student, teacher, load_tokenizer(step.model)
+
+
+def _matrices(model: Model) -> Iterator[torch.Tensor]:
+    return (parameter for parameter in model.parameters() if parameter.dim() > 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("provider", choices=PROVIDERS)
+    parser.add_argument("step", type=json.loads)
+    parser.add_argument("folder")
+    arguments = parser.parse_args()
+    step = Step(**arguments.step)
+    on_command = OnCommand(sys.stdin, sys.stdout)
+    with redirect_stdout(sys.stderr):  # trainers print their logs
+        build = PROVIDERS[arguments.provider]
+        trainer = build(step, load_models(step), on_command, arguments.folder)
+        trainer.add_callback(on_command)
+        trainer.train()
+
+
+if __name__ == "__main__":
+    main()
