@@ -59,6 +59,29 @@ def test_the_teacher_alone_sees_the_privileged_context(load, prompt, context, st
     assert "own" in second[1].replace(" ", "")
 
 
+@pytest.mark.parametrize(
+    ("context", "teacher"),
+    [
+        ("it is {{ answer }}", "s:it is 4/u:2+2/a:"),
+        ([{"role": "user", "content": "{{ answer }} {{ why.short }}"}], "u:4 {{ x/u:2+2/a:"),
+    ],
+)
+def test_the_recipes_context_is_a_template_of_the_rows_columns(load, context, teacher):
+    """Filled in once: what a column holds is text, also where it looks like a template."""
+    row = {"prompt": "2+2", "answer": 4, "why": {"short": "{{ x"}}
+    own = {"prompt": "2+2", "privileged_context": "{{ answer"}
+    first, second = load([row, own], privileged_context=context)
+    assert [text.replace(" ", "") for text in first] == ["u:2+2/a:", teacher.replace(" ", "")]
+    assert second[1].replace(" ", "") == "s:{{answer/u:2+2/a:"
+
+
+@pytest.mark.parametrize("context", ["{{ anwser }}", "{{ answer", "{{ answer.__class__ }}"])
+def test_a_template_that_does_not_fit_names_the_columns(load, context):
+    expected = "row 1, privileged_context: expected a template of the columns prompt, answer; "
+    with pytest.raises(ValueError, match=expected):
+        load([{"prompt": "2+2", "answer": 4}], privileged_context=context)
+
+
 def test_without_a_chat_template_prompts_are_plain_text(load):
     ((student, teacher),) = load([{"prompt": "hi"}], chat=False)
     assert student.replace(" ", "") == "hi"

@@ -32,6 +32,11 @@ def test_a_step_does_not_depend_on_how_it_is_batched(tmp_path, aggregation):
         assert_same_step(gradient_of(trainer, batch), expected)
     assert_same_step(gradient_of(trainer, batch[::-1]), expected)
     trainer.args.micro_batch_size = 100
+    for tokens, sizes in ((1, [1] * 6), (45, [2, 3, 1]), (1000, [6])):
+        trainer.args.micro_batch_tokens = tokens
+        assert_same_step(gradient_of(trainer, batch), expected)
+        (part,) = trainer.parts(batch)
+        assert [len(x[1]) for x in trainer._batches(part, batch)] == sizes
     long = Prompt("", [7] * 90, [8] * 120)
     padded = gradient_of(trainer, [*batch, Completion(long, [5], truncated=True)])
     alone = gradient_of(trainer, [Completion(long, [5], truncated=True)])

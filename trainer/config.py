@@ -50,7 +50,8 @@ class StageConfig(TrainingArguments):
     steps_per_rollout: Count = 1  # optimiser steps on the same completions
     rollout_engine: Literal["transformers", "vllm"] = "transformers"
     rollout_batch_size: Count = 64  # completions sampled at a time
-    micro_batch_size: Count = 8
+    micro_batch_size: Count = 8  # completions that are learned from at a time, ...
+    micro_batch_tokens: Count | None = None  # ... and their tokens, with contexts and padding
     aggregation: Literal["token", "sequence"] = "token"  # what has the same weight
     skip_truncated: bool = False  # no loss on completions that did not end
     eval_completions_per_prompt: Count = 1  # above 1, scores come with pass@k
@@ -115,7 +116,8 @@ class TeacherConfig(StageConfig):
     # names its own in a column `teacher`. http(s)://HOST/v1 is a server, see server.py.
     teacher: str | dict[str, str] | None = None
     teacher_dtype: Dtype | None = None
-    privileged_context: str | Messages | None = None  # system message or messages, teacher only
+    # A system message, or messages, for the teacher only; {{ column }} stands for the row's.
+    privileged_context: str | Messages | None = None
     k: Count = 20  # of the top-K, in loss and measurements
     teacher_model: str | None = None  # a server's name for it; default its first
     teacher_concurrency: Count = 32  # requests at a time

@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 from datasets import Dataset, load_dataset
-from jinja2 import TemplateError
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, ValidationError
 
 from trainer.config import Messages, StageConfig, TeacherConfig
@@ -18,7 +20,7 @@ class Row(BaseModel):
     """What a row of the data may hold; a scorer sees the other columns too."""
 
     prompt: str | Messages
-    privileged_context: str | Messages | None = None
+    privileged_context: str | Messages | None = None  # instead of the recipe's
     teacher: str | None = None  # which of the recipe's, where there are several
     completion: str | None = None  # to learn from in SFT and by sft_coef
 
@@ -63,7 +65,7 @@ class PromptReader:
     def _prompt(self, row: Row, raw: dict[str, Any]) -> Prompt:
         privileged = row.privileged_context
         if isinstance(self.config, TeacherConfig):
-            privileged = privileged or self.config.privileged_context
+            privileged = privileged or _filled(self.config.privileged_context, raw)
             if self.config.teacher == "self" and not privileged:
                 raise ValueError(
                     "privileged_context: missing; without it a self-teacher is the student"
@@ -113,6 +115,20 @@ class PromptReader:
         options = {"add_generation_prompt": True, "return_dict": False}
         options |= self.config.chat_template_kwargs
         return self.tokenizer.apply_chat_template(messages, **options)
+
+
+_template = cache(SandboxedEnvironment(undefined=StrictUndefined).from_string)
+
+
+def _filled(context: str | Messages | None, row: dict[str, Any]) -> str | Messages | None:
+    """The recipe's context as a Jinja template, whose {{ column }} is the row's."""
+    try:
+        if context is None or isinstance(context, str):
+            return context and _template(context).render(row)
+        return [m | {"content": _template(m["content"]).render(row)} for m in context]
+    except TemplateError as error:
+        expected = f"expected a template of the columns {', '.join(row)}"
+        raise ValueError(f"privileged_context: {expected}; {error}") from None
 
 
 def load_rows(source: str) -> Dataset | list[dict[str, Any]]:

@@ -24,6 +24,11 @@ class Completion:
     reward: float = 0.0
     advantage: float = 0.0  # of the reward over the prompt's other completions
 
+    @property
+    def context_length(self) -> int:
+        """Its tokens and those of the longer of both models' prompts."""
+        return max(len(self.prompt.student_ids), len(self.prompt.teacher_ids)) + len(self.ids)
+
     def first(self, tokens: int | None) -> "Completion":
         """The completion up to so many tokens."""
         log_probs = None if self.log_probs is None else self.log_probs[:tokens]

@@ -1,6 +1,7 @@
 """What the stages share: a step completes its prompts and learns from the completions."""
 
 import json
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -105,7 +106,8 @@ class CompletionTrainer(DurableTrainer):
     def _batches(
         self, part: Part, others: list[Completion]
     ) -> Iterator[tuple[Part, list[Completion], Tensor, Tensor]]:
-        """Micro-batches of completions of one teacher and similar length, so little is padded.
+        """Micro-batches of completions of one teacher and similar length, so little is padded; one
+        that is alone may have more than micro_batch_tokens.
 
         A rank without any takes part all the same, with one of the others at weight 0: the other
         ranks wait for its gradient.
@@ -114,10 +116,12 @@ class CompletionTrainer(DurableTrainer):
         per_token = self.args.aggregation == "token"
         own = float(sum(len(c.ids) for c in kept) if per_token else len(kept))
         denominator = self.accelerator.reduce(torch.tensor(own, device=self.args.device), "sum")
-        order = sorted(kept or others[:1], key=lambda c: (c.prompt.teacher, -len(c.ids)))
+        order = sorted(kept or others[:1], key=lambda c: (c.prompt.teacher, -c.context_length))
+        most = self.args.micro_batch_tokens or sys.maxsize
         first = 0
         while first < len(order):
-            batch = order[first : first + self.args.micro_batch_size]
+            size = max(1, min(self.args.micro_batch_size, most // order[first].context_length))
+            batch = order[first : first + size]
             batch = [c for c in batch if c.prompt.teacher == batch[0].prompt.teacher]
             first += len(batch)
             lengths = torch.tensor([len(c.ids) for c in batch], device=self.args.device)
