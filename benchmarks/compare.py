@@ -5,31 +5,14 @@ The median over the rounds is shown, as seconds and as a ratio to the bare matri
 
 import argparse
 import json
-import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import sweeps
-from benchmarks.measurement import MIB, Figures, measure
+from benchmarks.measurement import machine, measure, table
 from benchmarks.problems import HEADS, Problem
 from benchmarks.providers import DISTILLATION, LABELS, PROVIDERS
-
-
-def table(figures: dict[str, Figures]) -> str:
-    """Markdown; ratios are to the first provider."""
-    base = next(iter(figures.values()))
-    names = ["provider", "forward s", "backward s", "total s", "ratio", "peak extra MiB"]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for name, f in figures.items():
-        cells = [name, "", "", "", ""]  # without a round there is memory alone
-        if f.forward:
-            times = (statistics.median(f.forward), statistics.median(f.backward), f.median())
-            cells = [name, *(f"{x:.3g}" for x in times), f"{f.ratio(base):.3f}"]
-        lines.append(f"| {' | '.join([*cells, f'{f.peak_extra_bytes / MIB:.0f}'])} |")
-    return "\n".join(lines)
 
 
 def section(
@@ -46,13 +29,6 @@ def section(
         for name, f in figures.items()
     ]
     return text, records
-
-
-def _machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-    return f"{threads} CPU threads, {capability}"
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -72,8 +48,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def main(arguments: argparse.Namespace) -> None:
     """Print Markdown tables; write them, the figures as JSON, and the plots of the sweeps."""
     arguments.output.mkdir(parents=True, exist_ok=True)
-    machine = f"{_machine(arguments.device)}, PyTorch {torch.__version__}"
-    report = [f"Measured on {machine}; median of {arguments.rounds} alternating rounds."]
+    report = [
+        f"Measured on {machine(arguments.device)}; median of {arguments.rounds} alternating rounds."
+    ]
     records = []
     for head in arguments.heads:
         size = (arguments.tokens, *HEADS[head], arguments.k)

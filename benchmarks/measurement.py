@@ -3,7 +3,7 @@
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,28 +37,59 @@ class Figures:
 
 
 def measure(problem: Problem, providers: Iterable[str], rounds: int) -> dict[str, Figures]:
-    """Alternating rounds over the providers; one that cannot run is left out, with its reason."""
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    """The providers on one problem, see `alternate`."""
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "inputs.pt"
         torch.save(problem.tensors(), path)
-        workers, peaks = {}, {}
-        for name in tqdm(list(providers), desc="memory", leave=False):
-            worker = stack.enter_context(Worker(name, problem, path))
+        return alternate([Worker(name, problem, path) for name in providers], rounds)
+
+
+def alternate(workers: Sequence[Worker], rounds: int) -> dict[str, Figures]:
+    """Alternating rounds over the providers; one that cannot run is left out, with its reason."""
+    with ExitStack() as stack:
+        running, peaks = {}, {}
+        for worker in tqdm(workers, desc="memory", leave=False):
+            stack.enter_context(worker)
             try:
-                worker.seconds()  # the first pass compiles, allocates and faults pages in
-                peaks[name] = worker.peak_extra_bytes()
-                workers[name] = worker
+                worker.warm_up()
+                peaks[worker.provider] = worker.peak_extra_bytes()
+                running[worker.provider] = worker
             except RuntimeError as error:
                 tqdm.write(str(error), file=sys.stderr)
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
         for _ in tqdm(range(rounds), desc="rounds", leave=False):
-            for name, worker in list(workers.items()):
+            for name, worker in list(running.items()):
                 try:
                     times[name].append(worker.seconds())
                 except RuntimeError as error:
                     tqdm.write(str(error), file=sys.stderr)
-                    del workers[name]
+                    del running[name]
     return {
         name: Figures([f for f, _ in times[name]], [b for _, b in times[name]], peaks[name])
-        for name in workers
+        for name in running
     }
+
+
+def table(figures: dict[str, Figures], parts: tuple[str, str] = ("forward s", "backward s")) -> str:
+    """Markdown: medians over the rounds; ratios are to the first provider, in the same round."""
+    base = next(iter(figures.values()))
+    names = ["provider", *parts, "total s", "ratio", "peak extra MiB", "ratio"]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for name, f in figures.items():
+        cells = [name, "", "", "", ""]  # without a round there is memory alone
+        if f.forward:
+            times = (statistics.median(f.forward), statistics.median(f.backward), f.median())
+            cells = [name, *(f"{x:.3g}" for x in times), f"{f.ratio(base):.3f}"]
+        cells += [f"{f.peak_extra_bytes / MIB:.0f}"]
+        cells += [f"{f.peak_extra_bytes / max(1, base.peak_extra_bytes):.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def machine(device: str) -> str:
+    """What times and memory are of, in words."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        name = f"{torch.get_num_threads()} CPU threads, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name}, PyTorch {torch.__version__}"

@@ -1,28 +1,23 @@
 """One training step of a real model beside TRL's trainer: time and peak memory of the same work.
 
 Both compute the exact reverse KL in float32 on the same prompts and completions, in the same
-micro-batches, with the same optimiser; the first step's losses and gradients must agree before
-anything is timed. Our top-K objective comes as a further row.
+micro-batches, with the same optimiser; losses and gradients of the first step must agree. Our
+top-K objective comes as a further row.
 """
 
 import argparse
 import importlib.util
 import json
-import os
-import statistics
 import sys
 import tempfile
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from benchmarks.compare import _machine
-from benchmarks.measurement import MIB, Figures
+from benchmarks.measurement import Figures, alternate, machine, table
 from benchmarks.trainer_step_worker import PROVIDERS, Step, StepWorker
 from trainer.models import load_tokenizer
 
@@ -33,6 +28,7 @@ CASES = {
     "mixed": "given completions of a quarter to the whole of that length",
     "rollout": "completions sampled in the step, all of one length",
 }
+SAME = ("trl", "ours_full")  # the exact reverse KL
 # Float32 rounding: paddings differ, and with them positions and the shapes of matrix products.
 LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-3
 
@@ -92,50 +88,14 @@ def make_step(case: str, arguments: argparse.Namespace) -> Step:
 def measure(
     step: Step, providers: list[str], rounds: int
 ) -> tuple[dict[str, Figures], Agreement | None]:
-    """Alternating rounds over the providers, of which one that cannot run is left out."""
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        workers, losses, peaks = {}, {}, {}
-        for name in providers:
-            (Path(folder) / name).mkdir()
-            workers[name] = stack.enter_context(StepWorker(name, step, Path(folder) / name))
-        for name, worker in tqdm(list(workers.items()), desc="memory", leave=False):
-            try:
-                losses[name] = worker.loss(Path(folder) / f"{name}.pt")
-                peaks[name] = worker.peak_extra_bytes()
-            except RuntimeError as error:
-                tqdm.write(str(error), file=sys.stderr)
-                del workers[name]
-        same = None
-        pair = ("trl", "ours_full")
-        if step.completions and workers.keys() >= set(pair):
-            gradients = tuple(torch.load(f"{folder}/{name}.pt", mmap=True) for name in pair)
-            same = agreement(tuple(losses[name] for name in pair), gradients).check(
-                " and ".join(pair)
-            )
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
-        for _ in tqdm(range(rounds), desc="rounds", leave=False):
-            for name, worker in workers.items():
-                times[name].append(worker.seconds())
-    figures = {
-        name: Figures([r for r, _ in times[name]], [rest for _, rest in times[name]], peaks[name])
-        for name in workers
-    }
-    return figures, same
-
-
-def table(figures: dict[str, Figures]) -> str:
-    """Markdown: medians over the rounds; ratios are to the first provider, in the same round."""
-    first = next(iter(figures))
-    base = figures[first]
-    names = ["trainer", "rollout s", "learning s", "step s", "peak extra MiB"]
-    names += [f"time / {first}", f"peak / {first}"]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for name, f in figures.items():
-        seconds = statistics.median(f.forward), statistics.median(f.backward), f.median()
-        cells = [name, *(f"{x:.2f}" for x in seconds), f"{f.peak_extra_bytes / MIB:.0f}"]
-        cells += [f"{f.ratio(base):.3f}", f"{f.peak_extra_bytes / base.peak_extra_bytes:.3f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """Alternating rounds over the providers, and how far the two that do the same work agree."""
+    with tempfile.TemporaryDirectory() as folder:
+        workers = {name: StepWorker(name, step, Path(folder) / name) for name in providers}
+        figures = alternate(list(workers.values()), rounds)
+        if not step.completions or not figures.keys() >= set(SAME):
+            return figures, None
+        losses, gradients = zip(*(workers[name].first_step() for name in SAME), strict=True)
+        return figures, agreement(losses, gradients).check(" and ".join(SAME))
 
 
 def section(case: str, step: Step, figures: dict[str, Figures], same: Agreement | None) -> str:
@@ -144,10 +104,10 @@ def section(case: str, step: Step, figures: dict[str, Figures], same: Agreement 
     text = f"**{case}: {CASES[case]}; {size} {step.micro_batch_size}**\n\n"
     if same is not None:
         text += (
-            f"First steps of trl and ours_full: losses differ by {same.loss:.0e} of the loss, "
+            f"First steps of {' and '.join(SAME)}: losses differ by {same.loss:.0e} of the loss, "
             f"gradients by {same.gradient:.0e} of a parameter's at most.\n\n"
         )
-    return text + table(figures)
+    return text + table(figures, ("rollout s", "learning s"))
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -170,8 +130,7 @@ def main(arguments: argparse.Namespace) -> None:
     if "trl" in providers and importlib.util.find_spec("trl") is None:
         print("trl: left out; it comes with the extra `bench`", file=sys.stderr)
         providers = [name for name in providers if name != "trl"]
-    machine = f"{_machine('cpu')}, PyTorch {torch.__version__}, load {os.getloadavg()[0]:.1f}"
-    report = [f"Measured on {machine}; median of {arguments.rounds} alternating rounds."]
+    report = [f"Measured on {machine('cpu')}; median of {arguments.rounds} alternating rounds."]
     records: list[dict[str, Any]] = []
     for case in arguments.cases:
         step = make_step(case, arguments)

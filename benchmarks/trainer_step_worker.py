@@ -5,23 +5,21 @@ belongs to it: data, rollout, loss, backward, clipping, optimiser and log.
 """
 
 import argparse
-import ctypes
 import json
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from benchmarks.worker import Worker, _status
+from benchmarks.worker import Worker, reset_peak, status
 from trainer.config import DistillationConfig
 from trainer.data import Prompt
 from trainer.distillation import OnPolicyDistillationTrainer
@@ -58,18 +56,19 @@ class StepWorker(Worker):
     The peak is beyond models and optimiser: it holds the gradients, activations and logits.
     """
 
-    def __init__(self, provider: str, step: Step, folder: Path) -> None:
-        self.provider = provider
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in __exit__)
-        arguments = [provider, json.dumps(asdict(step)), str(folder)]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.trainer_step_worker", *arguments], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-        )  # fmt: skip
+    MODULE = "benchmarks.trainer_step_worker"
 
-    def loss(self, gradient: Path) -> float:
-        """The loss of a step, whose gradient is saved."""
-        return self._ask(f"gradient {gradient}")["loss"]
+    def __init__(self, provider: str, step: Step, folder: Path) -> None:
+        super().__init__(provider, step, folder)
+        self._gradient = folder / "gradient.pt"
+
+    def warm_up(self) -> None:
+        """The first step, whose loss and gradient are kept."""
+        self._loss = self._ask("gradient")["loss"]
+
+    def first_step(self) -> tuple[float, dict[str, Tensor]]:
+        """Its loss, and its gradient by parameter."""
+        return self._loss, torch.load(self._gradient, mmap=True)
 
 
 class OnCommand(TrainerCallback):
@@ -77,26 +76,25 @@ class OnCommand(TrainerCallback):
 
     def __init__(self, commands: TextIO, answers: TextIO) -> None:
         self.commands, self.answers = commands, answers
-        self.command: list[str] = []
+        self.command = ""
         self.start = self.rollout = self.loss = 0.0
         self.resident = 0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         if self.command:
             print(json.dumps(self._answer()), file=self.answers, flush=True)
-        self.command = self.commands.readline().split()
+        self.command = self.commands.readline().strip()
         if not self.command:
             sys.exit()  # nobody is there to ask again
-        if self.command[0] == "memory":
-            ctypes.CDLL(None).malloc_trim(0)
-            self.resident = _status("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")
+        if self.command == "memory":
+            self.resident = reset_peak()
         self.start, self.rollout = time.perf_counter(), 0.0
 
-    def on_pre_optimizer_step(self, *_: Any, model: Model, **__: Any) -> None:
-        if self.command[0] == "gradient":
+    def on_pre_optimizer_step(self, args: Any, *_: Any, model: Model, **__: Any) -> None:
+        if self.command == "gradient":
             named = model.named_parameters()
-            torch.save({n: p.grad for n, p in named if p.grad is not None}, self.command[1])
+            gradient = {n: p.grad for n, p in named if p.grad is not None}
+            torch.save(gradient, f"{args.output_dir}/gradient.pt")
 
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
         self.loss = logs.get("loss", self.loss)
@@ -105,7 +103,7 @@ class OnCommand(TrainerCallback):
         seconds = time.perf_counter() - self.start
         return {
             "loss": self.loss,
-            "bytes": max(0, _status("VmHWM") - self.resident),
+            "bytes": max(0, status("VmHWM") - self.resident),
             "forward": self.rollout,
             "backward": seconds - self.rollout,
         }
@@ -211,7 +209,7 @@ def load_models(step: Step) -> Models:
     return student, teacher, load_tokenizer(step.model)
 
 
-def _matrices(model: Model) -> Iterator[torch.Tensor]:
+def _matrices(model: Model) -> Iterator[Tensor]:
     return (parameter for parameter in model.parameters() if parameter.dim() > 1)
 
 

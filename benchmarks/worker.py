@@ -13,6 +13,7 @@ import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,22 +24,29 @@ from benchmarks.providers import PROVIDERS, Provider
 class Worker:
     """The parent's end. A provider that fails raises RuntimeError with the end of its errors."""
 
-    def __init__(self, provider: str, problem: Problem, inputs: Path) -> None:
+    MODULE = "benchmarks.worker"  # a provider, a dataclass as JSON and a path are its arguments
+
+    def __init__(self, provider: str, problem: Any, path: Path) -> None:
         self.provider = provider
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in __exit__)
-        arguments = [provider, json.dumps(asdict(problem)), str(inputs)]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", *arguments], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-        )  # fmt: skip
+        arguments = [provider, json.dumps(asdict(problem)), str(path)]
+        self._command = [sys.executable, "-m", self.MODULE, *arguments]
 
     def __enter__(self) -> "Worker":
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            self._command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self._errors,
+        )  # fmt: skip
         return self
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.communicate()
         self._errors.close()
+
+    def warm_up(self) -> None:
+        """The first pass, which compiles, allocates and faults pages in."""
+        self.seconds()
 
     def peak_extra_bytes(self) -> int:
         """Peak resident memory of a pass beyond inputs, dhidden and dweight; after a first pass."""
@@ -90,12 +98,10 @@ def _memory(provider: Provider, inputs: Inputs) -> dict[str, int]:
         torch.cuda.reset_peak_memory_stats()
         provider(inputs).backward()
         return {"bytes": max(0, torch.cuda.max_memory_allocated() - before - _returned(inputs))}
-    ctypes.CDLL(None).malloc_trim(0)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    before = reset_peak()
     provider(inputs).backward()
     # A gradient of few rows is not in memory as a whole, although all of it is subtracted.
-    return {"bytes": max(0, _status("VmHWM") - before - _returned(inputs))}
+    return {"bytes": max(0, status("VmHWM") - before - _returned(inputs))}
 
 
 def _returned(inputs: Inputs) -> int:
@@ -104,7 +110,14 @@ def _returned(inputs: Inputs) -> int:
     return sum(x.grad.numel() * x.grad.element_size() for x in leaves if x.grad is not None)
 
 
-def _status(name: str) -> int:
+def reset_peak() -> int:
+    """Give back what is free and start the high-water mark anew; the resident bytes."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def status(name: str) -> int:
     """A field of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):

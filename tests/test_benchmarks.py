@@ -1,6 +1,7 @@
 """The benchmarks measure what they say, and hold bounds on memory."""
 
 import json
+import math
 import re
 
 import pytest
@@ -11,6 +12,8 @@ from benchmarks.__main__ import main
 from benchmarks.measurement import MIB, Figures, measure
 from benchmarks.problems import Inputs, Problem
 from benchmarks.providers import DISTILLATION, LABELS
+from benchmarks.trainer_step import agreement
+from tests.tiny_run import write_model
 
 TINY = Problem(tokens=8, dim=16, vocab=1024, k=1024)
 
@@ -123,3 +126,39 @@ def test_medians_are_of_whole_passes_and_ratios_of_the_same_round():
     )
     assert slow.median() == 7.0
     assert slow.ratio(fast) == 2.0
+
+
+def test_a_training_step_beside_trls_is_the_same_work(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("trl")
+    model = write_model(tmp_path / "model", max_position_embeddings=512)
+    arguments = ["trainer_step", "--cases", "mixed", "rollout", "--model", str(model)]
+    arguments += ["--prompts", "4", "--tokens", "8", "--micro-batch-size", "2", "--rounds", "2"]
+    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments, "--output", str(tmp_path)])
+    main()
+    records = json.loads((tmp_path / "trainer_step.json").read_text())
+    names = ["trl", "ours_full", "ours_topk"]
+    cases = [(case, name) for case in ("mixed", "rollout") for name in names]
+    assert [(r["case"], r["provider"]) for r in records] == cases
+    for r in records:
+        assert all(len(times) == 2 and min(times) > 0 for times in (r["rollout"], r["learning"]))
+        if r["case"] == "mixed" and r["provider"] != "ours_topk":
+            assert r["agreement"]["loss"] <= 1e-5
+            assert 0 < r["agreement"]["gradient"] <= 1e-3
+    text = (tmp_path / "trainer_step.md").read_text()
+    _, *told = text.rstrip("\n").split("\n\n")
+    assert told == capsys.readouterr().out.rstrip("\n").split("\n\n")
+
+
+def test_steps_that_differ_are_not_compared():
+    gradients = {"a": torch.ones(2), "b": torch.tensor([3.0, 4.0])}
+    other = gradients | {"b": torch.tensor([3.0, 4.1])}
+    close = agreement((2.0, 2.0 + 1e-6), (gradients, other))
+    assert close.loss == pytest.approx(5e-7)
+    assert close.gradient == pytest.approx(0.02)
+    for losses, second in (
+        ((2.0, 2.0), other),
+        ((2.0, 2.1), gradients),
+        ((2.0, math.nan), gradients),
+    ):
+        with pytest.raises(RuntimeError, match="not the same work"):
+            agreement(losses, (gradients, second)).check("a and b")
