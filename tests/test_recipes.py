@@ -32,7 +32,7 @@ def test_a_recipe_runs_on_a_tiny_model(tmp_path, name):
     main([stage, f"recipes/{name}.yaml", *pairs])
     run = tmp_path / "run"
     if stage == "evaluate":
-        assert json.loads((run / "evaluation.json").read_text())["eval_reverse_kl"] > 0
+        assert json.loads((run / "metrics.jsonl").read_text())["eval_reverse_kl"] > 0
         return
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if "loss" in x] == [1, 2]
@@ -57,7 +57,7 @@ def test_a_recipe_on_smollm2(tmp_path, name, better):
     run = tmp_path / "run"
     main([RECIPES[name], f"recipes/{name}.yaml", "--output_dir", str(run)])
     if name == "evaluate":
-        figures = json.loads((run / "evaluation.json").read_text())
+        figures = json.loads((run / "metrics.jsonl").read_text())
         # The student is the teacher without its context.
         assert figures["eval_reverse_kl"] == pytest.approx(figures["eval_context_kl"], rel=1e-3)
         assert figures["eval_teacher_score"] > 0.5 > figures["eval_score"]

@@ -1,11 +1,13 @@
 """Runs that die and go on."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,10 @@ CASES = {
     "frozen teacher": ("distill", {}),
     "average": ("distill", {"teacher_update_rate": 0.3}),
     "reuse": ("distill", {"steps_per_rollout": 3, "max_importance_weight": 2.0}),
+    "references": (
+        "distill",
+        {"sft_coef": 0.5, "steps_per_rollout": 3, "completions_per_prompt": 2},
+    ),
     "rlvr": ("rlvr", RLVR | {"steps_per_rollout": 3, "kl_coef": 0.1}),
 }
 
@@ -39,6 +45,10 @@ def test_a_run_killed_after_a_checkpoint_resumes_to_the_same_bits(tmp_path, case
     options |= {"eval_strategy": "steps", "eval_steps": 3}
     (tmp_path / "sum.py").write_text("def sum_of(text, row):\n    return sum(map(ord, text))\n")
     options["scorer"] = f"{tmp_path}/sum.py:sum_of"
+    write_recipe(tmp_path)
+    rows = [{"prompt": f"say {i}", "completion": "ok" * (i % 3)} for i in range(12)]
+    (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options["train_data"] = str(tmp_path / "given.jsonl")
     recipe = write_recipe(tmp_path, **options | changes)
     main([stage, str(recipe)])
     expected = _losses(tmp_path / "run")
@@ -121,6 +131,51 @@ def test_an_interrupted_run_saves_and_goes_on(tmp_path, number, capsys):
     assert not (run / "model").exists()
     main(["distill", str(recipe), "--output_dir", str(run), "--resume_from_checkpoint", "auto"])
     assert _losses(run) == expected
+
+
+def test_a_run_that_is_over_is_saved_before_it_is_measured(tmp_path):
+    """Whatever the last measurement does; an interruption in it is none of the run."""
+    recipe = write_recipe(tmp_path, max_steps=2, eval_on_start=False)
+
+    def run(name, measure):
+        options = ["--output_dir", str(tmp_path / name)]
+        trainer, _ = prepare(load_config(DistillationConfig, recipe, options))
+        trainer.evaluation.measure = lambda *_, **__: measure(trainer)
+        train(trainer, None)
+
+    def fail(trainer):
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        run("failed", fail)
+    assert (tmp_path / "failed" / "model" / "model.safetensors").exists()
+
+    def interrupt(trainer):
+        trainer.interruption._request(signal.SIGINT, None)
+        return {"eval_truncated": 0.0}
+
+    before = signal.getsignal(signal.SIGINT)
+    saved = write_recipe(tmp_path, max_steps=2, eval_on_start=False, eval_strategy="steps",
+                         eval_steps=2)  # fmt: skip
+    assert saved == recipe
+    run("interrupted", interrupt)
+    assert (tmp_path / "interrupted" / "model" / "model.safetensors").exists()
+    assert signal.getsignal(signal.SIGINT) == before
+    assert not list(tmp_path.glob("*/model/checkpoint-*"))
+
+
+def test_held_out_completions_are_of_these_prompts(tmp_path):
+    recipe = write_recipe(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    main(["distill", str(recipe)])
+    config = load_config(DistillationConfig, recipe, ["--resume_from_checkpoint", "auto"])
+    trainer, checkpoint = prepare(config)
+    path = Path(checkpoint) / "held_out_completions.json"
+    trainer.evaluation.load_references(path)
+    assert len(trainer.evaluation.references) == 2
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "tell 3"}\n{"prompt": "tell 2"}\n')
+    other, _ = prepare(config)
+    other.evaluation.load_references(path)
+    assert not other.evaluation.references
 
 
 def test_resuming_from_nothing_says_so(tmp_path):

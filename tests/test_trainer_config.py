@@ -1,5 +1,7 @@
 """Recipes: what is read, and what every mistake says."""
 
+import sys
+
 import pytest
 
 from tests.tiny_run import write_recipe
@@ -60,6 +62,11 @@ def test_values_come_from_the_file_and_the_command_line(tmp_path):
         ({"metric_for_best_model": "loss"}, "metric_for_best_model: not supported"),
         ({"dtype": "bfloat16"}, "dtype: expected float32 to train all weights"),
         ({"tail": "renormalize", "k": 1}, "k: expected at least 2 with tail: renormalize"),
+        ({"support": "full", "stop_gradient": False}, "only reverse_kl has one"),
+        ({"lora_r": 2, "teacher_dtype": "bfloat16"}, "teacher_dtype: expected none under lora_r"),
+        ({"torch_compile": True}, "torch_compile: not supported"),
+        ({"output_dir": 5}, "output_dir: input should be a valid string, got 5"),
+        ({"max_steps": 4.5}, "max_steps: input should be a valid integer, .*got 4.5"),
         ({"model": None}, "model: missing; set it in .* or pass --model"),
         ({"train_data": None}, "train_data: missing"),
     ],
@@ -84,8 +91,27 @@ def test_bad_recipes(tmp_path, text, overrides, message):
         load_config(DistillationConfig, recipe, overrides)
 
 
+def test_a_bare_no_of_yaml_is_a_strategy(tmp_path):
+    path = write_recipe(tmp_path)
+    for value in ("no", "steps"):
+        config = load_config(DistillationConfig, path, ["--save_strategy", value])
+        assert config.save_strategy == value
+
+
 def test_the_command_line_ends_with_one_line(tmp_path):
     with pytest.raises(SystemExit, match=r"error: .*No such file or directory.*missing\.yaml"):
         main(["distill", str(tmp_path / "missing.yaml")])
     with pytest.raises(SystemExit, match="error: temprature: unknown key"):
         main(["distill", str(write_recipe(tmp_path)), "--temprature", "1"])
+    with pytest.raises(SystemExit, match="error: k: expected at most the student's 97 ids, got 98"):
+        main(["distill", str(write_recipe(tmp_path)), "--k", "98"])
+    with pytest.raises(SystemExit, match="2"):
+        main(["report", str(tmp_path), "--titel", "x"])
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    monkeypatch.delitem(sys.modules, "trainer.server", raising=False)
+    recipe = write_recipe(tmp_path, teacher="http://127.0.0.1:9/v1", support="teacher")
+    with pytest.raises(SystemExit, match=r"openai.*; pip install 'opd-kernels\[server\]'"):
+        main(["distill", str(recipe)])

@@ -7,8 +7,8 @@ import pytest
 
 from tests.tiny_run import tiny_tokenizer, write_model, write_recipe
 from trainer.config import DistillationConfig, load_config
-from trainer.data import PromptReader
-from trainer.models import check_same_tokenizer, load_model, load_tokenizer
+from trainer.data import PromptReader, load_rows
+from trainer.models import compare_tokenizers, load_model, load_tokenizer
 
 
 @pytest.fixture
@@ -121,6 +121,29 @@ def test_bad_rows_name_the_source_and_the_row(load, rows, changes, message):
         load(rows, **changes)
 
 
+def test_a_split_of_a_dataset_on_the_hub(monkeypatch):
+    asked = []
+    monkeypatch.setattr("trainer.data.load_dataset", lambda *a, **k: asked.append((a, k)))
+    load_rows("openai/gsm8k?split=test&name=main")
+    load_rows("openai/gsm8k")
+    assert asked == [
+        (("openai/gsm8k",), {"split": "test", "name": "main"}),
+        (("openai/gsm8k",), {"split": "train"}),
+    ]
+
+
+def test_nulls_that_a_table_adds_to_messages(load):
+    message = {"role": "user", "content": "hi", "name": None}
+    assert load([{"prompt": [message]}]) == load([{"prompt": USER}])
+
+
+def test_completions_that_are_not_learned_may_be_long(load):
+    rows = [{"prompt": "a", "completion": "b" * 250}]
+    load(rows)
+    with pytest.raises(ValueError, match="row 1, completion: expected at most 5 tokens"):
+        load(rows, sft_coef=0.5)
+
+
 def test_a_missing_file_is_named(load, tmp_path):
     load([{"prompt": "a"}])
     config = load_config(DistillationConfig, tmp_path / "recipe.yaml", [])
@@ -130,12 +153,12 @@ def test_a_missing_file_is_named(load, tmp_path):
 
 def test_a_teacher_with_another_tokenizer_is_refused(tmp_path):
     ours = load_tokenizer(str(write_model(tmp_path / "a")))
-    check_same_tokenizer(ours, str(tmp_path / "a"))
+    compare_tokenizers(ours, str(tmp_path / "a"))
     swapped = tiny_tokenizer(characters="ba" + "cdefghijklmnopqrstuvwxyz")
     theirs = str(write_model(tmp_path / "b", tokenizer=swapped))
     message = r"expected the student's tokenizer, but .*b gives \d+ tokens"
     with pytest.raises(ValueError, match=message):
-        check_same_tokenizer(ours, theirs)
+        compare_tokenizers(ours, theirs)
 
 
 def test_a_model_in_a_missing_package():

@@ -1,6 +1,7 @@
 """Diagnostics and alarms, the privileged context, the prefix probe and the preflight."""
 
 import json
+import math
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from tests.tiny_run import make_trainer, read_metrics, write_model, write_recipe
 from trainer.__main__ import main
 from trainer.config import DistillationConfig, RLVRConfig, load_config
 from trainer.diagnostics import Sums, alarms, repetition
-from trainer.privileged import spread
+from trainer.privileged import across_contexts, spread
 from trainer.rollout import Completion
 
 
@@ -87,7 +88,7 @@ def test_repetition_counts_the_3_grams_that_occurred_before():
 
 
 QUIET = {"loss": 1.0, "repetition": 0.1, "truncated": 0.1, "student_mass": 0.99,
-         "outside_teacher_top_k": 0.1}  # fmt: skip
+         "outside_teacher_top_k": 0.1, "skipped_steps": 0.0}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,7 @@ QUIET = {"loss": 1.0, "repetition": 0.1, "truncated": 0.1, "student_mass": 0.99,
         ({"outside_teacher_top_k": 0.5}, {}, "Mismatch: 34% of the student's tokens are outside"),
         ({"student_mass": 0.6}, {"stop_gradient": False}, "Biased gradient: .* 0.99 to 0.83, as"),
         ({"student_mass": 0.6}, {"tail": "bucket"}, ""),
+        ({"skipped_steps": 1.0}, {}, "Not finite: a step was left out"),
     ],
 )
 def test_an_alarm_is_raised_once_when_a_trend_shows_a_way_to_fail(
@@ -152,6 +154,31 @@ def test_contexts_of_the_same_prompt_are_compared(tmp_path):
     assert "eval_context_kl" not in lines[-1]
 
 
+def test_contexts_of_several_teachers_are_averaged_over_their_tokens(tmp_path):
+    write_recipe(tmp_path)
+    for name, seed in (("a", 3), ("b", 4)):
+        write_model(tmp_path / name, seed=seed)
+    rows = [
+        {"prompt": "say 1", "privileged_context": c, "teacher": t}
+        for c in ("be brief", "sing")
+        for t in ("a", "b")
+    ]
+    path = tmp_path / "routed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"teacher": {name: str(tmp_path / name) for name in "ab"}, "k": 97}
+    trainer = make_trainer(tmp_path, **options, eval_data=str(path), train_data=str(path))
+    evaluation = trainer.evaluation
+    evaluation.references = evaluation.continued(evaluation.prompts, 7)
+    own = {n: [c for c in evaluation.references if c.prompt.teacher == n] for n in "ab"}
+    (a,), (b,) = (across_contexts(trainer.teachers[n], own[n], 97, 1.0) for n in "ab")
+    figures = evaluation._contexts()
+    for name, first, second in zip(
+        ("eval_context_dispersion", "eval_geometric_residual"), a, b, strict=True
+    ):
+        assert figures[name] == pytest.approx(float(torch.cat([first, second]).mean()))
+        assert float(first.mean()) != pytest.approx(float(second.mean()), rel=0.01)
+
+
 def test_the_prefix_probe_counts_what_the_teacher_turns(tmp_path):
     trainer = make_trainer(tmp_path)
     evaluation = trainer.evaluation
@@ -174,6 +201,11 @@ def test_the_prefix_probe_counts_what_the_teacher_turns(tmp_path):
     assert figures["eval_probe_right_to_wrong"] == lost
     assert figures["eval_probe_wrong_to_right"] == won
     assert figures["eval_probe_score"] == pytest.approx(sum(right) / 16)
+    ended = [Completion(p, [2], False) for p in prompts]
+    assert evaluation._prefix_probe(ended, scores) == {}
+    seen.clear()
+    evaluation._prefix_probe([ended[0], *own[1:]], scores)
+    assert len(seen) == 15
 
 
 def test_the_preflight_tells_what_is_bad_before_training(tmp_path, capsys):
@@ -205,11 +237,16 @@ def _rlvr(folder):
     return write_recipe(folder, **changes, completions_per_prompt=2)
 
 
-def test_a_servers_answer_without_the_token_has_no_likelihood():
-    log_probs = torch.tensor([[0.5, 0.25], [0.5, 0.25]]).log()
-    served = SparseLogits.from_log_probs(log_probs, torch.tensor([[1, 2], [1, 2]]), vocab_size=9)
+def test_the_token_that_a_server_adds_is_not_of_its_top_k():
+    log_probs = torch.tensor([[0.5, 0.25, 0.1], [0.5, 0.25, -1.0]]).log().nan_to_num(-torch.inf)
+    ids = torch.tensor([[1, 2, 7], [1, 2, -1]])  # the second token is of the two best
+    served = SparseLogits.from_log_probs(log_probs, ids, vocab_size=9)
+    student = SparseLogits.from_log_probs(
+        log_probs[:, :2], torch.tensor([[1, 7]] * 2), vocab_size=9
+    )
     sums = Sums()
-    sums.add_positions(served, served, torch.tensor([2, 5]), [2])
-    assert sums["teacher_nll"] == pytest.approx(-torch.tensor(0.25).log().item())
+    sums.add_positions(student, served, torch.tensor([7, 2]), [2])
+    assert sums["teacher_nll"] == pytest.approx(-math.log(0.1) - math.log(0.25))
     assert sums["outside_teacher_top_k"] == 1
+    assert sums["overlap"] == 1  # a half each
     assert "teacher_entropy" not in sums

@@ -36,7 +36,7 @@ def test_a_step_does_not_depend_on_how_it_is_batched(tmp_path, aggregation):
         trainer.args.micro_batch_tokens = tokens
         assert_same_step(gradient_of(trainer, batch), expected)
         (part,) = trainer.parts(batch)
-        assert [len(x[1]) for x in trainer._batches(part, batch)] == sizes
+        assert [len(x[1]) for x in trainer._batches(part)] == sizes
     long = Prompt("", [7] * 90, [8] * 120)
     padded = gradient_of(trainer, [*batch, Completion(long, [5], truncated=True)])
     alone = gradient_of(trainer, [Completion(long, [5], truncated=True)])
@@ -193,6 +193,8 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tmp_path):
         assert torch.equal(parameter, before[name])
     steps, _ = read_metrics(Path(trainer.args.output_dir))
     assert [line["skipped_steps"] for line in steps] == [1, 1]
+    assert [line["loss"] for line in steps] == [0, 0]
+    assert ["Not finite: " in line.get("alarm", "") for line in steps] == [True, False]
 
 
 def _without(hook, head, sample, model, prompts, seed):

@@ -21,6 +21,8 @@ def _scorer(tmp_path, scorer, **changes):
     [
         ("exact_match", "4", " 4\n", 1.0),
         ("exact_match", 4, "4", 1.0),
+        ("exact_match", 4.0, "4", 1.0),
+        ("exact_match", 4.5, "4.5", 1.0),
         ("exact_match", "4", "4.", 0.0),
         ("math_verify", "\\frac{1}{2}", "so it is $0.5$", 1.0),
         ("math_verify", "2x+1", "$1+2x$", 1.0),
@@ -42,6 +44,10 @@ def test_the_last_match_of_the_pattern_is_scored(tmp_path):
     assert scorer("4", {"answer": "4"}) == 0
     with pytest.raises(ValueError, match=r"answer_pattern: expected one \(group\), got 0"):
         _scorer(tmp_path, "exact_match", answer_pattern="x")
+    with pytest.raises(ValueError, match=r"answer_pattern: missing \), .* in '\('"):
+        _scorer(tmp_path, "exact_match", answer_pattern="(")
+    with pytest.raises(ValueError, match="scorer: it needs a column answer"):
+        scorer("None", {"answer": None})
 
 
 def test_reasoning_gym_makes_the_data_and_scores_it(tmp_path):
@@ -85,5 +91,5 @@ def test_functions_by_file_and_module(tmp_path):
 
 
 def test_a_missing_answer_is_named(tmp_path):
-    with pytest.raises(ValueError, match="exact_match needs a column answer, got prompt"):
+    with pytest.raises(ValueError, match=r"scorer: it needs a column answer, got .*'prompt'"):
         _scorer(tmp_path, "exact_match")("4", {"prompt": "x"})

@@ -10,10 +10,11 @@ import torch
 from torch.testing import assert_close
 
 from opd_kernels.integrations.transformers import lazy_logits
-from tests.tiny_run import make_trainer, read_metrics, write_model, write_recipe
+from tests.tiny_run import make_trainer, read_metrics, tiny_tokenizer, write_model, write_recipe
 from tests.trainer_steps import completions, gradient_of
-from trainer.__main__ import main
+from trainer.__main__ import main, prepare, train
 from trainer.config import DistillationConfig, load_config
+from trainer.data import Prompt
 from trainer.models import load_model
 from trainer.rollout import Completion
 from trainer.server import ServedTeacher
@@ -28,6 +29,7 @@ class FakeServer:
 
     def __init__(self, model, max_log_probs=20):
         self.model, self.lock, self.max_log_probs = model, threading.Lock(), max_log_probs
+        self.tokenizer, self.blind = tiny_tokenizer(), False
         self.faults, self.requests, self.active, self.most_active, self.delay = [], 0, 0, 0, 0.0
         outer = self
 
@@ -52,7 +54,9 @@ class FakeServer:
                 return True
 
             def do_GET(self):
-                if not self._refused():
+                if self.path != "/v1/models":
+                    self._send(404, {"error": {"message": "Not Found"}})
+                elif not self._refused():
                     models = [{"id": "tiny", "object": "model", "max_model_len": 256}]
                     self._send(200, {"object": "list", "data": models})
 
@@ -73,10 +77,16 @@ class FakeServer:
                         outer.active -= 1
 
             def _answer(self, request, fault):
+                if isinstance(request["prompt"], str):
+                    assert not request["add_special_tokens"]
+                    request["prompt"] = outer.tokenizer(request["prompt"])["input_ids"]
+                if len(request["prompt"]) + request["max_tokens"] > 256:
+                    text = f"maximum context length is 256, requested {len(request['prompt'])} + 1"
+                    return self._send(400, {"error": {"message": text}})
                 if request["prompt_logprobs"] > outer.max_log_probs:
                     text = f"greater than max allowed: {outer.max_log_probs}"
                     return self._send(400, {"error": {"message": text}})
-                if fault in (500, 503, 429):
+                if fault in (500, 503, 429, 408, 409):
                     return self._send(fault, {"error": {"message": "busy"}})
                 if fault == "reset":
                     self.connection.close()
@@ -85,6 +95,8 @@ class FakeServer:
                 if fault == "slow":
                     time.sleep(1.5)
                 rows = outer.rows(request["prompt"], request["prompt_logprobs"])
+                if outer.blind:
+                    return self._send(200, {"choices": [{"index": 0, "text": ""}]})
                 if fault == "malformed":
                     return self._send(200, b'{"choices": [{"prompt_logp')
                 if fault == "cut":
@@ -139,8 +151,8 @@ def _many(count):
 
 
 def test_its_log_probs_are_those_of_the_model(tmp_path, server):
-    teacher = ServedTeacher(server.url, _config(tmp_path, server), vocab_size=97)
-    assert teacher.context == 256
+    teacher = ServedTeacher(server.url, _config(tmp_path, server), tiny_tokenizer(), 97)
+    assert teacher.context == 255  # it generates one more
     batch = completions()
     teacher.prepare(batch)
     sparse = teacher.logits(batch, 1.0)
@@ -175,15 +187,18 @@ def test_a_step_with_it_is_the_step_with_the_model(tmp_path, server, options):
 def test_under_load_and_faults_no_sample_is_lost_or_wrong(tmp_path, server):
     """64 requests at a time; each kind of fault several times among them."""
     changes = {"teacher_concurrency": 64, "teacher_timeout": 1.0, "teacher_patience": 60}
-    teacher = ServedTeacher(server.url, _config(tmp_path, server, **changes), vocab_size=97)
+    teacher = ServedTeacher(server.url, _config(tmp_path, server, **changes), tiny_tokenizer(), 97)
     batch = _many(160)
     server.delay = 0.05
     teacher.prepare(batch)
     expected = teacher.logits(batch, 1.0)
     assert server.most_active >= 32
+    kinds = [500, 503, 429, 408, 409, "reset", "malformed", "cut", "no token", "nan", "mass",
+             "empty", "html", "slow"]  # fmt: skip
     before = server.requests
-    kinds = [500, 503, 429, "reset", "malformed", "cut", "no token", "nan", "mass", "empty",
-             "html", "slow"]  # fmt: skip
+    teacher.prepare(batch)  # again in the next step: it has the answers
+    assert server.requests == before
+    teacher.answers.clear()
     server.faults = kinds * 5
     teacher.prepare(batch)
     actual = teacher.logits(batch, 1.0)
@@ -196,11 +211,77 @@ def test_under_load_and_faults_no_sample_is_lost_or_wrong(tmp_path, server):
 
 def test_a_server_that_stays_away_stops_the_run(tmp_path, server):
     config = _config(tmp_path, server, teacher_patience=1.0)
-    teacher = ServedTeacher(server.url, config, vocab_size=97)
+    teacher = ServedTeacher(server.url, config, tiny_tokenizer(), 97)
     server.faults = [500] * 10_000
     teacher.prepare(completions())
     with pytest.raises(TeacherError, match=r"no good answer from http.* for 1.0 s \(teacher_pat"):
         teacher.logits(completions(), 1.0)
+
+
+def test_a_run_whose_server_stays_away_keeps_its_last_step(tmp_path, server):
+    options = {"teacher": server.url, "k": K, "support": "teacher", "teacher_patience": 0.5}
+    recipe = write_recipe(tmp_path, **options, max_steps=4, eval_data=None)
+    main(["distill", str(recipe)])
+    expected = [line["loss"] for line in read_metrics(tmp_path / "run")[0]]
+    arguments = ["distill", str(recipe), "--output_dir", str(tmp_path / "cut")]
+    trainer, _ = prepare(load_config(DistillationConfig, recipe, arguments[2:]))
+    learn = trainer.learn
+
+    def learn_without(*given):
+        if trainer.state.global_step == 2:
+            server.faults = [500] * 10_000
+        return learn(*given)
+
+    trainer.learn = learn_without
+    with pytest.raises(SystemExit, match="no good answer"):
+        train(trainer, None)
+    server.faults = []
+    main([*arguments, "--resume_from_checkpoint", "auto"])
+    assert [line["loss"] for line in read_metrics(tmp_path / "cut")[0]] == expected
+
+
+def test_requests_end_with_the_program(tmp_path, server, monkeypatch):
+    """A thread that still asks would hold the interpreter for all of its patience."""
+    teacher = ServedTeacher(server.url, _config(tmp_path, server), tiny_tokenizer(), 97)
+    server.faults = [500] * 10_000
+    monkeypatch.setattr("threading.main_thread", lambda: threading.Thread())  # not alive
+    start = time.monotonic()
+    teacher.prepare(completions())
+    with pytest.raises(TeacherError, match="no good answer"):
+        teacher.logits(completions(), 1.0)
+    assert time.monotonic() - start < 30 < teacher.patience
+
+
+def test_the_end_of_a_prompt_counts(tmp_path, server):
+    teacher = ServedTeacher(server.url, _config(tmp_path, server), tiny_tokenizer(), 97)
+    splits = (([5, 6], [7, 8]), ([5, 6, 7], [8]))
+    batch = [Completion(Prompt("", ids, ids), rest, False) for ids, rest in splits]
+    teacher.prepare(batch)
+    assert teacher.logits(batch, 1.0).ids.shape[0] == 3
+
+
+def test_a_prompt_up_to_the_servers_context(tmp_path, server):
+    teacher = ServedTeacher(server.url, _config(tmp_path, server), tiny_tokenizer(), 97)
+    ids = [5 + i % 80 for i in range(teacher.context)]
+    batch = [Completion(Prompt("", ids[:-6], ids[:-6]), ids[-6:], False)]
+    teacher.prepare(batch)
+    assert teacher.logits(batch, 1.0).ids.shape[0] == 6
+
+
+def test_a_server_of_another_family_is_refused(tmp_path, server):
+    server.tokenizer = tiny_tokenizer(characters="ba" + "cdefghijklmnopqrstuvwxyz")
+    with pytest.raises(
+        TeacherError, match=r"expected the student's tokenizer, but http.* has othe"
+    ):
+        ServedTeacher(server.url, _config(tmp_path, server), tiny_tokenizer(), 97)
+
+
+def test_several_servers_have_a_key_each(tmp_path, server, monkeypatch):
+    monkeypatch.delenv("OPD_TEACHER_API_KEY")
+    monkeypatch.setenv("OPD_TEACHER_API_KEY_MATH", KEY + "\r\n")
+    ServedTeacher(server.url, _config(tmp_path, server), tiny_tokenizer(), 97, "math")
+    with pytest.raises(TeacherError, match="environment variable OPD_TEACHER_API_KEY_CODE"):
+        ServedTeacher(server.url, _config(tmp_path, server), tiny_tokenizer(), 97, "code")
 
 
 def test_a_wrong_key_stops_the_run_and_is_nowhere(tmp_path, server, monkeypatch, capfd):
@@ -228,11 +309,19 @@ def test_what_a_server_cannot_give_is_refused_at_the_start(tmp_path, server):
     server.max_log_probs = 4
     message = "greater than max allowed: 4; if it limits log-probs below k: 8, .*--max-logprobs"
     with pytest.raises(TeacherError, match=message):
-        ServedTeacher(server.url, _config(tmp_path, server), vocab_size=97)
+        ServedTeacher(server.url, _config(tmp_path, server), tiny_tokenizer(), 97)
     config = _config(tmp_path, server, teacher_model="big")
     with pytest.raises(TeacherError, match="teacher_model: expected one of tiny, got 'big'"):
-        ServedTeacher(server.url, config, vocab_size=97)
+        ServedTeacher(server.url, config, tiny_tokenizer(), 97)
+    config = _config(tmp_path, server, teacher=server.url.replace("v1", "v2"))
+    with pytest.raises(TeacherError, match=r"has no such page; expected http\(s\)://HOST/v1"):
+        ServedTeacher(config.teacher, config, tiny_tokenizer(), 97)
+    server.blind, server.max_log_probs = True, 20
+    with pytest.raises(TeacherError, match="does not answer prompt_logprobs as vLLM does"):
+        ServedTeacher(server.url, _config(tmp_path, server), tiny_tokenizer(), 97)
     for changes, reason in (
+        ({"teacher": "http://host/v1?api_key=x"}, "expected a URL without credentials"),
+        ({"support": "student"}, "expected teacher or intersection, or missing: drop"),
         ({"support": "full"}, "support: full needs the teacher's whole distribution"),
         ({"temperature": 0.7}, "temperature: expected 1 with a server"),
         ({"forward_kl_coef": 0.1}, "it needs the teacher's entropy"),

@@ -10,12 +10,13 @@ from torch.testing import assert_close
 from opd_kernels.integrations.transformers import lazy_logits
 from tests.tiny_run import NO_TEACHER, make_trainer, read_metrics, write_model, write_recipe
 from tests.trainer_steps import assert_same_step, completions, gradient_of
-from trainer.__main__ import main
+from trainer.__main__ import main, prepare, train
 from trainer.config import EvaluationConfig, RLVRConfig, SFTConfig, load_config
 from trainer.evaluation import pass_at_k
 from trainer.models import load_model
 from trainer.rlvr import clipped_policy_loss, kl_estimate
 
+SERVED = {"teacher": "http://127.0.0.1:9/v1"}
 RLVR = NO_TEACHER | {"completions_per_prompt": 3, "per_device_train_batch_size": 2}
 
 
@@ -94,6 +95,61 @@ def test_sft_on_a_teachers_completions(tmp_path):
     assert likely[chosen.reference_ids[0]] > 1e-3  # sampled behind the teacher's context
 
 
+def test_a_resumed_run_has_the_completions_of_its_own_teachers(tmp_path):
+    """Which generate them one teacher after the other."""
+    write_recipe(tmp_path)
+    names = ("a", "b")
+    rows = [{"prompt": f"say {i}", "teacher": names[i % 2]} for i in range(8)]
+    (tmp_path / "routed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for seed, name in enumerate(names, start=3):
+        write_model(tmp_path / name, seed=seed)
+    options = {"teacher": {n: str(tmp_path / n) for n in names}, "tail": None, "eval_data": None}
+    options |= {"train_data": str(tmp_path / "routed.jsonl"), "max_steps": 2}
+    options |= {"save_strategy": "steps", "save_steps": 1, "generate_from": "teacher"}
+    recipe = write_recipe(tmp_path, **options)
+    first, _ = prepare(load_config(SFTConfig, recipe, []))
+    first.train()
+    again = load_config(SFTConfig, recipe, ["--resume_from_checkpoint", "auto"])
+    resumed, checkpoint = prepare(again)
+    assert checkpoint == str(tmp_path / "run" / "checkpoint-2")
+    pairs = zip(resumed.train_dataset, first.train_dataset, strict=True)
+    assert all(ours.reference_ids == theirs.reference_ids for ours, theirs in pairs)
+    assert [p.teacher for p in resumed.train_dataset] == ["a", "b"] * 4
+    lines = (tmp_path / "routed.jsonl").read_text().splitlines()
+    (tmp_path / "routed.jsonl").write_text("\n".join(lines[::-1]) + "\n")
+    with pytest.raises(ValueError, match=r"expected the prompts of .*, which the run began with"):
+        prepare(again)
+
+
+def test_adapters_on_adapters(tmp_path):
+    """A stage begins with what the one before left, and so does its self-teacher."""
+    write_recipe(tmp_path)
+    options = {"lora_r": 4, "learning_rate": 0.05, "max_steps": 2}
+    data = {"train_data": _given(tmp_path), "output_dir": str(tmp_path / "sft")}
+    main(["sft", str(write_recipe(tmp_path, **NO_TEACHER | options | data))])
+    assert not (tmp_path / "sft" / "base").exists()
+    sft = load_model(str(tmp_path / "sft" / "model"), "float32")
+    ids = torch.tensor([[5, 6, 7]])
+
+    def logits(model):
+        with torch.no_grad():
+            return lazy_logits(model, ids).materialize()
+
+    assert (logits(sft) - logits(load_model(str(tmp_path / "model"), "float32"))).abs().max() > 0.1
+    model = {"model": str(tmp_path / "sft" / "model")}
+    trainer = make_trainer(tmp_path, **options | model)
+    assert_close(logits(trainer.model), logits(sft), rtol=1e-4, atol=1e-4)
+    train(trainer, None)
+    with trainer.teachers[""].active() as teacher:
+        assert_close(logits(teacher), logits(sft), rtol=1e-4, atol=1e-4)
+    trained = load_model(str(tmp_path / "run" / "model"), "float32")
+    assert_close(logits(trained), logits(trainer.model.eval()), rtol=1e-4, atol=1e-4)
+    assert (logits(trained) - logits(sft)).abs().max() > 0.1
+    whole = make_trainer(tmp_path, model=str(tmp_path / "sft" / "model"))  # all weights
+    assert_close(logits(whole.model), logits(sft))
+    assert all(p.requires_grad for p in whole.model.parameters())
+
+
 def test_the_clipped_policy_loss_and_its_gradient():
     """In and out of the clip on either side, for both signs of the advantage."""
     ratio = torch.tensor([0.5, 0.9, 1.1, 1.5, 0.5, 0.9, 1.1, 1.5], dtype=torch.float64)
@@ -109,12 +165,16 @@ def test_the_clipped_policy_loss_and_its_gradient():
     assert_close(clipped, 1 - live)
 
 
-def test_the_kl_estimate_has_the_mean_of_the_reverse_kl():
+def test_the_kl_estimate_has_the_mean_and_the_gradient_of_the_reverse_kl():
     torch.manual_seed(0)
-    p, q = (torch.randn(9, dtype=torch.float64).log_softmax(-1) for _ in range(2))
-    estimates = kl_estimate(p, q)
+    logits = torch.randn(9, dtype=torch.float64, requires_grad=True)
+    p, q = logits.log_softmax(-1), torch.randn(9, dtype=torch.float64).log_softmax(-1)
+    estimates, kl = kl_estimate(p, q), (p.exp() * (p - q)).sum()
     assert (estimates >= 0).all()
-    assert_close((p.exp() * estimates).sum(), (p.exp() * (p - q)).sum())
+    assert_close((p.exp() * estimates).sum(), kl)
+    (expected,) = torch.autograd.grad(kl, logits, retain_graph=True)
+    (actual,) = torch.autograd.grad((p.exp().detach() * estimates).sum(), logits)
+    assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
@@ -134,7 +194,9 @@ def test_rlvr_follows_the_group_relative_advantage(tmp_path, kl_coef):
         terms.append(-(now - now.detach()).exp() * c.advantage)
         if kl_coef:
             start = _log_probs(trainer.start.model, c).detach()
-            terms[-1] = terms[-1] + kl_coef * ((start - now).exp() - 1 - (start - now))
+            values = (start - now).exp() - 1 - (start - now)
+            surrogate = now * (now - start).detach()  # whose gradient is the reverse KL's
+            terms[-1] += kl_coef * (values.detach() + surrogate - surrogate.detach())
     expected = torch.cat(terms).mean()
     assert_close(step[0], expected.detach(), rtol=1e-5, atol=1e-6)
     _assert_gradient(trainer, expected, step[1])
@@ -155,6 +217,9 @@ def test_rewards_become_advantages_within_their_prompt(tmp_path):
     trainer.sums.add_completions(batch)
     means = trainer.sums.means()
     assert (means["reward"], means["informative"]) == (16 / 6, 0.5)
+    rewards = iter([1.0, 1.0 + 1e-7, 1.0] * 2)
+    noise = [c.advantage for c in trainer.complete(trainer.train_dataset[:2])]
+    assert max(map(abs, noise)) < 0.01
 
 
 def test_rlvr_raises_its_reward(tmp_path):
@@ -184,6 +249,9 @@ def test_rlvr_raises_its_reward(tmp_path):
         (SFTConfig, {"completions_per_prompt": 2}, "expected 1 with completions from the data"),
         (EvaluationConfig, {"eval_data": None}, "eval_data: missing"),
         (EvaluationConfig, {"prefix_probe": True}, "it needs a teacher and a scorer"),
+        (EvaluationConfig, SERVED | {"prefix_probe": True}, "prefix_probe: .*, not a server"),
+        (EvaluationConfig, SERVED | {"temperature": 0.5}, "temperature: expected 1 with a server"),
+        (SFTConfig, SERVED | {"generate_from": "teacher"}, "generate_from: .*, not a server"),
     ],
 )
 def test_what_a_stage_refuses(tmp_path, stage, changes, message):
@@ -199,7 +267,7 @@ def test_evaluate_measures_without_training(tmp_path, capsys):
     (tmp_path / "scorer.py").write_text("def length(text, row):\n    return float('e' in text)\n")
     main(["evaluate", str(recipe)])
     run = tmp_path / "run"
-    figures = json.loads((run / "evaluation.json").read_text())
+    figures = json.loads((run / "metrics.jsonl").read_text())
     for name in ("eval_reverse_kl", "eval_overlap", "eval_score", "eval_teacher_score",
                  "eval_pass_at_1", "eval_pass_at_2", "eval_pass_at_4", "eval_context_kl",
                  "eval_probe_score", "eval_probe_right_to_wrong"):  # fmt: skip
@@ -209,8 +277,13 @@ def test_evaluate_measures_without_training(tmp_path, capsys):
     assert "reverse_kl" in capsys.readouterr().out
     assert len((run / "samples" / "step-0.jsonl").read_text().splitlines()) == 2
     before = load_model(str(tmp_path / "model"), "float32").state_dict()
-    main(["evaluate", str(write_recipe(tmp_path, **NO_TEACHER, eval_greedy=True))])
-    greedy = json.loads((run / "evaluation.json").read_text())
+    with pytest.raises(SystemExit, match="holds another run"):
+        main(["evaluate", str(recipe)])
+    main(["report", str(run), "--output", str(tmp_path / "report.html")])
+    assert "reverse KL" in (tmp_path / "report.html").read_text()
+    options = NO_TEACHER | {"eval_greedy": True, "dtype": "bfloat16"}
+    main(["evaluate", str(write_recipe(tmp_path, **options, output_dir=f"{tmp_path}/greedy"))])
+    greedy = json.loads((tmp_path / "greedy/metrics.jsonl").read_text())
     assert not any("kl" in name for name in greedy)
     after = load_model(str(tmp_path / "model"), "float32").state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -12,7 +12,6 @@ from opd_kernels.integrations.transformers import lazy_logits
 from tests.tiny_run import make_trainer, read_metrics, write_model, write_recipe
 from tests.trainer_steps import assert_same_step, completions, gradient_of
 from trainer.__main__ import main
-from trainer.training import _RepeatedBatches
 
 
 def _rows(model, context, completion):
@@ -133,15 +132,16 @@ def test_reused_completions_are_learned_from_in_consecutive_steps(tmp_path):
     assert sorted(texts) == sorted(f"say {i}" for i in range(12))  # every prompt once
 
 
-def test_repeated_batches_are_full_and_random():
-    order = _RepeatedBatches(10, 4, 2, seed=1)
+def test_repeated_batches_are_full_and_random(tmp_path):
+    trainer = make_trainer(tmp_path, steps_per_rollout=2, per_device_train_batch_size=5)
+    order = trainer.repeated
     first = list(order)
-    assert len(first) == len(order) == 16
-    assert first[:4] == first[4:8]
-    assert first[8:12] == first[12:]
-    assert len(set(first)) == 8
+    assert len(first) == len(order) == 20
+    assert first[:5] == first[5:10]
+    assert first[10:15] == first[15:]
+    assert len(set(first)) == 10
     assert list(order) == first
-    order.set_epoch(1)
+    trainer.state.epoch = 1.5
     assert list(order) != first
-    with pytest.raises(ValueError, match=r"expected at most the 3 prompts .*, got 4"):
-        _RepeatedBatches(3, 4, 2, seed=1)
+    with pytest.raises(ValueError, match=r"expected at most the 12 prompts .*, got 13"):
+        make_trainer(tmp_path, steps_per_rollout=2, per_device_train_batch_size=13)

@@ -8,7 +8,7 @@ from pathlib import Path
 from yaml import YAMLError
 
 from trainer import models
-from trainer.checkpoint import METRICS, claim_output_directory, publish
+from trainer.checkpoint import METRICS, claim_output_directory
 from trainer.config import (
     DistillationConfig,
     EvaluationConfig,
@@ -39,6 +39,14 @@ STAGES: dict[str, tuple[type[StageConfig], str]] = {
 }
 
 
+EXTRAS = {  # of modules that are imported where a recipe asks for them
+    "openai": "'opd-kernels[server]'",
+    "math_verify": "'opd-kernels[rewards]'",
+    "reasoning_gym": "'opd-kernels[rewards]'",
+    "vllm": "vllm, in an environment of its own; `make test-vllm` shows how",
+}
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line; a mistake of the user's ends it with one line on stderr."""
     parser = argparse.ArgumentParser(prog="opd-train", description=__doc__)
@@ -53,40 +61,53 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--output", type=Path, default=Path("report.html"))
     arguments, overrides = parser.parse_known_args(argv)
     try:
-        if arguments.stage == "report":
-            write_report(arguments.runs, arguments.output)
-            return print(arguments.output)
-        config = load_config(STAGES[arguments.stage][0], arguments.recipe, overrides)
+        if arguments.stage != "report":
+            return run(STAGES[arguments.stage][0], arguments.recipe, overrides)
+        if overrides:
+            parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+        write_report(arguments.runs, arguments.output)
+        print(arguments.output)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        sys.exit(f"error: {error}; pip install {EXTRAS[error.name]}")
+    except (OSError, ValueError) as error:
+        if arguments.stage != "report":
+            raise
+        sys.exit(f"error: {error}")
+
+
+def run(stage: type[StageConfig], recipe: Path, overrides: list[str]) -> None:
+    """A stage, from its recipe to what it leaves."""
+    try:
+        config = load_config(stage, recipe, overrides)
         if isinstance(config, EvaluationConfig):
             return evaluate(config)
         prepared = prepare(config)
     except (OSError, ValueError, YAMLError) as error:
         sys.exit(f"error: {error}")
-    try:
-        train(*prepared)
-    except TeacherError as error:
-        sys.exit(f"error: {error}")
+    train(*prepared)
 
 
 def prepare(config: StageConfig) -> tuple[CompletionTrainer, str | None]:
     """A recipe's trainer and the checkpoint to resume from, everything checked and tokenised."""
     checkpoint = claim_output_directory(config)
+    config.eval_on_start &= checkpoint is None
     student, evaluation, reader = load(config)
-    prompts, teachers = reader.read(config.train_data), evaluation.teachers
-    student.to(config.device)
-    for teacher in evaluation.local.values():
-        teacher.model.to(config.device)
+    prompts = reader.read(config.train_data)
+    start = None
+    if isinstance(config, RLVRConfig) and config.kl_coef > 0:
+        start = self_teacher(config, student)
     if config.preflight and checkpoint is None:
-        for finding in preflight(config, student, evaluation, prompts):
-            print(f"preflight: {finding}")
+        others = [] if start is None else [start.model]
+        _tell(config, preflight(config, student, evaluation, prompts, *others))
     if isinstance(config, DistillationConfig):
         return OnPolicyDistillationTrainer(student, config, prompts, evaluation), checkpoint
     if isinstance(config, RLVRConfig):
-        start = self_teacher(config, student) if config.kl_coef > 0 else None
         return RLVRTrainer(student, config, prompts, evaluation, start), checkpoint
     assert isinstance(config, SFTConfig)
     if config.generate_from == "teacher":
-        prompts = generate(config, prompts, teachers, evaluation.sampler)
+        prompts = generate(config, prompts, evaluation)
     elif not all(p.reference_ids for p in prompts):
         raise ValueError(f"{config.train_data}: expected a completion in every row")
     return SFTTrainer(student, config, prompts, evaluation), checkpoint
@@ -96,18 +117,36 @@ def load(config: StageConfig) -> tuple[Model, Evaluation, PromptReader]:
     """The student, its held-out evaluation with the teachers, and what reads more prompts."""
     tokenizer = models.load_tokenizer(config.model)
     student = models.with_lora(models.load_model(config.model, config.dtype), config)
+    student.to(config.device)
     teachers: dict[str, Teacher] = {}
     if isinstance(config, TeacherConfig):
-        teachers = {name: _teacher(x, config, student) for name, x in config.teachers.items()}
-        for name in config.teachers.values():
-            if name != "self" and not is_server(name):
-                models.check_same_tokenizer(tokenizer, name)
+        vocab_size = student.get_output_embeddings().weight.shape[0]
+        if config.k > vocab_size:
+            raise ValueError(f"k: expected at most the student's {vocab_size} ids, got {config.k}")
+        for name, model in config.teachers.items():
+            if is_server(model):
+                from trainer.server import ServedTeacher
+
+                teachers[name] = ServedTeacher(model, config, tokenizer, vocab_size, name)
+            elif model == "self":
+                moves = isinstance(config, DistillationConfig)
+                rate = config.teacher_update_rate if moves else 0.0
+                teachers[name] = self_teacher(config, student, config.teacher_dtype, rate)
+            else:
+                _tell(config, models.compare_tokenizers(tokenizer, model))
+                dtype = config.teacher_dtype or config.dtype
+                teachers[name] = load_teacher(model, dtype, config.device)
     contexts = {name: teacher.context for name, teacher in teachers.items()}
     reader = PromptReader(config, tokenizer, models.context_length(student), contexts)
     held_out: list[Prompt] = [] if config.eval_data is None else reader.read(config.eval_data)
     local = [t.model for t in teachers.values() if isinstance(t, LocalTeacher)]
     sampler = _sampler(config)(config, tokenizer, student, *local)
     return student, Evaluation(config, held_out, teachers, sampler), reader
+
+
+def _tell(config: StageConfig, findings: list[str]) -> None:
+    if config.preflight and config.should_save:  # one of the ranks
+        print("".join(f"preflight: {finding}\n" for finding in findings), end="")
 
 
 def _sampler(config: StageConfig) -> type[Sampler]:
@@ -118,48 +157,39 @@ def _sampler(config: StageConfig) -> type[Sampler]:
     return VLLMSampler
 
 
-def _teacher(name: str, config: TeacherConfig, student: Model) -> Teacher:
-    if is_server(name):
-        from trainer.server import ServedTeacher
-
-        return ServedTeacher(name, config, student.get_output_embeddings().weight.shape[0])
-    if name == "self":
-        moves = isinstance(config, DistillationConfig)
-        rate = config.teacher_update_rate if moves else 0.0
-        return self_teacher(config, student, config.teacher_dtype, rate)
-    return load_teacher(name, config.teacher_dtype or config.dtype)
-
-
 def train(trainer: CompletionTrainer, checkpoint: str | None) -> None:
     """Train; then save the student and what there is to look at."""
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except TeacherError as error:
+        trainer.save_last_step()
+        sys.exit(f"error: {error}")
     state, folder = trainer.state, Path(trainer.args.output_dir)
-    if trainer.interruption.requested:
+    if trainer.interruption.stopped:
         print(f"stopped at step {state.global_step}; go on with --resume_from_checkpoint auto")
         sys.exit(130)
+    student = trainer.save_student()
     measured = [line["step"] for line in state.log_history if "eval_truncated" in line]
     if state.global_step not in measured:
         trainer.evaluate()
-    trainer.save_model(f"{folder}/.saving")
     if not trainer.is_world_process_zero():
         return
-    publish(folder / ".saving", folder / "model")
     plot_curves(folder)
     if trainer.evaluation.prompts:
         print(f"\n{before_after(folder)}")
-    print(f"student: {folder}/model   curves: {folder}/curves.png   log: {folder}/{METRICS}")
+    print(f"student: {student}   curves: {folder}/curves.png   log: {folder}/{METRICS}")
 
 
 def evaluate(config: EvaluationConfig) -> None:
-    """Measure a model; the figures go to evaluation.json too."""
+    """Measure a model; what is left is a run without a step."""
+    claim_output_directory(config)
     student, evaluation, _ = load(config)
-    student.to(config.device)
-    for teacher in evaluation.local.values():
-        teacher.model.to(config.device)
-    metrics, folder = evaluation.measure(student, step=0), Path(config.output_dir)
-    (folder / "evaluation.json").write_text(json.dumps(metrics, indent=1))
-    print("\n".join(f"{name.removeprefix('eval_'):34} {x:.4g}" for name, x in metrics.items()))
-    print(f"figures: {folder}/evaluation.json   samples: {folder}/samples")
+    metrics = evaluation.measure(student, step=0)
+    if config.should_save:  # one of the ranks, which all measure the same
+        path = Path(config.output_dir) / METRICS
+        path.write_text(json.dumps(metrics | {"step": 0}) + "\n")
+        print("\n".join(f"{name.removeprefix('eval_'):34} {x:.4g}" for name, x in metrics.items()))
+        print(f"figures: {path}   samples: {path.parent}/samples")
 
 
 if __name__ == "__main__":

@@ -43,19 +43,29 @@ class DurableTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.output_dir = str(run)
-        self.save_own(run / ".saving" / name)
-        if self.args.should_save:
-            self.save_more(run / ".saving" / name)
+        self.save_more(run / ".saving" / name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             publish(run / ".saving" / name, run / name)
             rotate_checkpoints(str(run), self.args.save_total_limit)
 
     def save_more(self, checkpoint: Path) -> None:
-        """For what a subclass keeps beside the student, before the checkpoint is published."""
+        """For what every rank of a subclass keeps beside the student, before it is published."""
 
-    def save_own(self, checkpoint: Path) -> None:
-        """The same, for what each rank keeps."""
+    def save_last_step(self) -> None:
+        """A checkpoint of the last whole step, where a run cannot go on and is of one process."""
+        step = self.state.global_step
+        exists = (Path(self.args.output_dir) / f"checkpoint-{step}").exists()
+        if step > 0 and not exists and self.args.world_size == 1:
+            self._save_checkpoint(self.model, None)
+
+    def save_student(self) -> Path:
+        """The student alone, as model/; when the run is over."""
+        run = Path(self.args.output_dir)
+        self.save_model(f"{run}/.saving/model")
+        if self.is_world_process_zero():
+            publish(run / ".saving/model", run / "model")
+        return run / "model"
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Log to metrics.jsonl too; a resumed run first drops what its checkpoint did not see."""
@@ -71,7 +81,7 @@ class _Interruption(TrainerCallback):
     """On Ctrl-C or SIGTERM to any rank, all finish the step, save and stop; on another, at once."""
 
     def __init__(self, trainer: DurableTrainer) -> None:
-        self.trainer, self.requested = trainer, False
+        self.trainer, self.requested, self.stopped = trainer, False, False
         self.previous: dict[int, Any] = {}
 
     def _request(self, number: int, frame: Any) -> None:
@@ -86,8 +96,8 @@ class _Interruption(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
         flag = torch.tensor(float(self.requested), device=args.device)
-        self.requested = bool(self.trainer.accelerator.reduce(flag, "sum") > 0)
-        if self.requested:
+        self.stopped = bool(self.trainer.accelerator.reduce(flag, "sum") > 0)
+        if self.stopped:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
@@ -139,20 +149,23 @@ def claim_output_directory(config: StageConfig) -> str | None:
     """Make the run's directory, or return its newest whole checkpoint, to resume from."""
     run = Path(config.output_dir)
     steps = [int(p.name[11:]) for p in run.glob("checkpoint-*") if p.name[11:].isdigit()]
+    checkpoint = None
     if config.resume_from_checkpoint:
         for step in sorted(steps, reverse=True):
-            checkpoint = run / f"checkpoint-{step}"
-            if (reason := damage(checkpoint)) is None:
-                return str(checkpoint)
-            warnings.warn(f"{checkpoint} is passed over: {reason}", stacklevel=2)
-        whole = "whole " if steps else ""
-        raise ValueError(f"resume_from_checkpoint: {run} has no {whole}checkpoint; leave it out")
-    if steps or (run / METRICS).exists():
+            if (reason := damage(run / f"checkpoint-{step}")) is None:
+                checkpoint = str(run / f"checkpoint-{step}")
+                break
+            warnings.warn(f"{run}/checkpoint-{step} is passed over: {reason}", stacklevel=2)
+        else:
+            whole = "whole " if steps else ""
+            reason = f"{run} has no {whole}checkpoint; leave it out"
+            raise ValueError(f"resume_from_checkpoint: {reason}")
+    elif steps or (run / METRICS).exists():
         remedy = ", or --resume_from_checkpoint auto" if steps else ""
         raise ValueError(f"output_dir: {run} holds another run; choose another one{remedy}")
     run.mkdir(parents=True, exist_ok=True)
     (run / CONFIG).write_text(json.dumps(recipe_of(config), indent=1))
-    return None
+    return checkpoint
 
 
 def recipe_of(config: StageConfig) -> dict[str, Any]:

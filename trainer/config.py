@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
-Messages = list[Annotated[dict[Literal["role", "content"], str], Field(min_length=2)]]
+
+def _without_nulls(message: Any) -> Any:  # which a table has for keys that other rows use
+    return {k: v for k, v in message.items() if v is not None} if message else message
+
+
+Message = Annotated[dict[Literal["role", "content"], str], Field(min_length=2)]
+Messages = list[Annotated[Message, BeforeValidator(_without_nulls)]]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -24,8 +30,9 @@ class StageConfig(TrainingArguments):
 
     A batch of the dataloader, `per_device_train_batch_size` prompts, is one optimiser step of a
     rank: completed together, then learned in micro-batches. Models are named by a path, hub name,
-    .gguf file, or package:NAME/FILE. Data is a .jsonl or .parquet file, a hub name, or
-    reasoning_gym:TASK?size=100&seed=1, with the columns of data.Row.
+    .gguf file, or package:NAME/FILE. Data is a .jsonl or .parquet file, a dataset of the hub such
+    as NAME?split=test&name=main, or reasoning_gym:TASK?size=100&seed=1, with the columns of
+    data.Row.
     """
 
     REQUIRED: ClassVar[tuple[str, ...]] = ("model", "train_data")
@@ -70,26 +77,35 @@ class StageConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self), include_extras=True)
-        own = {name for c in type(self).__mro__ if c in _stages() for name in c.__annotations__}
-        for name in [f.name for f in fields(self) if f.init]:
-            value = getattr(self, name)
+        own = {n for c in type(self).__mro__ if issubclass(c, StageConfig)
+               for n in c.__annotations__}  # fmt: skip
+        for f in [f for f in fields(self) if f.init]:
+            value = getattr(self, f.name)
+            if f.name.endswith("_strategy") and value is False:  # as YAML reads a bare no
+                value = "no"
+            if f.name not in own and value == f.default:
+                continue
             # YAML reads 3e-5 as a string, which is a number where the field is one.
             try:
-                if name in own or isinstance(value, str):
-                    setattr(self, name, TypeAdapter(hints[name]).validate_python(value))
+                setattr(self, f.name, TypeAdapter(hints[f.name]).validate_python(value))
             except ValidationError as error:
                 reason = error.errors()[0]["msg"].lower()
-                raise ValueError(f"{name}: {reason}, got {value!r}") from None
+                raise ValueError(f"{f.name}: {reason}, got {value!r}") from None
         super().__post_init__()
         for wrong, message in self._refusals():
             if wrong:
                 raise ValueError(message)
 
+    @property
+    def uses_references(self) -> bool:
+        """Whether it learns from completions that the data has."""
+        return False
+
     def _refusals(self) -> Refusals:
         """What does not go together, or would teach nothing, and why."""
         best = self.load_best_model_at_end or self.metric_for_best_model
         return [
-            (self.dtype != "float32" and self.lora_r == 0,
+            (self.dtype != "float32" and self.lora_r == 0 and "train_data" in self.REQUIRED,
              "dtype: expected float32 to train all weights, since 16 bits round their updates "
              "away; for speed use bf16: true, or lora_r"),
             (self.gradient_accumulation_steps != 1,
@@ -98,6 +114,8 @@ class StageConfig(TrainingArguments):
             (self.eval_greedy and self.eval_completions_per_prompt > 1,
              "eval_completions_per_prompt: expected 1 with eval_greedy, whose completions are all "
              "the same"),
+            (self.label_smoothing_factor > 0 or self.torch_compile,
+             "label_smoothing_factor, torch_compile: not supported; leave them out"),
             (bool(best), "metric_for_best_model: not supported; pick a checkpoint by its step"),
             (self.n_gpu > 1, "several GPUs: start one process for each by torchrun"),
         ]  # fmt: skip
@@ -131,14 +149,23 @@ class TeacherConfig(StageConfig):
             return {}
         return self.teacher if isinstance(self.teacher, dict) else {"": self.teacher}
 
+    @property
+    def servers(self) -> list[str]:
+        """The teachers that are endpoints."""
+        return [x for x in self.teachers.values() if is_server(x)]
+
     def _refusals(self) -> Refusals:
         return [*super()._refusals(),
             (isinstance(self.teacher, dict) and not self.teacher,
              "teacher: expected at least one name: model"),
             (isinstance(self.teacher, dict) and "self" in self.teacher.values(),
              "teacher: self cannot be one of several; name the model"),
-            (any(is_server(x) and "@" in x for x in self.teachers.values()),
+            (any(set("@?#") & set(x) for x in self.servers),
              "teacher: expected a URL without credentials; a key goes into the environment"),
+            (bool(self.servers) and self.temperature != 1,
+             "temperature: expected 1 with a server, whose log-probs are of temperature 1"),
+            (self.teacher == "self" and self.lora_r > 0 and self.teacher_dtype is not None,
+             "teacher_dtype: expected none under lora_r, where the teacher is the student's base"),
         ]  # fmt: skip
 
 
@@ -164,11 +191,22 @@ class DistillationConfig(TeacherConfig):
     # Tokens are weighted by p(now) / p(when sampled), at most this, for completions that are stale.
     max_importance_weight: Positive | None = None
 
+    @property
+    def uses_references(self) -> bool:
+        """See StageConfig."""
+        return self.sft_coef > 0
+
+    @property
+    def drops_mass(self) -> bool:
+        """Whether the loss does not see what is outside the support."""
+        is_sampled = self.objective == "policy_gradient"
+        return self.tail == "drop" and self.support != "full" and not is_sampled
+
     def _refusals(self) -> Refusals:
         is_sampled, is_reverse = (self.objective == x for x in ("policy_gradient", "reverse_kl"))
         shaped = (self.support, self.tail, self.stop_gradient, self.max_token_loss)
         rate, averages = self.teacher_update_rate, 0 < self.teacher_update_rate < 1
-        served = any(is_server(x) for x in self.teachers.values())
+        served, needs_all = bool(self.servers), self.support in ("student", "union")
         return [*super()._refusals(),
             (is_sampled and self.samples_differ,
              "objective: policy_gradient is unbiased only for samples from the model's own "
@@ -180,7 +218,7 @@ class DistillationConfig(TeacherConfig):
              "objective: policy_gradient on stale completions needs max_importance_weight"),
             (self.forward_kl_coef > 0 and not is_reverse,
              "forward_kl_coef: it is added to objective: reverse_kl alone"),
-            (not self.stop_gradient and not (is_reverse and self.tail == "drop"),
+            (not self.stop_gradient and not (is_reverse and self.drops_mass),
              "stop_gradient: only reverse_kl has one; false changes nothing here"),
             (self.tail == "renormalize" and self.k < 2,
              "k: expected at least 2 with tail: renormalize"),
@@ -195,8 +233,9 @@ class DistillationConfig(TeacherConfig):
              "support: full needs the teacher's whole distribution; a server returns its top-K"),
             (served and self.forward_kl_coef > 0,
              "forward_kl_coef: it needs the teacher's entropy, which a server does not return"),
-            (served and self.temperature != 1,
-             "temperature: expected 1 with a server, whose log-probs are of temperature 1"),
+            (served and needs_all and self.missing == "error" and not is_sampled,
+             "support: a server returns its own top-K; expected teacher or intersection, or "
+             "missing: drop"),
         ]  # fmt: skip
 
 
@@ -206,10 +245,17 @@ class SFTConfig(TeacherConfig):
 
     generate_from: Literal["data", "teacher"] = "data"
 
+    @property
+    def uses_references(self) -> bool:
+        """See StageConfig."""
+        return self.generate_from == "data"
+
     def _refusals(self) -> Refusals:
         return [*super()._refusals(),
             (self.generate_from == "teacher" and self.teacher is None,
              "teacher: missing; it generates the completions"),
+            (self.generate_from == "teacher" and bool(self.servers),
+             "generate_from: expected a teacher that is loaded here, not a server"),
             (self.completions_per_prompt > 1 and self.generate_from == "data",
              "completions_per_prompt: expected 1 with completions from the data"),
             (self.steps_per_rollout > 1, "steps_per_rollout: expected 1; use num_train_epochs"),
@@ -255,11 +301,9 @@ class EvaluationConfig(TeacherConfig):
         return [*super()._refusals(),
             (self.prefix_probe and not (self.scorer and self.teacher),
              "prefix_probe: it needs a teacher and a scorer"),
+            (self.prefix_probe and bool(self.servers),
+             "prefix_probe: expected a teacher that is loaded here, not a server"),
         ]  # fmt: skip
-
-
-def _stages() -> tuple[type[StageConfig], ...]:
-    return (StageConfig, TeacherConfig, DistillationConfig, SFTConfig, RLVRConfig, EvaluationConfig)
 
 
 def is_server(teacher: str) -> bool:

@@ -12,7 +12,7 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, ValidationError
 
-from trainer.config import Messages, StageConfig, TeacherConfig
+from trainer.config import EvaluationConfig, Messages, StageConfig, TeacherConfig
 from trainer.models import Tokenizer
 
 
@@ -76,15 +76,19 @@ class PromptReader:
             name = ""
         elif name not in contexts:
             raise ValueError(f"teacher: expected one of {', '.join(contexts)}, got {row.teacher!r}")
-        models = [("the student", ours, self.context)]
-        models += [("the teacher", theirs, contexts[name])] if contexts else []
-        for model, ids, context in models:
-            room = context - self.config.max_completion_length
+        length = self.config.max_completion_length
+        models = [("the student", ours, self.context, length)]
+        if contexts:
+            probes = isinstance(self.config, EvaluationConfig) and self.config.prefix_probe
+            models += [("the teacher", theirs, contexts[name], length * (1 + probes))]
+        for model, ids, context, reserved in models:
+            room = context - reserved
             if not 0 < len(ids) <= room:
                 reason = f"{model}'s context of {context} without max_completion_length"
                 raise ValueError(f"prompt: expected 1 to {room} tokens, {reason}, got {len(ids)}")
         text = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
-        return Prompt(text, ours, theirs, name, self._completion(row.completion), raw)
+        reference = self._completion(row.completion) if self.config.uses_references else None
+        return Prompt(text, ours, theirs, name, reference, raw)
 
     def _completion(self, text: str | None) -> list[int] | None:
         if text is None:
@@ -132,16 +136,19 @@ def _filled(context: str | Messages | None, row: dict[str, Any]) -> str | Messag
 
 
 def load_rows(source: str) -> Dataset | list[dict[str, Any]]:
-    """The rows of a .jsonl or .parquet file, of the train split of a dataset on the hub, or of
-    reasoning_gym:TASK?OPTION=VALUE&... with the task's own options.
+    """The rows of a .jsonl or .parquet file, of a dataset on the hub, NAME?split=test&name=main, or
+    of reasoning_gym:TASK?OPTION=VALUE&... with the task's own options.
     """
     path, rows = Path(source), []
-    if source.startswith("reasoning_gym:"):
-        return _reasoning_rows(*source.removeprefix("reasoning_gym:").partition("?")[::2])
-    if path.suffix not in (".jsonl", ".parquet"):
-        return load_dataset(source, split="train")
+    name, _, rest = source.partition("?")
+    pairs = [option.partition("=")[::2] for option in rest.split("&") if option]
+    options = {key: yaml.safe_load(value) for key, value in pairs}
+    if name.startswith("reasoning_gym:"):
+        return _reasoning_rows(name.removeprefix("reasoning_gym:"), options)
     if path.suffix == ".parquet":
         return load_dataset("parquet", data_files=source, split="train")
+    if path.suffix != ".jsonl":
+        return load_dataset(name, **{"split": "train"} | options)
     for number, line in enumerate(path.read_text(encoding="utf-8").rstrip().split("\n"), start=1):
         try:
             rows.append(json.loads(line))
@@ -150,12 +157,11 @@ def load_rows(source: str) -> Dataset | list[dict[str, Any]]:
     return rows
 
 
-def _reasoning_rows(task: str, options: str) -> list[dict[str, Any]]:
+def _reasoning_rows(task: str, options: dict[str, Any]) -> list[dict[str, Any]]:
     import reasoning_gym
 
-    pairs = [option.partition("=")[::2] for option in options.split("&") if option]
     try:
-        entries = reasoning_gym.create_dataset(task, **{k: yaml.safe_load(v) for k, v in pairs})
+        entries = reasoning_gym.create_dataset(task, **options)
     except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"reasoning_gym:{task}: {error}") from None
     return [{"prompt": entry["question"], **entry} for entry in entries]

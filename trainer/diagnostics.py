@@ -11,24 +11,21 @@ import torch
 from torch import Tensor
 
 from opd_kernels import LazyLogits, SparseLogits
+from opd_kernels.supports import Served
 from trainer.config import DistillationConfig, StageConfig
 from trainer.rollout import Completion
 
 POSITIONS = (0, 16, 64, 256, 1024)  # of a token in its completion, where a range of them begins
-PER_TOKEN = (
-    "student_mass", "teacher_mass", "overlap", "outside_teacher_top_k", "student_entropy",
-    "teacher_entropy", "teacher_nll", "bias_norm", "gradient_norm_on_s",
-)  # fmt: skip
-PER_POSITION = tuple(
-    f"{name}_from_{first}"
-    for name in ("scored_tokens", "teacher_nll", "teacher_entropy", "overlap")
-    for first in POSITIONS
-)
+BY_POSITION = ("teacher_nll", "teacher_entropy", "overlap")
 WINDOW = 5  # log lines
 DRIFT = (
     "The support holds less than 95 % of the student's mass and the rest is dropped, so the loss "
     "can fall while mass drifts off it: use tail: bucket, support: full, a larger k or a lower "
     "temperature."
+)
+SKIPPED = (
+    "Not finite: a step was left out, whose gradient had NaN or inf: see grad_norm before it, and "
+    "lower learning_rate or max_grad_norm."
 )
 BIAS = (
     "Biased gradient: without stop-gradient the support's share of the student's mass fell from "
@@ -99,11 +96,12 @@ class Sums(dict[str, float]):
         """Add how the teacher takes the sampled ids [N], over all and by position: its negative
         log-likelihood and entropy in nats, and the overlap of both top-K.
         """
+        k = student_top.ids.shape[-1]
         if isinstance(teacher, LazyLogits):
-            top = teacher.topk(student_top.ids.shape[-1], entropy=True)
+            top = teacher.topk(k, entropy=True)
             nll = top.lse - teacher.gather(ids[:, None], tail=False).values[:, 0]
-        else:
-            top, nll = teacher, -teacher.at(ids[:, None]).log_probs[:, 0]
+        else:  # its best, and the token itself
+            top, nll = Served(teacher).topk(k), -teacher.at(ids[:, None]).log_probs[:, 0]
         known = nll < torch.inf  # a server's answer may lack the token
         figures = {
             "overlap": student_top.overlap(top),
@@ -120,12 +118,12 @@ class Sums(dict[str, float]):
         for first, last in zip(POSITIONS, [*POSITIONS[1:], sys.maxsize], strict=True):
             inside = (position >= first) & (position < last)
             self._add(**{f"scored_tokens_from_{first}": inside.float()})
-            for name, figure in figures.items():
-                if f"{name}_from_{first}" in PER_POSITION:
-                    self._add(**{f"{name}_from_{first}": figure * inside})
+            shown = {name: figure for name, figure in figures.items() if name in BY_POSITION}
+            self._add(**{f"{name}_from_{first}": x * inside for name, x in shown.items()})
 
     def _add(self, **figures: Tensor) -> None:
-        self.add(**{name: float(figure.sum()) for name, figure in figures.items()})
+        totals = torch.stack([figure.sum().double() for figure in figures.values()])
+        self.add(**dict(zip(figures, totals.tolist(), strict=True)))
 
     def means(self) -> dict[str, float]:
         """Per token, and per completion where that is the unit; what no token had is left out."""
@@ -157,11 +155,11 @@ def alarms(config: StageConfig, lines: list[dict[str, Any]]) -> str:
 def _signs(config: StageConfig, lines: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
     """Messages with what belongs into them. A trend is from the first lines to the last."""
     now = lines[-1]
-    if isinstance(config, DistillationConfig) and "student_mass" in now:
-        drops = config.tail == "drop" and config.support != "full"
-        drops &= config.objective != "policy_gradient"
-        if drops and now["student_mass"] < 0.95:
-            yield (DRIFT,)
+    if now["skipped_steps"] and not config.fp16:  # whose scaler looks for its scale so
+        yield (SKIPPED,)
+    drops = isinstance(config, DistillationConfig) and config.drops_mass
+    if drops and now.get("student_mass", 1.0) < 0.95:
+        yield (DRIFT,)
     if len(lines) < 2 * WINDOW:
         return
 

@@ -5,6 +5,7 @@ the same tokens, and go down the divergence. transformers' Trainer does the rest
 """
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from transformers import TrainerCallback
 from opd_kernels import LazyLogits, SparseLogits
 from trainer.config import DistillationConfig
 from trainer.data import Prompt
-from trainer.diagnostics import PER_POSITION, PER_TOKEN
 from trainer.evaluation import Evaluation
 from trainer.models import Model, load_model
 from trainer.objective import OFF_POLICY, build_loss
@@ -41,7 +41,6 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
     """Distils teachers into a student, of transformers or PEFT, on the student's own samples."""
 
     args: DistillationConfig
-    FIGURES = PER_TOKEN + PER_POSITION
 
     def __init__(
         self, model: nn.Module, args: DistillationConfig, data: list[Prompt], evaluation: Evaluation
@@ -53,11 +52,9 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
         # The teacher that is an average of the student's weights.
         self.averages: LocalTeacher | None = None
         for teacher in self.teachers.values():
-            if isinstance(teacher, LocalTeacher):
-                teacher.model.to(args.device)
-                if 0 < args.teacher_update_rate < 1:
-                    self.averages = teacher
-                    self.add_callback(_FollowingTeacher(teacher, args.teacher_update_rate))
+            if isinstance(teacher, LocalTeacher) and 0 < args.teacher_update_rate < 1:
+                self.averages = teacher
+                self.add_callback(_FollowingTeacher(teacher, args.teacher_update_rate))
         if args.sft_coef > 0 and not all(p.reference_ids for p in data):
             raise ValueError("sft_coef: expected a completion in every row of train_data")
         if args.samples_differ and self.is_world_process_zero():
@@ -66,13 +63,13 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
     def parts(self, completions: list[Completion]) -> list[Part]:
         """The divergence on the samples, and the cross-entropy on the rows' own completions."""
         learned = [c.first(self.args.max_loss_tokens) for c in completions]
-        for teacher in self.teachers.values():
-            teacher.prepare(learned)
+        for name, teacher in self.teachers.items():
+            teacher.prepare([c for c in learned if c.prompt.teacher == name])
         parts = [Part(learned, self._divergence)]
         if self.args.sft_coef > 0:
-            given = list({id(c.prompt): c.prompt for c in completions}.values())
+            given = [c.prompt for c in completions[:: self.args.completions_per_prompt]]
             references = [Completion(p, p.reference_ids or [], truncated=False) for p in given]
-            likelihood = negative_log_likelihood(self.args.temperature)
+            likelihood = partial(negative_log_likelihood, self.args.temperature)
             parts.append(Part(references, likelihood, self.args.sft_coef))
         return parts
 
@@ -108,7 +105,7 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
     def save_more(self, checkpoint: Path) -> None:
         """Keep a teacher that moves too."""
         super().save_more(checkpoint)
-        if self.averages:
+        if self.averages and self.args.should_save:
             self.averages.model.save_pretrained(checkpoint / TEACHER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *models: nn.Module | None) -> None:

@@ -45,7 +45,7 @@ class Evaluation:
     def measure(self, student: Model, step: int) -> dict[str, float]:
         """Figures of the student as it is; its samples go to samples/step-N.jsonl."""
         if not self.references:
-            self.references = self._continued(self.prompts)
+            self.references = self.continued(self.prompts, _HELD_OUT)
         count, greedy = self.config.eval_completions_per_prompt, self.config.eval_greedy
         repeated = [p for p in self.prompts for _ in range(count)]
         seed = self.config.seed, _HELD_OUT
@@ -83,43 +83,45 @@ class Evaluation:
     def _prefix_probe(self, own: list[Completion], scores: list[float]) -> dict[str, float]:
         """Whether the teacher does better or worse when it goes on from the student's prefixes."""
         generator = np.random.default_rng([self.config.seed, _HELD_OUT])
-        cuts = [int(generator.integers(1, max(2, len(c.ids)))) for c in own]
-        prefixes = [c.ids[:cut] for c, cut in zip(own, cuts, strict=True)]
+        pairs = [(c, s) for c, s in zip(own, scores, strict=True) if len(c.ids) > 1]
+        if not pairs:  # what has ended at once cannot be cut
+            return {}
+        prefixes = [c.ids[: int(generator.integers(1, len(c.ids)))] for c, _ in pairs]
         prompts = [
             replace(c.prompt, teacher_ids=c.prompt.teacher_ids + prefix)
-            for c, prefix in zip(own, prefixes, strict=True)
+            for (c, _), prefix in zip(pairs, prefixes, strict=True)
         ]
         length = self.config.max_completion_length
         continued = self.score([
             replace(c, ids=[*prefix, *c.ids][:length])
-            for c, prefix in zip(self._continued(prompts), prefixes, strict=True)
+            for c, prefix in zip(self.continued(prompts, _HELD_OUT), prefixes, strict=True)
         ])  # fmt: skip
-        pairs = [(a >= 1, b >= 1) for a, b in zip(scores, continued, strict=True)]
+        turns = [(s >= 1, new >= 1) for (_, s), new in zip(pairs, continued, strict=True)]
         return {
             "eval_probe_score": sum(continued) / len(continued),
-            "eval_probe_right_to_wrong": float(pairs.count((True, False))),
-            "eval_probe_wrong_to_right": float(pairs.count((False, True))),
+            "eval_probe_right_to_wrong": float(turns.count((True, False))),
+            "eval_probe_wrong_to_right": float(turns.count((False, True))),
         }
 
-    def _continued(self, prompts: list[Prompt]) -> list[Completion]:
+    def continued(self, prompts: list[Prompt], seed: int) -> list[Completion]:
         """The local teachers' completions, in the order of the prompts; of no others."""
         if len(self.local) < len(self.teachers) or not self.teachers:
             return []
         found: dict[int, Completion] = {}
         for number, (name, teacher) in enumerate(self.local.items()):
             own = [i for i, p in enumerate(prompts) if p.teacher == name]
-            seed = (self.config.seed, _HELD_OUT, number)
             with teacher.active() as model:
-                theirs = [prompts[i] for i in own]
-                samples = self.sampler.sample(model, theirs, *seed, as_teacher=True)
+                theirs, seeds = [prompts[i] for i in own], (self.config.seed, seed, number)
+                samples = self.sampler.sample(model, theirs, *seeds, as_teacher=True)
             found.update(zip(own, samples, strict=True))
         return [found[i] for i in range(len(prompts))]
 
     def _divergences(self, student: Model, own: list[Completion]) -> dict[str, float]:
         on_policy = self.divergence(student, own)
-        names = ("overlap", "outside_teacher_top_k", "teacher_nll")
+        names = ("outside_teacher_top_k", "teacher_nll")
         metrics = {f"eval_{n}": on_policy[n] for n in names if n in on_policy}
         metrics["eval_reverse_kl_on_own_samples"] = on_policy["kl"]
+        metrics["eval_overlap_on_own_samples"] = on_policy["overlap"]
         if self.references:
             fixed = self.divergence(student, self.references)
             metrics |= {"eval_reverse_kl": fixed["kl"], "eval_overlap": fixed["overlap"]}
@@ -128,17 +130,22 @@ class Evaluation:
 
     def _contexts(self) -> dict[str, float]:
         """What the teachers' privileged context changes, see privileged.py."""
-        metrics: dict[str, float] = {}
-        kl, tokens = 0.0, 0
+        sums, spreads = Sums(), []
         for name, teacher in self.local.items():
             own = [c for c in self.references if c.prompt.teacher == name]
             seen = [c for c in own if c.prompt.teacher_ids != c.prompt.student_ids]
-            metrics |= across_contexts(teacher, own, self._k, self.config.temperature)
-            count = sum(len(c.ids) for c in seen)
+            spreads += across_contexts(teacher, own, self._k, self.config.temperature)
             if seen:
+                tokens = sum(len(c.ids) for c in seen)
                 with teacher.active() as model:
-                    kl, tokens = kl + count * self.divergence(model, seen)["kl"], tokens + count
-        return metrics | ({"eval_context_kl": kl / tokens} if tokens else {})
+                    kl = self.divergence(model, seen)["kl"]
+                sums.add(kl=kl * tokens, scored_tokens=tokens)
+        metrics = {"eval_context_kl": sums.means()["kl"]} if sums else {}
+        if spreads:
+            dispersion, residual = (float(torch.cat(x).mean()) for x in zip(*spreads, strict=True))
+            metrics["eval_context_dispersion"] = dispersion
+            metrics["eval_geometric_residual"] = residual
+        return metrics
 
     @property
     def _k(self) -> int:
@@ -201,13 +208,16 @@ class Evaluation:
     def save_references(self, path: Path) -> None:
         """The references, if they were sampled: a resumed run's teacher may have moved."""
         if self.references:
-            kept = [{"ids": c.ids, "truncated": c.truncated} for c in self.references]
+            kept = [
+                {"context": c.prompt.teacher_ids, "ids": c.ids, "truncated": c.truncated}
+                for c in self.references
+            ]
             path.write_text(json.dumps(kept))
 
     def load_references(self, path: Path) -> None:
         """Those that a checkpoint kept, unless the held-out prompts are others by now."""
         kept = json.loads(path.read_text()) if path.exists() else []
-        if len(kept) == len(self.prompts):
+        if [saved.pop("context") for saved in kept] == [p.teacher_ids for p in self.prompts]:
             pairs = zip(self.prompts, kept, strict=True)
             self.references = [Completion(prompt, **saved) for prompt, saved in pairs]
 

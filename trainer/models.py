@@ -8,17 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from trainer.config import DistillationConfig
+from trainer.config import StageConfig
+
+BASE = "base"  # in a run whose student is adapters on others that became part of the weights
 
 
 def load_model(name: str, dtype: str) -> Model:
-    """The causal language model of that name, see `locate`; GGUF weights are dequantised."""
+    """The causal language model of that name, see `locate`; GGUF weights are dequantised, and LoRA
+    adapters become part of the weights.
+    """
     source, gguf = locate(name)
+    if is_adapter(source):
+        adapted = AutoPeftModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+        return adapted.merge_and_unload().requires_grad_()  # PEFT freezes the base
     options = gguf | ({"quantization_config": GgufConfig(dequantize=True)} if gguf else {})
     return AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
 
@@ -34,14 +41,23 @@ def load_tokenizer(name: str) -> Tokenizer:
     return tokenizer
 
 
-def with_lora(model: Model, config: DistillationConfig) -> Model:
+def with_lora(model: Model, config: StageConfig) -> Model:
     """The model with trainable LoRA adapters on frozen weights, if the recipe has a lora_r."""
     if config.lora_r == 0:
         return model
     if config.model.endswith(".gguf"):
         raise ValueError("lora_r: expected 0 on a .gguf model: adapters could not be loaded again")
+    if is_adapter(locate(config.model)[0]):  # the new ones need the weights that they are on
+        model.name_or_path = f"{config.output_dir}/{BASE}"
+        if config.should_save:
+            model.save_pretrained(model.name_or_path)
     options = {"r": config.lora_r, "lora_alpha": config.lora_alpha}
     return get_peft_model(model, LoraConfig(target_modules=config.lora_target_modules, **options))
+
+
+def is_adapter(source: str) -> bool:
+    """Whether a directory holds LoRA adapters, and not a whole model."""
+    return (Path(source) / "adapter_config.json").exists()
 
 
 @contextmanager
@@ -76,12 +92,28 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
     return str(path) if path.exists() else name, {}
 
 
-def check_same_tokenizer(ours: Tokenizer, teacher: str) -> None:
-    """Raise unless the teacher's gives every token the same id: it scores the student's ids."""
-    vocab = load_tokenizer(teacher).get_vocab()
+def compare_tokenizers(ours: Tokenizer, teacher: str) -> list[str]:
+    """What differs from the teacher's tokenizer but may work, a sentence each.
+
+    Raises:
+        ValueError: a token has another id there, where the student's ids are scored.
+    """
+    theirs, found = load_tokenizer(teacher), []
+    vocab = theirs.get_vocab()
     differing = [token for token, i in ours.get_vocab().items() if vocab.get(token) != i]
     if differing:
         raise ValueError(
             f"teacher: expected the student's tokenizer, but {teacher} gives {len(differing)} "
             f"tokens another id, such as {differing[0]!r}; use a teacher of the student's family"
         )
+    if theirs.chat_template != ours.chat_template:
+        found.append(
+            f"chat template: that of {teacher} is another; it sees prompts in the student's, "
+            "which it may not know: see that they agree, or pass chat_template_kwargs"
+        )
+    if theirs.eos_token_id != ours.eos_token_id:
+        found.append(
+            f"EOS: {teacher} ends by {theirs.eos_token!r}, the student by {ours.eos_token!r}; a "
+            "completion ends at either, and the student learns the teacher's"
+        )
+    return found

@@ -3,31 +3,33 @@
 import psutil
 import torch
 
-from trainer.config import DistillationConfig, StageConfig, TeacherConfig, is_server
+from trainer.config import DistillationConfig, StageConfig
 from trainer.data import Prompt
 from trainer.diagnostics import DRIFT
 from trainer.evaluation import Evaluation
-from trainer.models import Model, load_tokenizer
+from trainer.models import Model
 
 _GIB = 2**30
 _PROMPTS, _SEED = 8, 1 << 32
 
 
 def preflight(
-    config: StageConfig, student: Model, evaluation: Evaluation, prompts: list[Prompt]
+    config: StageConfig,
+    student: Model,
+    evaluation: Evaluation,
+    prompts: list[Prompt],
+    *others: Model,
 ) -> list[str]:
-    """A sentence for each finding; what is bad says what to do."""
-    found = [_memory(config, student, evaluation)]
-    if isinstance(config, TeacherConfig):
-        found += _tokenizers(config, evaluation)
+    """A sentence for each finding; what is bad says what to do. Others are models in memory too."""
+    local = [teacher.model for teacher in evaluation.local.values()]
+    found = [_memory(config, student, *local, *others)]
     if isinstance(config, DistillationConfig):
         found += _gap(config, student, evaluation, prompts)
     return found
 
 
-def _memory(config: StageConfig, student: Model, evaluation: Evaluation) -> str:
-    models = {id(m): m for m in [student, *(t.model for t in evaluation.local.values())]}
-    parameters = {id(p): p for m in models.values() for p in m.parameters()}.values()
+def _memory(config: StageConfig, *models: Model) -> str:
+    parameters = {id(p): p for model in models for p in model.parameters()}.values()
     weights = sum(p.nbytes for p in parameters)
     # A gradient and AdamW's two moments.
     states = sum(p.nbytes + 8 * p.numel() for p in parameters if p.requires_grad)
@@ -41,25 +43,6 @@ def _memory(config: StageConfig, student: Model, evaluation: Evaluation) -> str:
     )
     bad = "; it does not fit: set lora_r, or a smaller model or teacher_dtype"
     return text + bad * (weights + states > free)
-
-
-def _tokenizers(config: TeacherConfig, evaluation: Evaluation) -> list[str]:
-    ours, found = evaluation.sampler.tokenizer, []
-    for name in config.teachers.values():
-        if name == "self" or is_server(name):
-            continue
-        theirs = load_tokenizer(name)
-        if theirs.chat_template != ours.chat_template:
-            found.append(
-                f"chat template: that of {name} is another; it sees prompts in the student's, "
-                "which it may not know: see that they agree, or pass chat_template_kwargs"
-            )
-        if theirs.eos_token_id != ours.eos_token_id:
-            found.append(
-                f"EOS: {name} ends by {theirs.eos_token!r}, the student by {ours.eos_token!r}; a "
-                "completion ends at either, and the student learns the teacher's"
-            )
-    return found
 
 
 def _gap(
@@ -76,7 +59,6 @@ def _gap(
     elif gap > 3:
         sentence += "; that is far for on-policy learning: run the sft stage first"
     support = f"support: the top {config.k} hold {mass:.1%} of the student's mass"
-    drops = config.tail == "drop" and config.support != "full"
-    if drops and config.objective != "policy_gradient" and mass < 0.95:
+    if config.drops_mass and mass < 0.95:
         support += f". {DRIFT}"
     return [sentence, support]

@@ -13,14 +13,14 @@ from trainer.teacher import LocalTeacher
 @torch.no_grad()
 def across_contexts(
     teacher: LocalTeacher, completions: list[Completion], k: int, temperature: float
-) -> dict[str, float]:
-    """How far a teacher is from itself under the several contexts that prompts have, if any has.
+) -> list[tuple[Tensor, Tensor]]:
+    """How far a teacher is from itself under the several contexts that prompts have.
 
     Returns:
-        eval_context_dispersion, the mean KL to their average, and eval_geometric_residual, -log Z
-        of their geometric mean: the reverse KL that is left to a student who cannot see which
-        context it is. Both in nats per token of a completion under one of the contexts, and of the
-        union of their top-K with one bucket for the rest, which makes them lower bounds.
+        For each prompt that has several, of the tokens [N] of a completion under one of them: the
+        mean KL to their average, and -log Z of their geometric mean, which is the reverse KL that
+        is left to a student who cannot see which context it is. Both in nats, of the union of their
+        top-K with one bucket for the rest, which makes them lower bounds.
     """
     spreads, groups = [], defaultdict(list)
     for c in completions:
@@ -35,10 +35,7 @@ def across_contexts(
             on_union = logits.gather(union)
             rows = torch.cat([on_union.log_probs, on_union.log_tail[:, None]], dim=-1)
             spreads.append(spread(rows.unflatten(0, (len(copies), -1))))
-    if not spreads:
-        return {}
-    dispersion, residual = (float(torch.cat(x).mean()) for x in zip(*spreads, strict=True))
-    return {"eval_context_dispersion": dispersion, "eval_geometric_residual": residual}
+    return spreads
 
 
 def spread(log_probs: Tensor) -> tuple[Tensor, Tensor]:

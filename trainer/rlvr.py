@@ -19,12 +19,13 @@ from trainer.rollout import Completion
 from trainer.teacher import LocalTeacher, on_students, token_ids
 from trainer.training import CompletionTrainer, Part
 
+_LEAST_DEVIATION = 1e-4  # of rewards; below it their differences are taken for noise
+
 
 class RLVRTrainer(CompletionTrainer):
     """Raises the likelihood of completions that score above the others of their prompt."""
 
     args: RLVRConfig
-    FIGURES: tuple[str, ...] = ("reward", "informative", "ratio", "clipped")
 
     def __init__(
         self,
@@ -37,9 +38,6 @@ class RLVRTrainer(CompletionTrainer):
         super().__init__(model, args, data, evaluation)
         self.needs_log_probs = args.steps_per_rollout > 1
         self.start = start
-        if start is not None:
-            self.FIGURES = (*self.FIGURES, "kl_to_start")
-            start.model.to(args.device)
 
     def complete(self, prompts: list[Prompt]) -> list[Completion]:
         """Samples with their advantages."""
@@ -47,10 +45,9 @@ class RLVRTrainer(CompletionTrainer):
         assert score is not None
         rewards = [score(self.sampler.text(c), c.prompt.row) for c in completions]
         groups = torch.tensor(rewards).view(-1, self.args.completions_per_prompt)
-        informative = groups.amax(-1) > groups.amin(-1)
         advantages = groups - groups.mean(-1, keepdim=True)
         if self.args.scale_advantages:
-            advantages /= groups.std(-1, keepdim=True).masked_fill(~informative[:, None], 1.0)
+            advantages /= groups.std(-1, keepdim=True).clamp_min(_LEAST_DEVIATION)
         figures = zip(completions, rewards, advantages.flatten().tolist(), strict=True)
         return [replace(c, reward=reward, advantage=advantage) for c, reward, advantage in figures]
 
@@ -111,8 +108,11 @@ def clipped_policy_loss(
 
 
 def kl_estimate(now: Tensor, start: Tensor) -> Tensor:
-    """exp(d) - 1 - d with d = log start - log now: never negative, and its mean over samples is
-    the reverse KL to the start (Schulman, Approximating KL divergence, 2020, k3).
+    """An estimate of the reverse KL to the start from tokens that were sampled now.
+
+    Its value is exp(d) - 1 - d with d = log start - log now, never negative (Schulman,
+    Approximating KL divergence, 2020, k3). The gradient of that is the forward KL's, so that it
+    comes from -d log now, whose mean over samples is the reverse KL's.
     """
-    difference = start - now
-    return difference.expm1() - difference
+    difference = (start - now).detach()
+    return difference.expm1() - difference - difference * (now - now.detach())

@@ -17,14 +17,19 @@ def load_scorer(config: StageConfig) -> Scorer | None:
     """The recipe's scorer, of a completion's text and its row."""
     if config.scorer is None:
         return None
-    is_named = config.scorer in _VERIFIERS
-    scorer = partial(_verified, config.scorer) if is_named else _function(config.scorer)
-    pattern = None if config.answer_pattern is None else re.compile(config.answer_pattern, re.S)
-    if pattern and pattern.groups != 1:
-        raise ValueError(
-            f"answer_pattern: expected one (group), got {pattern.groups} in {pattern.pattern!r}"
-        )
+    scorer = _VERIFIERS.get(config.scorer) or _function(config.scorer)
+    pattern = None if config.answer_pattern is None else _pattern(config.answer_pattern)
     return partial(_score, scorer, pattern)
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        pattern = re.compile(text, re.S)
+    except re.error as error:
+        raise ValueError(f"answer_pattern: {error} in {text!r}") from None
+    if pattern.groups != 1:
+        raise ValueError(f"answer_pattern: expected one (group), got {pattern.groups} in {text!r}")
+    return pattern
 
 
 def _score(
@@ -37,14 +42,27 @@ def _score(
     return score
 
 
+def _column(row: dict[str, Any], name: str) -> Any:
+    if row.get(name) is None:
+        raise ValueError(f"scorer: it needs a column {name}, got {row!r:.200}")
+    return row[name]
+
+
+def _gold(row: dict[str, Any]) -> str:
+    answer = _column(row, "answer")
+    # A table makes floats of a column of integers where one is missing.
+    whole = isinstance(answer, float) and answer.is_integer()
+    return str(int(answer) if whole else answer).strip()
+
+
 def _exact_match(answer: str, row: dict[str, Any]) -> float:
-    return float(answer.strip() == str(row["answer"]).strip())
+    return float(answer.strip() == _gold(row))
 
 
 def _math_verify(answer: str, row: dict[str, Any]) -> float:
     from math_verify import parse, verify
 
-    gold = str(row["answer"])
+    gold = _gold(row)
     bare = not any(mark in gold for mark in ("$", "\\(", "\\[", "\\boxed"))
     return float(verify(parse(f"${gold}$" if bare else gold), parse(answer)))
 
@@ -52,21 +70,15 @@ def _math_verify(answer: str, row: dict[str, Any]) -> float:
 def _reasoning_gym(answer: str, row: dict[str, Any]) -> float:
     from reasoning_gym import get_score_answer_fn
 
-    return get_score_answer_fn(row["metadata"]["source_dataset"])(answer=answer, entry=row)
+    task = _column(row, "metadata")["source_dataset"]
+    return get_score_answer_fn(task)(answer=answer, entry=row)
 
 
-_VERIFIERS: dict[str, tuple[Scorer, str]] = {
-    "exact_match": (_exact_match, "answer"),
-    "math_verify": (_math_verify, "answer"),
-    "reasoning_gym": (_reasoning_gym, "metadata"),
+_VERIFIERS: dict[str, Scorer] = {
+    "exact_match": _exact_match,
+    "math_verify": _math_verify,
+    "reasoning_gym": _reasoning_gym,
 }
-
-
-def _verified(name: str, answer: str, row: dict[str, Any]) -> float:
-    scorer, column = _VERIFIERS[name]
-    if column not in row:
-        raise ValueError(f"scorer: {name} needs a column {column}, got {', '.join(row)}")
-    return scorer(answer, row)
 
 
 def _function(reference: str) -> Scorer:

@@ -84,12 +84,12 @@ def self_teacher(
         return LocalTeacher(student)
     if config.lora_r > 0:
         return LocalTeacher(student, student.disable_adapter)
-    return load_teacher(config.model, dtype or config.dtype)
+    return load_teacher(config.model, dtype or config.dtype, config.device)
 
 
-def load_teacher(name: str, dtype: str) -> LocalTeacher:
+def load_teacher(name: str, dtype: str, device: torch.device) -> LocalTeacher:
     """A frozen model of its own."""
-    return LocalTeacher(load_model(name, dtype).requires_grad_(False))
+    return LocalTeacher(load_model(name, dtype).requires_grad_(False).to(device))
 
 
 def on_completions(

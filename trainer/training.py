@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Sampler as Order
 
@@ -47,7 +48,6 @@ class CompletionTrainer(DurableTrainer):
     """
 
     args: StageConfig
-    FIGURES: tuple[str, ...] = ()  # what a stage logs beside Sums.COUNTS
     needs_log_probs = False  # of the policy that sampled, in the completions
 
     def __init__(
@@ -58,6 +58,7 @@ class CompletionTrainer(DurableTrainer):
         self.evaluation, self.sampler = evaluation, evaluation.sampler
         self.sums = Sums()  # of the steps since the last log line
         self.rollout: list[Completion] = []  # what the next steps learn from too
+        self.repeated = _RepeatedBatches(self) if args.steps_per_rollout > 1 else None
 
     def complete(self, prompts: list[Prompt]) -> list[Completion]:
         """The completions of a step's prompts."""
@@ -73,13 +74,14 @@ class CompletionTrainer(DurableTrainer):
     def training_step(self, model: nn.Module, inputs: list[Prompt], *_: Any, **__: Any) -> Tensor:
         """One optimiser step's gradient: complete the prompts, then learn from the completions."""
         start = time.perf_counter()
-        if self.state.global_step % self.args.steps_per_rollout == 0:
+        if not self.rollout or self.state.global_step % self.args.steps_per_rollout == 0:
             with self.accelerator.autocast():
                 self.rollout = self.complete(inputs)
         loss = self.learn(model, self.rollout)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if not torch.isfinite(nn.utils.get_total_norm(gradients)):
             self.sums.add(skipped_steps=float(self.is_world_process_zero()))
+            loss = torch.zeros_like(loss)  # or every mean to come would be NaN
             # NaN would poison the optimiser's state; under float16 the scaler sees to it.
             if not self.accelerator.scaler:
                 model.zero_grad(set_to_none=True)
@@ -91,7 +93,7 @@ class CompletionTrainer(DurableTrainer):
         model.train()
         self.sums.add_completions(completions)
         total = torch.zeros((), device=self.args.device)
-        batches = [x for part in self.parts(completions) for x in self._batches(part, completions)]
+        batches = [x for part in self.parts(completions) for x in self._batches(part)]
         for number, (part, batch, weights, denominator) in enumerate(batches, start=1):
             is_last = number == len(batches)
             with nullcontext() if is_last else self.accelerator.no_sync(model):
@@ -103,9 +105,7 @@ class CompletionTrainer(DurableTrainer):
             total += loss.detach()
         return total
 
-    def _batches(
-        self, part: Part, others: list[Completion]
-    ) -> Iterator[tuple[Part, list[Completion], Tensor, Tensor]]:
+    def _batches(self, part: Part) -> Iterator[tuple[Part, list[Completion], Tensor, Tensor]]:
         """Micro-batches of completions of one teacher and similar length, so little is padded; one
         that is alone may have more than micro_batch_tokens.
 
@@ -116,7 +116,9 @@ class CompletionTrainer(DurableTrainer):
         per_token = self.args.aggregation == "token"
         own = float(sum(len(c.ids) for c in kept) if per_token else len(kept))
         denominator = self.accelerator.reduce(torch.tensor(own, device=self.args.device), "sum")
-        order = sorted(kept or others[:1], key=lambda c: (c.prompt.teacher, -c.context_length))
+        order = sorted(
+            kept or part.completions[:1], key=lambda c: (c.prompt.teacher, -c.context_length)
+        )
         most = self.args.micro_batch_tokens or sys.maxsize
         first = 0
         while first < len(order):
@@ -143,18 +145,14 @@ class CompletionTrainer(DurableTrainer):
         return result
 
     def _get_train_sampler(self, *arguments: Any) -> Order | None:
-        times = self.args.steps_per_rollout
-        if times == 1:
-            return super()._get_train_sampler(*arguments)
-        size = self.args.train_batch_size * self.args.world_size
-        return _RepeatedBatches(len(self.train_dataset), size, times, self.args.seed)
+        return self.repeated or super()._get_train_sampler(*arguments)
 
     def save_more(self, checkpoint: Path) -> None:
-        """Keep the held-out completions of the teacher that began."""
-        self.evaluation.save_references(checkpoint / REFERENCES)
-
-    def save_own(self, checkpoint: Path) -> None:
-        """Keep each rank's completions that steps to come learn from, without their rows."""
+        """Keep the held-out completions of the teacher that began, and each rank's completions that
+        steps to come learn from, without their rows.
+        """
+        if self.args.should_save:
+            self.evaluation.save_references(checkpoint / REFERENCES)
         if self.args.steps_per_rollout > 1:
             kept = [asdict(replace(c, prompt=replace(c.prompt, row={}))) for c in self.rollout]
             path = checkpoint / ROLLOUT.format(self.args.process_index)
@@ -172,11 +170,13 @@ class CompletionTrainer(DurableTrainer):
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Log; a training loss comes with the figures of its steps over all ranks."""
         if "loss" in logs:
-            names, ranks = Sums.COUNTS + self.FIGURES, self.accelerator.num_processes
-            own = torch.tensor([self.sums[n] for n in names], device=self.args.device)
-            total = Sums(zip(names, self.accelerator.reduce(own, "sum").tolist(), strict=True))
+            total = Sums()
+            for own in gather_object([dict(self.sums)]):
+                total.add(**own)
             self.sums.clear()
             logs |= total.means() | {"skipped_steps": total["skipped_steps"]}
+            # Seconds are of all ranks.
+            ranks = self.accelerator.num_processes
             logs["tokens_per_second"] = total["tokens"] * ranks / total["seconds"]
             if self.is_world_process_zero():
                 alarm = alarms(self.args, [*self.state.log_history, logs])
@@ -199,23 +199,22 @@ class CompletionTrainer(DurableTrainer):
 class _RepeatedBatches(Order[int]):
     """Full batches of a random order of the data, each several times in a row."""
 
-    def __init__(self, count: int, size: int, times: int, seed: int) -> None:
-        if count < size:
+    def __init__(self, trainer: CompletionTrainer) -> None:
+        args = trainer.args
+        self.count, self.size = len(trainer.train_dataset), args.train_batch_size * args.world_size
+        self.times, self.seed, self.trainer = args.steps_per_rollout, args.seed, trainer
+        if self.count < self.size:
             raise ValueError(
-                f"per_device_train_batch_size: expected at most the {count} prompts over all ranks "
-                f"with steps_per_rollout above 1, got {size}"
+                f"per_device_train_batch_size: expected at most the {self.count} prompts over all "
+                f"ranks with steps_per_rollout above 1, got {self.size}"
             )
-        self.count, self.size, self.times, self.seed, self.epoch = count, size, times, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """accelerate calls it before an epoch, and when a run resumes in it."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.count // self.size * self.size * self.times
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        # The run's own epoch: nobody tells it to a sampler of a rank that resumes.
+        generator = torch.Generator().manual_seed(self.seed + int(self.trainer.state.epoch or 0))
         order = torch.randperm(self.count, generator=generator).tolist()
         for first in range(0, self.count - self.size + 1, self.size):
             yield from order[first : first + self.size] * self.times

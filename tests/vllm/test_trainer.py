@@ -12,6 +12,7 @@ from tests.vllm.server import API_KEY
 from trainer.__main__ import load, prepare
 from trainer.config import DistillationConfig, load_config
 from trainer.data import Prompt
+from trainer.models import load_tokenizer
 from trainer.rollout import Completion, Sampler
 from trainer.server import ServedTeacher
 from trainer.teacher import TeacherError
@@ -64,8 +65,9 @@ def test_a_served_teachers_log_probs_are_the_local_ones(
 ):
     config = _recipe(tmp_path, smollm2, teacher=server_url, support="teacher", tail=None)
     monkeypatch.setenv("OPD_TEACHER_API_KEY", API_KEY)
-    teacher = ServedTeacher(server_url, config, vocab_size=model.lm_head.weight.shape[0])
-    assert teacher.context == 512
+    tokenizer = load_tokenizer(str(smollm2))
+    teacher = ServedTeacher(server_url, config, tokenizer, 49_152)
+    assert teacher.context == 511
     torch.manual_seed(0)
     batch = []
     for length in (1, 5, 40, 200):
@@ -87,11 +89,11 @@ def test_a_served_teachers_log_probs_are_the_local_ones(
     assert_close(served.values.topk(20).values, best, rtol=0, atol=1e-3)
     monkeypatch.setenv("OPD_TEACHER_API_KEY", "wrong")
     with pytest.raises(TeacherError, match="refused the API key"):
-        ServedTeacher(server_url, config, vocab_size=49_152)
+        ServedTeacher(server_url, config, tokenizer, 49_152)
     monkeypatch.setenv("OPD_TEACHER_API_KEY", API_KEY)
     many = _recipe(tmp_path, smollm2, teacher=server_url, support="teacher", tail=None, k=65)
     with pytest.raises(TeacherError, match=r"max allowed: 64.*--max-logprobs"):
-        ServedTeacher(server_url, many, vocab_size=49_152)
+        ServedTeacher(server_url, many, tokenizer, 49_152)
 
 
 def test_a_run_with_a_served_teacher(tmp_path, smollm2, server_url, monkeypatch):
