@@ -5,6 +5,7 @@ from opd_kernels.distill import TopKDistillationLoss, distillation_loss
 from opd_kernels.divergences import forward_kl, jsd, policy_gradient, reverse_kl
 from opd_kernels.lazy_logits import LazyLogits
 from opd_kernels.output import DistillationOutput
+from opd_kernels.parallel import VocabShard
 from opd_kernels.sparse_logits import SparseLogits
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __all__ = [
     "LazyLogits",
     "SparseLogits",
     "TopKDistillationLoss",
+    "VocabShard",
     "available_backends",
     "distillation_loss",
     "forward_kl",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from opd_kernels.divergences import check_same_distribution
 from opd_kernels.lazy_logits import LazyLogits
-from opd_kernels.objective import Objective
+from opd_kernels.objective import Objective, jsd_beta
 from opd_kernels.sparse_logits import SparseLogits
 from opd_kernels.supports import Missing, Support
 
@@ -99,6 +99,30 @@ def check_gradient_filter(
     if isinstance(support, str) and support == "full":
         raise ValueError(
             "gradient_filter: support='full' has no entries outside S to leave out; drop one"
+        )
+
+
+def check_shards(
+    student: LazyLogits,
+    teacher: LazyLogits | SparseLogits,
+    support: Support | Tensor,
+    objective: Objective,
+) -> None:
+    """Raise for what whole rows cannot do where a head is vocabulary-parallel."""
+    if isinstance(support, Tensor) or support != "full" or isinstance(teacher, SparseLogits):
+        return
+    if teacher.shard is not None and teacher.shard != student.shard:
+        raise ValueError(
+            "teacher: with support='full', expected a whole head or one that is split as the "
+            "student's is; split them alike, or use a support of K ids"
+        )
+    if student.shard is None:
+        return
+    if jsd_beta(objective) is None or student.temperature != teacher.temperature:
+        raise ValueError(
+            "objective: with support='full' on a vocabulary-parallel head, expected reverse_kl, "
+            "forward_kl or jsd, at one temperature, without tail='renormalize'; others need whole "
+            "rows of logits: use a support of K ids"
         )
 
 

@@ -6,7 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from opd_kernels.arguments import check_arguments, check_denominator, check_gradient_filter
+from opd_kernels.arguments import (
+    check_arguments,
+    check_denominator,
+    check_gradient_filter,
+    check_shards,
+)
 from opd_kernels.backends import select_backend
 from opd_kernels.chunking import prefers_one_pass
 from opd_kernels.cost_model import Shape
@@ -84,13 +89,14 @@ def distillation_loss(
     check_arguments(student, teacher, support, objective, token_weights, reduction, method, missing)
     check_denominator(denominator, reduction)
     check_gradient_filter(gradient_filter, support, reduction, method)
+    check_shards(student, teacher, support, objective)
     student, teacher = _same_vocabulary(student, teacher)
     if isinstance(support, Tensor):
         check_ids(support, student.hidden)
     else:
         if support == "full" and isinstance(k, int):
-            k = min(k, student.head.vocab_size)  # the ids that are reported
-        check_k(k, student.head.vocab_size)
+            k = min(k, student.shape[-1])  # the ids that are reported
+        check_k(k, student.shape[-1])
     leading = student.hidden.shape[:-1]
     student = student.flat()
     teacher = teacher.flat() if isinstance(teacher, LazyLogits) else _flat_answer(teacher, leading)
@@ -113,7 +119,16 @@ def distillation_loss(
     elif weights is not None:
         student, teacher = _without_weightless_rows(student, teacher, weights)
     options = LossOptions(
-        k, ids, objective, missing, entropy, chunk_bytes, backend, gradient_filter
+        k,
+        ids,
+        objective,
+        missing,
+        entropy,
+        chunk_bytes,
+        backend,
+        gradient_filter,
+        student.shape[-1],
+        student.shard,
     )
     with torch.autocast(student.hidden.device.type, enabled=False):
         output = _flat_loss(student, teacher, options, weights, reduction, denominator, method)
@@ -212,6 +227,7 @@ def _one_pass(
     reduce: Callable[[Tensor], Tensor],
     denominator: float | Tensor | None,
 ) -> DistillationOutput:
+    student = student.local()
     if not student.requires_grad:
         result = walk(student, teacher, options, None, (False, False, False))
         return DistillationOutput(
@@ -251,6 +267,7 @@ def _recompute(
     weights: Tensor | None,
 ) -> DistillationOutput:
     if isinstance(options.support, str) and options.support == "full":
+        student = student.local()
 
         def run(upstream: Tensor | None, needs: tuple[bool, bool, bool]) -> WalkResult:
             return walk(student, teacher, options, upstream, needs)
@@ -301,7 +318,7 @@ def _resolve_method(student: LazyLogits, options: LossOptions, reduction: str, m
     shape = Shape(
         hidden.shape[0],
         hidden.shape[1],
-        student.head.vocab_size,
+        student.shape[-1] if student.shard is None else student.shard.largest,
         options.k,
         operand_bytes=operand.itemsize,
         logit_bytes=itemsize,
@@ -320,7 +337,7 @@ def _same_vocabulary(
 ) -> tuple[LazyLogits, LazyLogits | SparseLogits]:
     if isinstance(teacher, SparseLogits):
         return student, teacher
-    vocab_size = min(student.head.vocab_size, teacher.head.vocab_size)
+    vocab_size = min(student.shape[-1], teacher.shape[-1])
     return replace(student, vocab_size=vocab_size), replace(teacher, vocab_size=vocab_size)
 
 

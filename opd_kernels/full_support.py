@@ -7,6 +7,7 @@ a few rows at a time, and is differentiated by autograd.
 import torch
 from torch import Tensor
 
+from opd_kernels.backends.torch import pair_gradient, pair_sums, row_blocks
 from opd_kernels.logits_chunk import LogitsChunk
 from opd_kernels.objective import Objective, jsd_beta, per_token_loss
 
@@ -35,6 +36,41 @@ def full_losses(
     rows = max(1, _BLOCK_BYTES // (ours.raw.shape[1] * ours.raw.element_size()))
     blocks = [slice(first, first + rows) for first in range(0, max(1, ours.raw.shape[0]), rows)]
     return torch.cat([_by_autograd(ours, theirs, objective, upstream, out, x) for x in blocks])
+
+
+def shard_losses(
+    ours: LogitsChunk,
+    theirs: LogitsChunk,
+    objective: Objective,
+    upstream: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    teacher_lse: Tensor,
+) -> Tensor:
+    """As full_losses for the rows of the head that this rank has, given the logsumexp [c] of all of
+    them; of the package's own divergences, whose sums over V are summed over the ranks.
+    """
+    beta, shard = jsd_beta(objective), ours.shard
+    assert beta is not None  # check_shards refuses others
+    assert shard is not None
+    blocks = list(row_blocks(ours.raw)) or [slice(0, 0)]
+
+    def pair(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        scores = ours.head.scores(ours.raw[rows], 0)
+        log_p = ours.head.logits(scores) - lse[rows, None]
+        log_q = theirs.head.logits(theirs.head.scores(theirs.raw[rows], 0))
+        return scores, log_p, log_q - teacher_lse[rows, None]
+
+    sums = [torch.stack(pair_sums(*pair(rows)[1:], beta)) for rows in blocks]
+    loss, mean = shard.sum(torch.cat(sums, dim=1))
+    if upstream is None:
+        return loss
+    for rows in blocks:
+        scores, log_p, log_q = pair(rows)
+        dlogits = pair_gradient(log_p, log_q, beta, mean[rows])
+        dlogits.mul_(upstream[rows, None]).masked_fill_((upstream[rows] == 0)[:, None], 0.0)
+        torch.mul(dlogits, ours.head.derivative(scores), out=out[rows])
+    return loss
 
 
 def _by_autograd(

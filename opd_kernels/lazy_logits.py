@@ -9,6 +9,7 @@ from torch import Tensor
 
 from opd_kernels.head import Head, accumulator_dtype
 from opd_kernels.linear import linear_gather, linear_topk
+from opd_kernels.parallel import VocabShard, is_dtensor, shard_of_dtensor
 from opd_kernels.sparse import are_integer
 from opd_kernels.sparse_logits import SparseLogits
 
@@ -32,6 +33,9 @@ class LazyLogits:
         temperature: divisor of the final logits; the loss and its gradient carry the same factor.
         vocab_size: V, the number of leading rows of weight that are tokens; default all. The rest
             is padding.
+        shard: the rows that weight and bias are of a vocabulary-parallel head, see
+            parallel.VocabShard; hidden is then the same on all ranks, and so are logits and losses.
+            A DTensor that is split by rows brings its own.
         check_finite: look for NaN and inf in hidden now and name the rows (synchronises with the
             device).
 
@@ -48,12 +52,19 @@ class LazyLogits:
     scale: float = 1.0
     temperature: float = 1.0
     vocab_size: int | None = None
+    shard: VocabShard | None = None
     check_finite: InitVar[bool] = False
 
     def __post_init__(self, check_finite: bool) -> None:
+        if is_dtensor(self.weight):
+            object.__setattr__(self, "shard", shard_of_dtensor(self.weight))
+        for name in ("hidden", "weight", "bias"):
+            operand = getattr(self, name)
+            if is_dtensor(operand):
+                object.__setattr__(self, name, operand.to_local())
         _check_operands(self.hidden, self.weight, self.bias)
         if self.vocab_size is None:
-            object.__setattr__(self, "vocab_size", self.weight.shape[0])
+            object.__setattr__(self, "vocab_size", _rows(self))
         _check_options(self)
         if check_finite:
             _check_finite(self.hidden)
@@ -102,11 +113,22 @@ class LazyLogits:
             ValueError: k is out of range, or the backend is missing.
         """
         check_k(k, self._vocab)
-        flat = self.flat()
+        flat = self.flat().local()
+        own = min(k, flat._vocab)
         values, ids, tail, row_entropy = linear_topk(
-            flat.hidden, flat.weight, flat.bias, k, *self._scalars(), entropy, chunk_bytes, backend
+            flat.hidden,
+            flat.weight,
+            flat.bias,
+            own,
+            *flat._scalars(),
+            entropy,
+            chunk_bytes,
+            backend,
         )
-        return self._sparse(values, ids, tail, row_entropy if entropy else None, k)
+        rows = flat._sparse(values, ids, tail, row_entropy if entropy else None)
+        if self.shard is not None:
+            rows = self.shard.merge_topk(rows, k, self._vocab)
+        return self._unflatten(rows)
 
     def gather(
         self,
@@ -132,29 +154,22 @@ class LazyLogits:
         check_ids(ids, self.hidden)
         if entropy and not tail:
             raise ValueError("entropy: it needs a pass over the vocabulary; gather with tail=True")
-        flat = self.flat()
-        flat_ids = ids.reshape(-1, ids.shape[-1])
+        flat = self.flat().local()
+        flat_ids = own_ids = ids.reshape(-1, ids.shape[-1])
+        if self.shard is not None:
+            own_ids = self.shard.local_ids(flat_ids, self._vocab)
+        options = (*flat._scalars(), tail, entropy, chunk_bytes, backend)
         values, row_tail, row_entropy = linear_gather(
-            flat.hidden,
-            flat.weight,
-            flat.bias,
-            flat_ids,
-            *self._scalars(),
-            tail,
-            entropy,
-            chunk_bytes,
-            backend,
+            flat.hidden, flat.weight, flat.bias, own_ids, *options
         )
-        sparse = self._sparse(
-            values,
-            flat_ids,
-            row_tail if tail else None,
-            row_entropy if entropy else None,
-            ids.shape[-1],
+        rows = flat._sparse(
+            values, own_ids, row_tail if tail else None, row_entropy if entropy else None
         )
+        if self.shard is not None:
+            rows = self.shard.merge_given(rows, flat_ids, self._vocab)
         # Keep the caller's own tensor: `teacher.gather(s.ids).ids is s.ids` proves the supports
         # equal.
-        return replace(sparse, ids=ids)
+        return replace(self._unflatten(rows), ids=ids)
 
     def log_prob(
         self,
@@ -185,11 +200,14 @@ class LazyLogits:
 
     def materialize(self) -> Tensor:
         """The full logits [..., V], which this package exists to avoid: for tests."""
-        flat = self.flat()
+        flat = self.flat().local()
         dtype = accumulator_dtype(flat.hidden, flat.weight)
         with torch.autocast(flat.hidden.device.type, enabled=False):
-            raw = flat.hidden.to(dtype) @ flat.weight[: self._vocab].to(dtype).t()
-            return flat.head.logits(flat.head.scores(raw, 0)).reshape(self.shape)
+            raw = flat.hidden.to(dtype) @ flat.weight[: flat._vocab].to(dtype).t()
+            logits = flat.head.logits(flat.head.scores(raw, 0))
+        if self.shard is not None:
+            logits = self.shard.merge_rows(logits, self._vocab)
+        return logits.reshape(self.shape)
 
     def flat(self) -> "LazyLogits":
         """The same logits with hidden as [N, D]; under autocast all operands in its dtype."""
@@ -208,6 +226,24 @@ class LazyLogits:
             bias = None if bias is None else bias.to(dtype)
         return replace(self, hidden=hidden, weight=weight, bias=bias)
 
+    def local(self, shard: VocabShard | None = None) -> "LazyLogits":
+        """The rows of the head that this rank has, as a head of its own; dhidden is summed over the
+        ranks. Without a shard, which may be that of another head, all of it.
+        """
+        weight, bias, shard = self.weight, self.bias, self.shard or shard
+        if shard is None:
+            return self
+        rows = shard.rows(self._vocab)
+        if self.shard is None:
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        hidden, size = shard.sum_gradient(self.hidden), rows.stop - rows.start
+        if size > 0:
+            own = replace(self, weight=weight, bias=bias, vocab_size=size, shard=None)
+            return replace(own, hidden=hidden)
+        # A rank without a token takes part all the same, with one that has no mass.
+        zeros, nothing = hidden.new_zeros(1, hidden.shape[-1]), hidden.new_full((1,), -torch.inf)
+        return LazyLogits(hidden, zeros, nothing, temperature=self.temperature)
+
     @property
     def head(self) -> Head:
         """The operands without the hidden states, for the driver."""
@@ -223,17 +259,20 @@ class LazyLogits:
         return softcap, float(self.scale), float(self.temperature), self._vocab
 
     def _sparse(
-        self, values: Tensor, ids: Tensor, tail: Tensor | None, entropy: Tensor | None, k: int
+        self, values: Tensor, ids: Tensor, tail: Tensor | None, entropy: Tensor | None
     ) -> SparseLogits:
+        entropy = None if entropy is None else entropy.detach()
+        return SparseLogits(values, ids, tail, self._vocab, float(self.temperature), entropy)
+
+    def _unflatten(self, rows: SparseLogits) -> SparseLogits:
+        """[N, ...] as [..., ...]."""
         leading = self.hidden.shape[:-1]
-        return SparseLogits(
-            values.reshape(*leading, k),
-            ids.reshape(*leading, k),
-            None if tail is None else tail.reshape(leading),
-            self._vocab,
-            float(self.temperature),
-            None if entropy is None else entropy.detach().reshape(leading),
-        )
+        return rows.map(lambda tensor: tensor.reshape(*leading, *tensor.shape[1:]))
+
+
+def _rows(logits: LazyLogits) -> int:
+    """Of the whole weight, over all ranks."""
+    return logits.weight.shape[0] if logits.shard is None else logits.shard.starts[-1]
 
 
 def _check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -273,7 +312,14 @@ def _check_options(logits: LazyLogits) -> None:
             )
     if isinstance(logits.vocab_size, bool) or not isinstance(logits.vocab_size, Integral):
         raise TypeError(f"vocab_size: expected an int, got {type(logits.vocab_size).__name__}")
-    rows = logits.weight.shape[0]
+    rows = _rows(logits)
+    if logits.shard is not None:
+        own = logits.shard.rows(rows)
+        if logits.weight.shape[0] != own.stop - own.start:
+            raise ValueError(
+                f"weight: expected the {own.stop - own.start} rows of this rank's shard, got "
+                f"{logits.weight.shape[0]}; make the shard by VocabShard.of(weight, group)"
+            )
     if logits.vocab_size is None or not 1 <= logits.vocab_size <= rows:
         raise ValueError(
             f"vocab_size: expected 1 to {rows}, the rows of weight, got {logits.vocab_size}; it "

@@ -7,26 +7,37 @@ from torch import Tensor
 
 from opd_kernels.backends import Epilogues, RowState
 from opd_kernels.head import Head
+from opd_kernels.parallel import VocabShard
 from opd_kernels.sparse import canonical_ids
 from opd_kernels.sparse_logits import SparseLogits
 
 
 @dataclass
 class LogitsChunk:
-    """A chunk of raw products [c, V] as a source of SparseLogits; the last made is the leaf."""
+    """A chunk of raw products [c, V] as a source of SparseLogits; the last made is the leaf. Where
+    the head is vocabulary-parallel, chunk and leaf are of this rank's rows, vocab_size is of all.
+    """
 
     raw: Tensor
     head: Head
     epilogues: Epilogues
     entropy: bool
+    vocab_size: int
+    shard: VocabShard | None = None
     leaf: SparseLogits | None = None
 
     def topk(self, k: int) -> SparseLogits:
-        return self._reduce(RowState.for_topk(self.raw.shape[0], k, self.entropy, like=self.raw))
+        tokens, columns = self.raw.shape
+        state = RowState.for_topk(tokens, min(k, columns), self.entropy, like=self.raw)
+        sparse = self._reduce(state)
+        return sparse if self.shard is None else self.shard.merge_topk(sparse, k, self.vocab_size)
 
     def gather(self, ids: Tensor) -> SparseLogits:
-        canonical = canonical_ids(ids, self.head.vocab_size)
+        own = ids if self.shard is None else self.shard.local_ids(ids, self.vocab_size)
+        canonical = canonical_ids(own, self.head.vocab_size)
         sparse = self._reduce(RowState.for_ids(canonical, self.entropy, like=self.raw))
+        if self.shard is not None:
+            sparse = self.shard.merge_given(sparse, ids, self.vocab_size)
         return replace(sparse, ids=ids)
 
     def whole_rows(self, rows: slice) -> SparseLogits:

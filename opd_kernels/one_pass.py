@@ -16,12 +16,13 @@ from torch import Tensor
 from opd_kernels import float16, matmul
 from opd_kernels.backends import Epilogues, select_backend
 from opd_kernels.chunking import chunk_buffer, one_pass_rows
-from opd_kernels.full_support import full_losses
+from opd_kernels.full_support import full_losses, shard_losses
 from opd_kernels.gradients import Gradients
 from opd_kernels.head import Head, accumulator_dtype
 from opd_kernels.lazy_logits import LazyLogits
 from opd_kernels.logits_chunk import LogitsChunk
 from opd_kernels.objective import Objective
+from opd_kernels.parallel import VocabShard
 from opd_kernels.sparse_logits import SparseLogits
 from opd_kernels.support_loss import support_loss
 from opd_kernels.supports import Recomputed, Served, align
@@ -29,7 +30,7 @@ from opd_kernels.supports import Recomputed, Served, align
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What distillation_loss was asked for, checked."""
+    """What distillation_loss was asked for, checked; and the student's shard and V."""
 
     k: int
     support: str | Tensor  # ids are [N, K]
@@ -39,6 +40,8 @@ class LossOptions:
     chunk_bytes: int | None
     backend: str
     gradient_filter: float | None
+    vocab_size: int
+    shard: VocabShard | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class _Walker:
         full = options.support == "full" if isinstance(options.support, str) else False
         rows = one_pass_rows(
             hidden.shape[0],
-            head.vocab_size,
+            head.vocab_size if options.shard is None else options.shard.largest,
             sum(dtype.itemsize for dtype in {dtype, hidden.dtype}),
             hidden.device,
             options.chunk_bytes,
@@ -159,10 +162,16 @@ class _Walker:
         count = rows.stop - rows.start
         raw = self.buffer[:count]
         matmul.project(self.hidden[rows], self.head.rows(0, self.head.vocab_size), raw)
-        logits = LogitsChunk(raw, self.head, self.epilogues, self.options.entropy)
+        logits = self._logits(raw, self.head)
         if self.teacher_buffer is not None:
             return self._full_chunk(rows, logits)
         return self._support_chunk(rows, logits)
+
+    def _logits(self, raw: Tensor, head: Head) -> LogitsChunk:
+        options = self.options
+        return LogitsChunk(
+            raw, head, self.epilogues, options.entropy, options.vocab_size, options.shard
+        )
 
     def _support_chunk(
         self, rows: slice, logits: LogitsChunk
@@ -182,7 +191,9 @@ class _Walker:
             )
             if dvalues is None:
                 dvalues = torch.zeros_like(leaf.values)
-            self._backpropagate(self.gradients, rows, logits.raw, leaf.detach(), dvalues, dtail)
+            self._backpropagate(
+                self.gradients, rows, logits.raw, leaf.detach(), s.lse.detach(), dvalues, dtail
+            )
         return per_token.detach(), s.detach(), t
 
     def _backpropagate(
@@ -191,6 +202,7 @@ class _Walker:
         rows: slice,
         raw: Tensor,
         leaf: SparseLogits,
+        lse: Tensor,
         dvalues: Tensor,
         dtail: Tensor | None,
     ) -> None:
@@ -205,13 +217,15 @@ class _Walker:
             self.epilogues.gradient(raw, 0, head, leaf.ids, dvalues, tail, dtail, out)
             gradients.add_dense(rows, out, hidden, head)
         else:
-            threshold = leaf.lse + math.log(eps)
+            threshold = lse + math.log(eps)
             entries, kept = self.epilogues.filtered_gradient(
                 raw, head, leaf.ids, dvalues, tail, dtail, threshold
             )
             gradients.add_entries(rows, entries, hidden, head)
         if eps is not None:
-            self.dropped.append(leaf.log_tail.exp() * (1.0 - kept).clamp_min(0.0))
+            dropped = (leaf.lse_outside - lse).exp() * (1.0 - kept).clamp_min(0.0)
+            shard = self.options.shard
+            self.dropped.append(dropped if shard is None else shard.sum(dropped))
 
     def _gradient_chunk(self, raw: Tensor) -> Tensor:
         """Where the gradient of a chunk of logits goes: the chunk itself, if that has the dtype."""
@@ -231,7 +245,7 @@ class _Walker:
     ) -> tuple[Tensor, SparseLogits, SparseLogits]:
         assert isinstance(self.teacher, LazyLogits)
         assert self.teacher_buffer is not None
-        teacher = self.teacher[rows].detach()
+        teacher = self.teacher[rows].detach().local(self.options.shard)
         teacher_head = teacher.head
         teacher_raw = self.teacher_buffer[: rows.stop - rows.start]
         matmul.project(
@@ -239,14 +253,14 @@ class _Walker:
             teacher_head.rows(0, teacher_head.vocab_size),
             teacher_raw,
         )
-        teacher_logits = LogitsChunk(
-            teacher_raw, teacher_head, self.epilogues, self.options.entropy
-        )
+        teacher_logits = self._logits(teacher_raw, teacher_head)
         s = logits.topk(self.options.k).detach()
         t = teacher_logits.gather(s.ids).detach()
         upstream = None if self.upstream is None else self.upstream[rows]
         out = self._gradient_chunk(logits.raw)
-        per_token = full_losses(logits, teacher_logits, self.options.objective, upstream, out)
+        pair = (logits, teacher_logits, self.options.objective, upstream, out)
+        shard = self.options.shard
+        per_token = full_losses(*pair) if shard is None else shard_losses(*pair, s.lse, t.lse)
         if self.gradients is not None:
             self.gradients.add_dense(rows, out, self.hidden[rows], self.head)
         return per_token, s, t

@@ -1,4 +1,4 @@
-"""Two processes of one gloo group, for tests of what happens across ranks."""
+"""Processes of one gloo group, for tests of what happens across ranks."""
 
 import os
 
@@ -7,19 +7,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_ranks(worker, folder, *arguments):
-    """Run worker(rank, folder, *arguments) in two processes, one thread each."""
-    mp.spawn(_enter, (worker, str(folder), arguments), nprocs=2)
+def run_ranks(worker, folder, *arguments, ranks=2):
+    """Run worker(rank, folder, *arguments) in so many processes, one thread each."""
+    mp.spawn(_enter, (worker, str(folder), arguments, ranks), nprocs=ranks)
 
 
-def _enter(rank, worker, folder, arguments):
+def _enter(rank, worker, folder, arguments, ranks):
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true",
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+        "ACCELERATE_USE_CPU": "true",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",  # accelerate wants them, nobody listens
     }  # fmt: skip
     torch.set_num_threads(1)
     init_method = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=ranks)
     worker(rank, folder, *arguments)
     dist.barrier()
     # The reducer of DistributedDataParallel, when it is collected, ends the group's thread while it

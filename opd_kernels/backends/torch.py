@@ -20,7 +20,7 @@ _BLOCK_ELEMENTS = 1 << 19
 
 def update(chunk: Tensor, first_id: int, head: Head, state: RowState) -> None:
     """Take the logits of columns [first_id, first_id + v) into the state of their rows."""
-    for rows in _row_blocks(chunk):
+    for rows in row_blocks(chunk):
         logits = head.logits(head.scores(chunk[rows], first_id))
         if state.selects:
             _update_topk(logits, first_id, state.rows(rows))
@@ -44,7 +44,7 @@ def gradient(
     dL/dz is dvalues [n, K] on S and dtail [n] * exp(z - tail [n]) off S; dL/draw follows by the
     chain rule.
     """
-    for rows in _row_blocks(chunk):
+    for rows in row_blocks(chunk):
         scores = head.scores(chunk[rows], first_id)
         logits = head.logits(scores)
         tail_rows = tail[rows, None]
@@ -69,7 +69,7 @@ def filtered_gradient(
     """
     pieces = [(ids.new_empty(0), ids.new_empty(0), chunk.new_empty(0))]
     shares = [chunk.new_empty(0)]
-    for rows in _row_blocks(chunk):
+    for rows in row_blocks(chunk):
         scores = head.scores(chunk[rows], 0)
         logits = _with_spare_column(head.logits(scores))
         columns = _columns(ids[rows], 0, chunk.shape[1])
@@ -104,26 +104,50 @@ def divergence(
     for the others, with w = log p - log q, or (1 - beta) log(p / M).
     """
     losses = [chunk.new_empty(0)]
-    for rows in _row_blocks(chunk):
+    for rows in row_blocks(chunk):
         scores = head.scores(chunk[rows], 0)
         log_p = head.logits(scores).log_softmax(1)
         log_q = teacher_head.logits(teacher_head.scores(teacher_chunk[rows], 0)).log_softmax(1)
-        p, q = log_p.exp(), log_q.exp()
-        if beta in (0.0, 1.0):
-            w = log_p - log_q
-            loss = -_expectation(q, w) if beta == 0.0 else _expectation(p, w)
-        else:
-            log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
-            w = (1.0 - beta) * (log_p - log_m)
-            loss = _expectation(p, w) + beta * _expectation(q, log_q - log_m)
+        loss, mean = pair_sums(log_p, log_q, beta)
         losses.append(loss)
         if upstream is None:
             continue
-        slope = p * (w - _expectation(p, w)[:, None])
-        dlogits = p - q if beta == 0.0 else slope.masked_fill_(p == 0, 0.0)
-        dlogits = (dlogits * upstream[rows, None]).masked_fill_((upstream[rows] == 0)[:, None], 0.0)
+        dlogits = pair_gradient(log_p, log_q, beta, mean) * upstream[rows, None]
+        dlogits.masked_fill_((upstream[rows] == 0)[:, None], 0.0)
         torch.mul(dlogits, head.derivative(scores), out=out[rows])
     return torch.cat(losses)
+
+
+def pair_sums(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The loss [n] of `divergence` and sum p w [n], over the columns of log_p and log_q [n, v]."""
+    p, q, w = log_p.exp(), log_q.exp(), _slope(log_p, log_q, beta)
+    mean = _expectation(p, w)
+    if beta == 0.0:
+        return -_expectation(q, w), mean
+    if beta == 1.0:
+        return mean, mean
+    log_m = _log_mixture(log_p, log_q, beta)
+    loss = (1.0 - beta) * _expectation(p, log_p - log_m) + beta * _expectation(q, log_q - log_m)
+    return loss, mean
+
+
+def pair_gradient(log_p: Tensor, log_q: Tensor, beta: float, mean: Tensor) -> Tensor:
+    """The gradient [n, v] of `divergence` wrt the student's logits, given sum p w [n] of all V."""
+    p = log_p.exp()
+    if beta == 0.0:
+        return p - log_q.exp()
+    slope = p * (_slope(log_p, log_q, beta) - mean[:, None])
+    return slope.masked_fill_(p == 0, 0.0)
+
+
+def _slope(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    if beta in (0.0, 1.0):
+        return log_p - log_q
+    return (1.0 - beta) * (log_p - _log_mixture(log_p, log_q, beta))
+
+
+def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    return torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
 
 
 def sparse_backward(
@@ -164,7 +188,8 @@ def _expectation(weight: Tensor, term: Tensor) -> Tensor:
     return (weight * term.masked_fill(weight == 0, 0.0)).sum(1)
 
 
-def _row_blocks(chunk: Tensor) -> Iterator[slice]:
+def row_blocks(chunk: Tensor) -> Iterator[slice]:
+    """Few enough rows at a time that an epilogue's temporaries are small."""
     rows = max(1, _BLOCK_ELEMENTS // max(1, chunk.shape[1]))
     for first in range(0, chunk.shape[0], rows):
         yield slice(first, min(first + rows, chunk.shape[0]))
