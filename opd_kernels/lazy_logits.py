@@ -56,9 +56,11 @@ class LazyLogits:
     check_finite: InitVar[bool] = False
 
     def __post_init__(self, check_finite: bool) -> None:
+        if is_dtensor(self.hidden):
+            object.__setattr__(self, "hidden", self.hidden.full_tensor())
         if is_dtensor(self.weight):
             object.__setattr__(self, "shard", shard_of_dtensor(self.weight))
-        for name in ("hidden", "weight", "bias"):
+        for name in ("weight", "bias"):
             operand = getattr(self, name)
             if is_dtensor(operand):
                 object.__setattr__(self, name, operand.to_local())

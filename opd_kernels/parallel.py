@@ -152,8 +152,9 @@ class VocabShard:
         return torch.where(log_mass == -torch.inf, 0.0, terms).sum(0)
 
 
-def shard_of_dtensor(weight: Any) -> VocabShard:
-    """The shard of a DTensor [V, D] that is split by rows over one dimension of its mesh.
+def shard_of_dtensor(weight: Any) -> VocabShard | None:
+    """The shard of a DTensor [V, D] that is split by rows over one dimension of its mesh; None for
+    one that is whole on every rank.
 
     Raises:
         ValueError: it is split otherwise.
@@ -161,6 +162,8 @@ def shard_of_dtensor(weight: Any) -> VocabShard:
     from torch.distributed.tensor import Replicate, Shard
 
     split = [i for i, p in enumerate(weight.placements) if not isinstance(p, Replicate)]
+    if not split:
+        return None
     if len(split) != 1 or weight.placements[split[0]] != Shard(0):
         raise ValueError(
             "weight: expected a DTensor that is split by rows, Shard(0), over one dimension of its "

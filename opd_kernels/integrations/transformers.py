@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opd_kernels.lazy_logits import LazyLogits
+from opd_kernels.parallel import is_dtensor
 
 T = TypeVar("T")
 
@@ -157,6 +158,11 @@ class _Capture:
                 f"model: expected {name} to call its output embeddings once per forward pass, got "
                 f"{self.calls} calls; its logits cannot be computed lazily"
             )
+        if not is_dtensor(self.weight) and self.weight.untyped_storage().nbytes() == 0:
+            raise ValueError(
+                f"model: FSDP has freed the weight of {name}'s head after its forward pass; wrap "
+                "the head with reshard_after_forward=False, or leave it to the root module"
+            )
         scale, softcap = _scale_and_softcap(self.answers, name)
         return LazyLogits(
             self.hidden, self.weight, self.bias, softcap, scale, temperature, vocab_size
@@ -245,9 +251,10 @@ def _plain_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
                 f"model: the head's {name} is offloaded (on the meta device); keep lm_head on the "
                 "device"
             )
-        if type(tensor.data) is not Tensor:
+        # A DTensor is split by tensor parallelism: FSDP's are whole in the forward pass.
+        if type(tensor.data) is not Tensor and not is_dtensor(tensor):
             raise ValueError(
-                f"model: expected the head's {name} to be a whole plain tensor, got "
+                f"model: expected the head's {name} to be a plain tensor, got "
                 f"{type(tensor.data).__name__}; gather or dequantise it first"
             )
     return head.weight, head.bias
