@@ -269,7 +269,7 @@ class LazyLogits:
     def _unflatten(self, rows: SparseLogits) -> SparseLogits:
         """[N, ...] as [..., ...]."""
         leading = self.hidden.shape[:-1]
-        return rows.map(lambda tensor: tensor.reshape(*leading, *tensor.shape[1:]))
+        return rows.map(lambda tensor: tensor.reshape((*leading, *tensor.shape[1:])))
 
 
 def _rows(logits: LazyLogits) -> int:
