@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opd_kernels.head import Head, accumulator_dtype
 from opd_kernels.linear import linear_gather, linear_topk
-from opd_kernels.parallel import VocabShard, is_dtensor, shard_of_dtensor
+from opd_kernels.parallel import VocabShard, is_dtensor, plain, shard_of_dtensor
 from opd_kernels.sparse import are_integer
 from opd_kernels.sparse_logits import SparseLogits
 
@@ -56,14 +56,11 @@ class LazyLogits:
     check_finite: InitVar[bool] = False
 
     def __post_init__(self, check_finite: bool) -> None:
-        if is_dtensor(self.hidden):
-            object.__setattr__(self, "hidden", self.hidden.full_tensor())
         if is_dtensor(self.weight):
             object.__setattr__(self, "shard", shard_of_dtensor(self.weight))
+        object.__setattr__(self, "hidden", plain(self.hidden, whole=True))
         for name in ("weight", "bias"):
-            operand = getattr(self, name)
-            if is_dtensor(operand):
-                object.__setattr__(self, name, operand.to_local())
+            object.__setattr__(self, name, plain(getattr(self, name)))
         _check_operands(self.hidden, self.weight, self.bias)
         if self.vocab_size is None:
             object.__setattr__(self, "vocab_size", _rows(self))

@@ -181,6 +181,13 @@ def is_dtensor(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def plain(tensor: Any, whole: bool = False) -> Any:
+    """A DTensor's part on this rank, or all of it; anything else as it is."""
+    if not is_dtensor(tensor):
+        return tensor
+    return tensor.full_tensor() if whole else tensor.to_local()
+
+
 class _GatherRows(torch.autograd.Function):
     """[ranks, ...] of every rank. The loss of all is the same, so a rank's gradient is its own."""
 
