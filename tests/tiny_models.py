@@ -27,12 +27,13 @@ CONFIGS = {
     "gpt2": _GPT2 | {"bos_token_id": 1, "eos_token_id": 2},
     "phi": _SIZES | {"partial_rotary_factor": 0.5},
 }
+_OTHERS = {"mixtral": _SIZES}  # whose head is like one of the above
 
 
 def tiny_model(name, dtype=torch.float32, seed=0, **changes):
     """A random model with weights large enough for its logits to spread, without dropout."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(name, **CONFIGS[name] | changes)
+    config = AutoConfig.for_model(name, **(CONFIGS | _OTHERS)[name] | changes)
     for dropout in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
         if hasattr(config, dropout):
             setattr(config, dropout, 0.0)

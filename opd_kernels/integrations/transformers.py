@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from opd_kernels.lazy_logits import LazyLogits
@@ -109,6 +111,56 @@ def call_with_lazy_logits(
         )
 
 
+def patch(model: PreTrainedModel) -> PreTrainedModel:
+    """Make model(..., labels=labels) compute its cross-entropy without the logits.
+
+    The loss is that of transformers: labels [B, T] are shifted by one, -100 counts for nothing, and
+    it is a mean, or a sum over num_items_in_batch. A mixture of experts adds its auxiliary loss.
+    The output's logits are None. Without labels the model is as it was.
+
+    Args:
+        model: a causal language model of transformers, before it is wrapped.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError, at the call: as lazy_logits.
+    """
+    bare_forward = model.forward
+
+    @wraps(bare_forward)
+    def forward(
+        *args: Any,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        **kwargs: Any,
+    ) -> Any:
+        if labels is None and shift_labels is None:
+            return bare_forward(*args, **kwargs)
+        capture = _forward_without_head(
+            model, bare_forward, *args, **kwargs | {"return_dict": True}
+        )
+        logits = capture.lazy_logits(model, 1.0, None)
+        if shift_labels is None:
+            assert labels is not None
+            shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        with torch.autocast(logits.hidden.device.type, *capture.autocast):
+            log_probs = logits.log_prob(shift_labels, ignore_index=ignore_index)
+        count = (shift_labels != ignore_index).sum()
+        loss = -log_probs.sum() / (count if num_items_in_batch is None else num_items_in_batch)
+        output = capture.output
+        if getattr(output, "aux_loss", None) is not None:
+            loss = loss + model.config.get_text_config().router_aux_loss_coef * output.aux_loss
+        output.loss, output.logits = loss, None
+        return output
+
+    model.forward = torch.compiler.disable(forward)
+    return model
+
+
 def pad_completions(
     prompts: Sequence[list[int]], completions: Sequence[list[int]], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,6 +199,7 @@ class _Capture:
     bias: Tensor | None = None
     answers: Tensor | None = None
     calls: int = 0
+    output: Any = None  # the model's
     autocast: tuple[torch.dtype, bool] = (torch.bfloat16, False)
 
     def lazy_logits(
@@ -194,7 +247,8 @@ def _forward_without_head(
         return probes.repeat(*hidden.shape[:-1], 1)
 
     with _replaced_forward(head, keep_input):
-        logits = forward(*args, **kwargs).logits
+        capture.output = forward(*args, **kwargs)
+        logits = capture.output.logits
     if logits.shape[-1] != len(_PROBES):
         raise ValueError(
             f"model: {type(model).__name__} computes logits without calling its output "

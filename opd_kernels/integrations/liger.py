@@ -1,0 +1,117 @@
+"""Liger-Kernel's fused distillation losses by name and call signature, computed by this package.
+
+    from opd_kernels.integrations.liger import LigerFusedLinearJSDLoss
+
+Where the two vocabularies differ in size, both are cut to the smaller: Liger-Kernel gives the added
+rows of the student the logit 0, and with it probability.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opd_kernels.distill import distillation_loss
+from opd_kernels.divergences import jsd
+from opd_kernels.lazy_logits import LazyLogits
+
+
+class LigerFusedLinearJSDLoss(nn.Module):
+    """weight_hard_loss * cross-entropy + weight_soft_loss * JSD, a mean over the labels that count.
+
+    Args:
+        weight_hard_loss: of the cross-entropy of the labels, at temperature 1.
+        weight_soft_loss: of the generalised JSD, see divergences.jsd.
+        beta: weight of the teacher in the mixture; 0 is the forward KL, 1 the reverse KL.
+        ignore_index: the label of tokens without a loss.
+        temperature: of both models in the JSD.
+        compiled, chunk_size: taken and not needed; chunks are planned by cost.
+        return_soft_hard_loss: return (loss, soft, hard) and not the loss alone.
+        **options: of distillation_loss, such as support="student", k=20; default support="full".
+    """
+
+    def __init__(
+        self,
+        weight_hard_loss: float = 0.5,
+        weight_soft_loss: float = 0.5,
+        beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        compiled: bool = True,
+        chunk_size: int = 1024,
+        return_soft_hard_loss: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.weights = weight_hard_loss, weight_soft_loss
+        self.ignore_index, self.temperature = ignore_index, temperature
+        self.returns_parts = return_soft_hard_loss
+        self.options: dict[str, Any] = {"support": "full", "objective": partial(jsd, beta=beta)}
+        self.options |= options
+
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        true_labels: Tensor,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """The loss of student_input [N, D] against teacher_input [N, D'], with labels [N]."""
+        student = LazyLogits(student_input, student_weight, student_bias)
+        teacher = LazyLogits(teacher_input, teacher_weight, teacher_bias)
+        counted = true_labels != self.ignore_index
+        count = counted.sum().clamp_min(1)
+        pair = (replace(x, temperature=self.temperature) for x in (student, teacher))
+        every = self.options | {"token_weights": counted.float(), "denominator": count}
+        soft = distillation_loss(*pair, **every).loss
+        hard = torch.zeros_like(soft)
+        if self.weights[0] != 0 or self.returns_parts:
+            hard = -student.log_prob(true_labels, ignore_index=self.ignore_index).sum() / count
+        loss = self.weights[0] * hard + self.weights[1] * soft
+        return (loss, soft, hard) if self.returns_parts else loss
+
+
+class LigerFusedLinearJSD(nn.Module):
+    """The generalised JSD, a mean over the labels that count, or over all tokens without labels.
+
+    Args:
+        jsd_beta, ignore_index, temperature, **options: as in LigerFusedLinearJSDLoss.
+    """
+
+    def __init__(
+        self,
+        jsd_beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        accum_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.loss = LigerFusedLinearJSDLoss(
+            weight_hard_loss=0.0,
+            weight_soft_loss=1.0,
+            beta=jsd_beta,
+            ignore_index=ignore_index,
+            temperature=temperature,
+            **options,
+        )
+
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        shift_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of student_input [N, D] against teacher_input [N, D'], labels [N] or none."""
+        if shift_labels is None:
+            shape = student_input.shape[:-1]
+            shift_labels = student_input.new_full(shape, self.ignore_index + 1, dtype=torch.long)
+        return self.loss(student_input, student_weight, teacher_input, teacher_weight, shift_labels)
