@@ -189,7 +189,10 @@ def _flat_loss(
 ) -> DistillationOutput:
     if reduction == "mean" and denominator is None:
         tokens = student.hidden.shape[0]
-        denominator = float(tokens) if weights is None else weights.sum()
+        if weights is None:  # as a tensor, or a compiled graph would be of one number of tokens
+            denominator = student.hidden.new_full((), tokens, dtype=torch.int64)
+        else:
+            denominator = weights.sum()
     if isinstance(denominator, Tensor):  # the caller may go on counting in it before backward
         denominator = denominator.detach().clone().reshape(())
     if reduction != "mean":
@@ -219,6 +222,13 @@ def _without_weightless_rows(
     return student, teacher
 
 
+# Its gradient is computed during the walk over chunks, which no graph can hold.
+_outside_graphs = torch.compiler.disable(
+    reason="one_pass and support='full' do not compile; method='recompute' with K ids does"
+)
+
+
+@_outside_graphs
 def _one_pass(
     student: LazyLogits,
     teacher: LazyLogits | SparseLogits,
@@ -267,18 +277,7 @@ def _recompute(
     weights: Tensor | None,
 ) -> DistillationOutput:
     if isinstance(options.support, str) and options.support == "full":
-        student = student.local()
-
-        def run(upstream: Tensor | None, needs: tuple[bool, bool, bool]) -> WalkResult:
-            return walk(student, teacher, options, upstream, needs)
-
-        results: list[WalkResult] = []
-        assert isinstance(teacher, LazyLogits)
-        theirs = (teacher.hidden, teacher.weight, teacher.bias)
-        per_token = RecomputedFullLoss.apply(
-            student.hidden, student.weight, student.bias, student, theirs, run, results
-        )
-        s, t = results[0].student, results[0].teacher
+        per_token, s, t = _recompute_full(student, teacher, options)
     else:
         source = Recomputed(student, options.entropy, options.chunk_bytes, options.backend)
         target: Recomputed | Served
@@ -287,10 +286,30 @@ def _recompute(
         else:
             target = replace(source, logits=teacher.detach())
         s, t = align(source, target, options.support, options.k, options.missing)
-        epilogues = select_backend(options.backend, student.hidden.device)
+        epilogues = None  # a compiler fuses the small kernels of the loss itself
+        if not torch.compiler.is_compiling():
+            epilogues = select_backend(options.backend, student.hidden.device)
         frozen = None if weights is None else weights == 0
         per_token = support_loss(s, t.detach(), options.objective, epilogues, frozen)
     return DistillationOutput(reduce(per_token), per_token.detach(), s.detach(), t.detach())
+
+
+@_outside_graphs
+def _recompute_full(
+    student: LazyLogits, teacher: LazyLogits | SparseLogits, options: LossOptions
+) -> tuple[Tensor, SparseLogits, SparseLogits]:
+    student = student.local()
+
+    def run(upstream: Tensor | None, needs: tuple[bool, bool, bool]) -> WalkResult:
+        return walk(student, teacher, options, upstream, needs)
+
+    results: list[WalkResult] = []
+    assert isinstance(teacher, LazyLogits)
+    theirs = (teacher.hidden, teacher.weight, teacher.bias)
+    per_token = RecomputedFullLoss.apply(
+        student.hidden, student.weight, student.bias, student, theirs, run, results
+    )
+    return per_token, results[0].student, results[0].teacher
 
 
 def _divide(total: Tensor, denominator: float | Tensor | None) -> Tensor:
@@ -312,6 +331,8 @@ def _resolve_method(student: LazyLogits, options: LossOptions, reduction: str, m
         return "one_pass"
     if isinstance(options.support, str) and options.support == "full":
         return "one_pass"  # chunks of tokens either way
+    if torch.compiler.is_compiling():
+        return "recompute"
     hidden, weight = student.hidden, student.weight
     operand, trains = operand_dtype(hidden, weight), torch.is_grad_enabled()
     itemsize = accumulator_dtype(hidden, weight).itemsize

@@ -18,15 +18,15 @@ def support_loss(
     student: SparseLogits,
     teacher: SparseLogits,
     objective: Objective,
-    epilogues: Epilogues,
+    epilogues: Epilogues | None,
     frozen: Tensor | None = None,
 ) -> Tensor:
     """The loss [n] of each row, differentiable through the student's values [n, K] and tail [n];
-    rows that are frozen [n] get no gradient, not even 0 * inf. The teacher is detached.
+    rows that are frozen [n] get no gradient, not even 0 * inf. The teacher is detached. Without
+    epilogues it is by autograd.
     """
     options = reverse_kl_options(objective)
-    # A compiler fuses the small kernels itself.
-    if options is not None and not torch.compiler.is_compiling():
+    if options is not None and epilogues is not None:
         check_same_distribution(student, teacher)
         assert student.values.shape == teacher.values.shape  # supports.align puts them so
         values, tail = student.values, student.lse_outside
