@@ -45,7 +45,8 @@ def _aligned(columns: int) -> int:
     return -(-columns // _ALIGNMENT) * _ALIGNMENT
 
 
-def _budget(device: torch.device, chunk_bytes: int | None) -> int:
+def budget_of(device: torch.device, chunk_bytes: int | None) -> int:
+    """Bytes of logits that may live at a time: the user's, or the device's default."""
     if chunk_bytes is None:
         return _CPU_BUDGET if device.type == "cpu" else _GPU_BUDGET
     if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < 1:
@@ -60,7 +61,7 @@ def recompute_sizes(
     tokens: int, vocab: int, bytes_a_logit: int, device: torch.device, chunk_bytes: int | None
 ) -> tuple[int, int]:
     """Rows and columns of a logits chunk in the recompute order."""
-    near = _near(Machine.of(device, 2), _budget(device, chunk_bytes))
+    near = _near(Machine.of(device, 2), budget_of(device, chunk_bytes))
     return _recompute_sizes(tokens, vocab, near // bytes_a_logit)
 
 
@@ -86,11 +87,11 @@ def one_pass_rows(
     tokens: int, vocab: int, bytes_a_logit: int, device: torch.device, chunk_bytes: int | None
 ) -> int:
     """Rows of a logits chunk in the one-pass order: as many as the budget holds, or one."""
-    return _one_pass_rows(tokens, vocab, _budget(device, chunk_bytes) // bytes_a_logit)
+    return rows_within(tokens, vocab, budget_of(device, chunk_bytes) // bytes_a_logit)
 
 
-def _one_pass_rows(tokens: int, vocab: int, budget: int) -> int:
-    """Within a budget of so many logits."""
+def rows_within(tokens: int, vocab: int, budget: int) -> int:
+    """Rows of a one-pass chunk within a budget of so many logits."""
     return _even_size(tokens, budget // _aligned(vocab))
 
 
@@ -104,7 +105,7 @@ def prefers_one_pass(
     # The number of tokens may be another in every step, and to count kernels takes milliseconds.
     rounding = 1 << max(0, shape.tokens.bit_length() - 4)
     rounded = replace(shape, tokens=-(-shape.tokens // rounding) * rounding)
-    return cheaper_order(rounded, machine, _budget(device, chunk_bytes), fused) == "one_pass"
+    return cheaper_order(rounded, machine, budget_of(device, chunk_bytes), fused) == "one_pass"
 
 
 @cache
@@ -133,7 +134,7 @@ def orders_of(
     """The kernels of student and teacher in both orders, in the chunks that a budget of bytes
     holds; a teacher that gathers at the student's ids, or none.
     """
-    rows = _one_pass_rows(shape.tokens, shape.vocab, budget // shape.bytes_a_logit)
+    rows = rows_within(shape.tokens, shape.vocab, budget // shape.bytes_a_logit)
     forward, backward = recompute_chunks(shape, machine, budget, fused)
     orders = {
         "one_pass": one_pass(shape, rows, machine),

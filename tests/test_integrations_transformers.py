@@ -308,7 +308,7 @@ def test_a_patched_model_trains_in_transformers_trainer(tmp_path):
      ("prophetnet", "refused")],
 )  # fmt: skip
 def test_the_walk_over_all_classes_tells_what_works(model_type, verdict):
-    """The whole walk is `make causal-lms`; logits of another shape than the hidden states are not."""
+    """The whole walk is `make causal-lms`. ProphetNet's logits are of some of its head's rows."""
     assert walk(model_type)[0] == verdict
 
 
