@@ -30,7 +30,16 @@ WARNINGS += [flag for path in include_paths() for flag in ("-isystem", path)]
 CUDA_EXTENSION = "opd_kernels._cuda"
 # at::vec's instruction sets, as torch.backends.cpu.get_cpu_capability() names them.
 FLAGS = {
-    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
+    # GCC 12 takes its own intrinsics for uses of uninitialised variables (its bug 105593).
+    "AVX512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mfma",
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
+    ],
     "AVX2": ["-mavx2", "-mfma"],
     "DEFAULT": [],
 }

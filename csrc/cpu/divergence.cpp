@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <type_traits>
 
 namespace opd {
 namespace {
@@ -14,6 +15,10 @@ namespace {
 // value where weight is not 0, else 0: a probability of 0 makes 0 of an infinite term.
 template <typename T>
 Vec<T> where_positive(Vec<T> weight, Vec<T> value) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_NEQ_UQ), value);
+#endif
   return Vec<T>::blendv(value, Vec<T>(0), weight == Vec<T>(0));
 }
 

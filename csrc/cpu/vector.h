@@ -23,13 +23,9 @@ constexpr int64_t padded(int64_t count) {
   return (count + Vec<T>::size() - 1) / Vec<T>::size() * Vec<T>::size();
 }
 
-// exp(x), inlined: a library call for every vector costs more than the polynomial. Coefficients of
-// Cephes' expf; 2 ulp. Below -87.3 the result is 0 where it would be subnormal. NaN stays NaN.
-inline Vec<float> exp(Vec<float> x) {
-  const Vec<float> lowest(-87.3f);
-  const auto clamped = at::vec::minimum(at::vec::maximum(x, lowest), Vec<float>(88.3f));
-  const auto n = (clamped * Vec<float>(1.44269504088896341f)).round();
-  auto r = at::vec::fmadd(n, Vec<float>(-0.693359375f), clamped);
+// The factor of 2^n in exp(x) for x = r + n log 2, |r| <= log(2) / 2. Coefficients of Cephes' expf.
+inline Vec<float> exp_of_remainder(Vec<float> x, Vec<float> n) {
+  auto r = at::vec::fmadd(n, Vec<float>(-0.693359375f), x);
   r = at::vec::fmadd(n, Vec<float>(2.12194440e-4f), r);
   auto p = Vec<float>(1.9875691500e-4f);
   p = at::vec::fmadd(p, r, Vec<float>(1.3981999507e-3f));
@@ -37,10 +33,29 @@ inline Vec<float> exp(Vec<float> x) {
   p = at::vec::fmadd(p, r, Vec<float>(4.1665795894e-2f));
   p = at::vec::fmadd(p, r, Vec<float>(1.6666665459e-1f));
   p = at::vec::fmadd(p, r, Vec<float>(5.0000001201e-1f));
-  p = at::vec::fmadd(p, r * r, r + Vec<float>(1.0f));
+  return at::vec::fmadd(p, r * r, r + Vec<float>(1.0f));
+}
+
+// exp(x), inlined: a library call for every vector costs more than the polynomial. 2 ulp; below
+// -87.3 the result is 0 where it would be subnormal. NaN stays NaN.
+inline Vec<float> exp(Vec<float> x) {
+  constexpr float lowest = -87.3f, highest = 88.3f, log2_of_e = 1.44269504088896341f;
+#if defined(CPU_CAPABILITY_AVX512)
+  // at::vec's comparisons, shifts and NaN-proof extrema are several instructions each here. The
+  // minimum is its second operand where one is NaN.
+  const auto kept = _mm512_cmp_ps_mask(x, _mm512_set1_ps(lowest), _CMP_NLT_UQ);
+  const Vec<float> clamped = _mm512_maskz_min_ps(kept, _mm512_set1_ps(highest), x);
+  const Vec<float> n = (clamped * Vec<float>(log2_of_e)).round();
+  return _mm512_maskz_scalef_ps(kept, exp_of_remainder(clamped, n), n);
+#else
+  const auto clamped =
+      at::vec::minimum(at::vec::maximum(x, Vec<float>(lowest)), Vec<float>(highest));
+  const auto n = (clamped * Vec<float>(log2_of_e)).round();
+  const auto p = exp_of_remainder(clamped, n);
   const auto exponent = at::vec::convert_to_int_of_same_size(n) + Vec<int32_t>(127);
   const auto power = at::vec::cast<float, int32_t>(exponent << Vec<int32_t>(23));
-  return Vec<float>::blendv(p * power, Vec<float>(0.0f), x < lowest);
+  return Vec<float>::blendv(p * power, Vec<float>(0.0f), x < Vec<float>(lowest));
+#endif
 }
 
 inline Vec<double> exp(Vec<double> x) { return x.exp(); }
