@@ -111,7 +111,8 @@ def check_shards(
     """Raise for what whole rows cannot do where a head is vocabulary-parallel."""
     if isinstance(support, Tensor) or support != "full" or isinstance(teacher, SparseLogits):
         return
-    if teacher.shard is not None and teacher.shard != student.shard:
+    ours, theirs = student.shard, teacher.shard
+    if theirs is not None and (ours is None or not theirs.is_like(ours)):
         raise ValueError(
             "teacher: with support='full', expected a whole head or one that is split as the "
             "student's is; split them alike, or use a support of K ids"

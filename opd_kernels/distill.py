@@ -73,12 +73,13 @@ def distillation_loss(
         entropy: also fill the entropy of student and teacher (of the whole rows), from the same
             pass.
         compact: leave out tokens of weight 0 before the first matrix product (synchronises with the
-            device).
+            device, so not under torch.compile).
         chunk_bytes: most memory for the student's logits at a time, and for support="full" as much
             again for the teacher's; default by the device.
         backend: "auto", or a name of available_backends().
         gradient_filter: leave tokens outside S whose probability is below this out of the gradient
             (one_pass only, an approximation; the loss stays exact). The README tells its error.
+            Where the head is split, the k largest of each rank are always kept.
 
     Returns:
         DistillationOutput(loss, per_token, student, teacher, dropped); all but loss are detached.
@@ -106,7 +107,7 @@ def distillation_loss(
         weights = token_weights.detach().reshape(-1)
         weights = weights.to(accumulator_dtype(student.hidden, student.weight))
     kept = None
-    if compact and weights is not None:
+    if compact and weights is not None and not torch.compiler.is_compiling():
         kept = weights.nonzero()[:, 0]
         if kept.numel() == weights.numel():
             kept = None
@@ -207,7 +208,11 @@ def _flat_loss(
         return _divide(weighted.sum(), denominator)
 
     if _resolve_method(student, options, reduction, method) == "one_pass":
-        return _one_pass(student, teacher, options, weights, reduce, denominator)
+        if torch.compiler.is_compiling():
+            from opd_kernels import outside_graphs
+
+            return outside_graphs.one_pass(student, teacher, options, weights, reduce, denominator)
+        return one_pass_loss(student, teacher, options, weights, reduce, denominator)
     return _recompute(student, teacher, options, reduce, weights)
 
 
@@ -222,14 +227,7 @@ def _without_weightless_rows(
     return student, teacher
 
 
-# Its gradient is computed during the walk over chunks, which no graph can hold.
-_outside_graphs = torch.compiler.disable(
-    reason="one_pass and support='full' do not compile; method='recompute' with K ids does"
-)
-
-
-@_outside_graphs
-def _one_pass(
+def one_pass_loss(
     student: LazyLogits,
     teacher: LazyLogits | SparseLogits,
     options: LossOptions,
@@ -237,6 +235,7 @@ def _one_pass(
     reduce: Callable[[Tensor], Tensor],
     denominator: float | Tensor | None,
 ) -> DistillationOutput:
+    """The loss and its gradient in one walk over chunks of tokens."""
     student = student.local()
     if not student.requires_grad:
         result = walk(student, teacher, options, None, (False, False, False))
@@ -277,7 +276,12 @@ def _recompute(
     weights: Tensor | None,
 ) -> DistillationOutput:
     if isinstance(options.support, str) and options.support == "full":
-        per_token, s, t = _recompute_full(student, teacher, options)
+        if torch.compiler.is_compiling():
+            from opd_kernels import outside_graphs
+
+            per_token, s, t = outside_graphs.recompute_full(student, teacher, options)
+        else:
+            per_token, s, t = recompute_full_loss(student, teacher, options)
     else:
         source = Recomputed(student, options.entropy, options.chunk_bytes, options.backend)
         target: Recomputed | Served
@@ -294,10 +298,10 @@ def _recompute(
     return DistillationOutput(reduce(per_token), per_token.detach(), s.detach(), t.detach())
 
 
-@_outside_graphs
-def _recompute_full(
+def recompute_full_loss(
     student: LazyLogits, teacher: LazyLogits | SparseLogits, options: LossOptions
 ) -> tuple[Tensor, SparseLogits, SparseLogits]:
+    """The loss [N] over whole rows, whose backward walks them again; and both models on S."""
     student = student.local()
 
     def run(upstream: Tensor | None, needs: tuple[bool, bool, bool]) -> WalkResult:

@@ -48,7 +48,8 @@ def shard_losses(
     teacher_lse: Tensor,
 ) -> Tensor:
     """As full_losses for the rows of the head that this rank has, given the logsumexp [c] of all of
-    them; of the package's own divergences, whose sums over V are summed over the ranks.
+    them; of the package's own divergences, whose sums over V are summed over the ranks. In PyTorch
+    on every backend.
     """
     beta, shard = jsd_beta(objective), ours.shard
     assert beta is not None  # check_shards refuses others
@@ -61,13 +62,14 @@ def shard_losses(
         log_q = theirs.head.logits(theirs.head.scores(theirs.raw[rows], 0))
         return scores, log_p, log_q - teacher_lse[rows, None]
 
-    sums = [torch.stack(pair_sums(*pair(rows)[1:], beta)) for rows in blocks]
+    sums = [torch.stack(pair_sums(*pair(rows)[1:], beta)[:2]) for rows in blocks]
     loss, mean = shard.sum(torch.cat(sums, dim=1))
     if upstream is None:
         return loss
     for rows in blocks:
         scores, log_p, log_q = pair(rows)
-        dlogits = pair_gradient(log_p, log_q, beta, mean[rows])
+        _, _, w = pair_sums(log_p, log_q, beta)
+        dlogits = pair_gradient(log_p, log_q, beta, w, mean[rows])
         dlogits.mul_(upstream[rows, None]).masked_fill_((upstream[rows] == 0)[:, None], 0.0)
         torch.mul(dlogits, ours.head.derivative(scores), out=out[rows])
     return loss

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from opd_kernels.head import Head, accumulator_dtype
 from opd_kernels.linear import linear_gather, linear_topk
@@ -57,6 +58,8 @@ class LazyLogits:
 
     def __post_init__(self, check_finite: bool) -> None:
         if is_dtensor(self.weight):
+            if self.shard is not None:
+                raise ValueError("shard: expected none, as a DTensor weight brings its own")
             object.__setattr__(self, "shard", shard_of_dtensor(self.weight))
         object.__setattr__(self, "hidden", plain(self.hidden, whole=True))
         for name in ("weight", "bias"):
@@ -236,12 +239,14 @@ class LazyLogits:
         if self.shard is None:
             weight, bias = weight[rows], None if bias is None else bias[rows]
         hidden, size = shard.sum_gradient(self.hidden), rows.stop - rows.start
-        if size > 0:
-            own = replace(self, weight=weight, bias=bias, vocab_size=size, shard=None)
-            return replace(own, hidden=hidden)
-        # A rank without a token takes part all the same, with one that has no mass.
-        zeros, nothing = hidden.new_zeros(1, hidden.shape[-1]), hidden.new_full((1,), -torch.inf)
-        return LazyLogits(hidden, zeros, nothing, temperature=self.temperature)
+        if size == 0:
+            # A rank without a token takes part all the same, with one that has no mass; it is made
+            # of the weight, which so has a gradient as on the other ranks.
+            nothing = weight.new_zeros(0) if bias is None else bias[:0]
+            bias = functional.pad(nothing, (0, 1), value=-torch.inf)
+            weight = functional.pad(weight[:0], (0, 0, 0, 1))
+            return LazyLogits(hidden, weight, bias, temperature=self.temperature)
+        return replace(self, hidden=hidden, weight=weight, bias=bias, vocab_size=size, shard=None)
 
     @property
     def head(self) -> Head:
@@ -296,7 +301,8 @@ def _check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
-            f"bias: expected shape [V] = {tuple(weight.shape[:1])}, got {tuple(bias.shape)}"
+            f"bias: expected shape [V] = {tuple(weight.shape[:1])}, got {tuple(bias.shape)}; pass "
+            "the rows that weight has"
         )
 
 

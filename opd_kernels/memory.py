@@ -67,7 +67,8 @@ class Loss:
         width = self.shape.bytes_a_logit
         rows = rows_within(self.tokens, self.rows, self.budget // width)
         chunks = rows * self.rows * (width + 4 * full)
-        several = rows < self.tokens  # a single chunk of bfloat16 is no sum
+        # A single chunk of a GPU's bfloat16 products is no sum.
+        several = rows < self.tokens or self.dtype != torch.bfloat16 or self.device == "cpu"
         sums = self.sums(self.tokens + several * self.rows)
         return chunks + sums + self.supports()
 

@@ -192,7 +192,7 @@ class _Walker:
             if dvalues is None:
                 dvalues = torch.zeros_like(leaf.values)
             self._backpropagate(
-                self.gradients, rows, logits.raw, leaf.detach(), s.lse.detach(), dvalues, dtail
+                self.gradients, rows, logits.raw, leaf.detach(), s.detach(), dvalues, dtail
             )
         return per_token.detach(), s.detach(), t
 
@@ -202,7 +202,7 @@ class _Walker:
         rows: slice,
         raw: Tensor,
         leaf: SparseLogits,
-        lse: Tensor,
+        student: SparseLogits,
         dvalues: Tensor,
         dtail: Tensor | None,
     ) -> None:
@@ -217,13 +217,13 @@ class _Walker:
             self.epilogues.gradient(raw, 0, head, leaf.ids, dvalues, tail, dtail, out)
             gradients.add_dense(rows, out, hidden, head)
         else:
-            threshold = lse + math.log(eps)
+            threshold = student.lse + math.log(eps)
             entries, kept = self.epilogues.filtered_gradient(
                 raw, head, leaf.ids, dvalues, tail, dtail, threshold
             )
             gradients.add_entries(rows, entries, hidden, head)
         if eps is not None:
-            dropped = (leaf.lse_outside - lse).exp() * (1.0 - kept).clamp_min(0.0)
+            dropped = (leaf.lse_outside - student.lse).exp() * (1.0 - kept).clamp_min(0.0)
             shard = self.options.shard
             self.dropped.append(dropped if shard is None else shard.sum(dropped))
 

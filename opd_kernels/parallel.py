@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from opd_kernels.sparse_logits import SparseLogits
@@ -55,6 +56,11 @@ class VocabShard:
         counts = _gathered(own, group).flatten().cumsum(0)
         return cls(group, (0, *counts.tolist()))
 
+    def is_like(self, other: "VocabShard") -> bool:
+        """Whether the other one splits over the same ranks in the same way."""
+        ranks = [dist.get_process_group_ranks(shard.group) for shard in (self, other)]
+        return self.starts == other.starts and ranks[0] == ranks[1]
+
     @property
     def rank(self) -> int:
         """This process in the group."""
@@ -83,9 +89,11 @@ class VocabShard:
         start = self.rows(vocab_size).start
         missing = k - own.values.shape[-1]  # of a rank with fewer rows than K
         values = functional.pad(own.values, (0, missing), value=-torch.inf)
-        ids = functional.pad(own.ids + start, (0, missing), value=-1)
-        ids = self.gather(ids.masked_fill(values == -torch.inf, -1))
-        values, tails = self._gather_rows(values, own)
+        empty = (own.values == -torch.inf) | (own.ids < 0)
+        ids = functional.pad((own.ids + start).masked_fill(empty, -1), (0, missing), value=-1)
+        ids = self.gather(ids)
+        values, tails = self._gather_rows(values, own.tail)
+        assert tails is not None
         candidates, order = values.sort(dim=-1, descending=True, stable=True)
         ids = ids.transpose(0, 1).flatten(1).gather(-1, order[:, :k])
         tail = _logsumexp(torch.cat([candidates[:, k:], tails], dim=-1))
@@ -102,13 +110,15 @@ class VocabShard:
     def merge_given(self, own: SparseLogits, ids: Tensor, vocab_size: int) -> SparseLogits:
         """Values at ids [N, K], each from the rank that has its row, and the tail of all ranks."""
         slots = ids.shape[-1]
-        bounds = torch.tensor(self.starts[1:-1], device=ids.device)
-        owner = torch.bucketize(ids.clamp(0, vocab_size - 1), bounds, right=True)
-        values, tails = self._gather_rows(own.values, own)
-        chosen = owner * slots + torch.arange(slots, device=ids.device)
-        tail = None if own.tail is None else _logsumexp(tails)
-        entropy = None if own.entropy is None else self._entropy(own)
-        values = values.gather(-1, chosen)
+        owner = torch.zeros_like(ids)
+        for start in self.starts[1:-1]:
+            owner += ids.clamp_max(vocab_size - 1) >= start
+        values, tails = self._gather_rows(own.values, own.tail)
+        values = values.gather(-1, owner * slots + torch.arange(slots, device=ids.device))
+        if tails is not None:  # NaN in another rank's rows is not on S
+            values = values.masked_fill(tails.detach().isnan().any(-1, keepdim=True), torch.nan)
+        tail = None if tails is None else _logsumexp(tails)
+        entropy = self._entropy(own)
         return replace(
             own, values=values, ids=ids, tail=tail, vocab_size=vocab_size, entropy=entropy
         )
@@ -116,7 +126,7 @@ class VocabShard:
     def merge_rows(self, own: Tensor, vocab_size: int) -> Tensor:
         """Whole rows [N, V] from every rank's part of them, differentiable."""
         padded = functional.pad(own, (0, self.largest - own.shape[-1]))
-        parts = _GatherRows.apply(padded, self)
+        parts, _ = _GatherRows.apply(padded, None, self)
         ends = [min(start, vocab_size) for start in self.starts]
         sizes = [b - a for a, b in pairwise(ends)]
         return torch.cat([part[:, :n] for part, n in zip(parts, sizes, strict=True)], dim=-1)
@@ -135,12 +145,10 @@ class VocabShard:
         """[ranks, ...] of every rank, without a gradient."""
         return _gathered(own.detach(), self.group)
 
-    def _gather_rows(self, values: Tensor, own: SparseLogits) -> tuple[Tensor, Tensor]:
+    def _gather_rows(self, values: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """All ranks' values [N, ranks * K] and tails [N, ranks], differentiable."""
-        tail = values[:, :0] if own.tail is None else own.tail[:, None]
-        everything = _GatherRows.apply(torch.cat([values, tail], dim=-1), self)
-        values, tails = everything.split([values.shape[-1], tail.shape[-1]], dim=-1)
-        return values.transpose(0, 1).flatten(1), tails.transpose(0, 1).flatten(1)
+        values, tails = _GatherRows.apply(values, tail, self)
+        return values.transpose(0, 1).flatten(1), None if tails is None else tails.transpose(0, 1)
 
     def _entropy(self, own: SparseLogits) -> Tensor | None:
         """H = sum_r P_r (H_r - log P_r), with P_r the mass of rank r's rows."""
@@ -169,10 +177,24 @@ def shard_of_dtensor(weight: Any) -> VocabShard | None:
             "weight: expected a DTensor that is split by rows, Shard(0), over one dimension of its "
             f"mesh, got {weight.placements}; redistribute it, or pass weight.full_tensor()"
         )
+    mesh, group = weight.device_mesh, weight.device_mesh.get_group(split[0])
+    names = mesh.mesh_dim_names
+    if names is None or "tp" not in names[split[0]]:
+        raise ValueError(
+            "weight: expected a DTensor that is split over a dimension of its mesh with tp in its "
+            f"name, got {names}; FSDP's ranks have other tokens: compute the loss inside the "
+            "forward pass or pass weight.full_tensor(); for tensor parallelism pass "
+            "weight.to_local() and shard=VocabShard.of(...)"
+        )
+    if mesh.get_local_rank(split[0]) != dist.get_rank(group):
+        raise ValueError(
+            "weight: expected a mesh whose ranks are in the order of its process group's; pass "
+            "weight.to_local() and shard=VocabShard.of(...)"
+        )
     ranks, rows = weight.device_mesh.size(split[0]), weight.shape[0]
     size = -(-rows // ranks)  # as torch.chunk splits
     starts = tuple(min(rank * size, rows) for rank in range(ranks + 1))
-    return VocabShard(weight.device_mesh.get_group(split[0]), starts)
+    return VocabShard(group, starts)
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -189,16 +211,29 @@ def plain(tensor: Any, whole: bool = False) -> Any:
 
 
 class _GatherRows(torch.autograd.Function):
-    """[ranks, ...] of every rank. The loss of all is the same, so a rank's gradient is its own."""
+    """Values [ranks, N, K] and tails [ranks, N] of every rank, in one collective. The loss of all
+    is the same, so a rank's gradient is its own; a tail that the loss never used gets none.
+    """
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, shard: VocabShard) -> Tensor:
+    def forward(
+        ctx: Any, values: Tensor, tail: Tensor | None, shard: VocabShard
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
         ctx.rank = shard.rank
-        return _gathered(own, shard.group)
+        own = values if tail is None else torch.cat([values, tail[:, None]], dim=-1)
+        everything = _gathered(own, shard.group)
+        if tail is None:
+            return everything, None
+        return everything[..., :-1].contiguous(), everything[..., -1].contiguous()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient[ctx.rank], None
+    @once_differentiable
+    def backward(
+        ctx: Any, dvalues: Tensor | None, dtails: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        own = [None if gradient is None else gradient[ctx.rank] for gradient in (dvalues, dtails)]
+        return own[0], own[1], None
 
 
 class _SumGradient(torch.autograd.Function):
@@ -208,6 +243,7 @@ class _SumGradient(torch.autograd.Function):
         return hidden.view_as(hidden)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         wide = torch.promote_types(gradient.dtype, torch.float32)
         return ctx.shard.sum(gradient.to(wide)).to(gradient.dtype), None
@@ -225,8 +261,8 @@ def _collective(call: Callable[[], T]) -> T:
         return call()
     except RuntimeError as error:
         raise RuntimeError(
-            "vocabulary-parallel head: another rank of the group has failed or is gone, see its "
-            f"own error; every rank must take part with the same tokens ({error})"
+            "vocabulary-parallel head: another rank of the group may have failed or be gone, see "
+            f"its own error; every rank must take part with the same tokens ({error})"
         ) from error
 
 

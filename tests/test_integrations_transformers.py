@@ -1,5 +1,6 @@
 """lazy_logits of real architectures: equal to the model's own logits, or refused."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.testing import assert_close
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from opd_kernels import distillation_loss
 from opd_kernels.integrations.transformers import call_with_lazy_logits, lazy_logits, patch
@@ -277,6 +284,8 @@ def test_a_patched_models_loss_is_its_own_without_logits(name, items):
     assert patch(model) is model
     output = model(ids, **given)
     assert output.logits is None
+    assert "logits" not in output
+    assert output[0] is output.loss
     loss, gradients = step(output)
     assert_close(loss, expected[0], rtol=1e-5, atol=1e-6)
     assert gradients.keys() == expected[1].keys()
@@ -285,6 +294,33 @@ def test_a_patched_models_loss_is_its_own_without_logits(name, items):
         assert_close(gradients[parameter], gradient, rtol=1e-4, atol=1e-5 * scale)
     assert torch.equal(model(ids, attention_mask=mask).logits, before)
     assert_close(lazy_logits(model, ids, mask).materialize(), before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_of_a_patched_model_has_weights_of_its_own():
+    model, (ids, _) = patch(tiny_model("llama")), tiny_batch()
+    before = model(ids, labels=ids).loss
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    assert_close(model(ids, labels=ids).loss, before)
+    expected = tiny_model("llama")
+    with torch.no_grad():
+        expected.lm_head.weight.mul_(2)
+    assert_close(other(ids, labels=ids).loss, expected(ids, labels=ids).loss)
+    assert_close(other(ids).logits, expected(ids).logits)
+
+
+def test_a_class_with_another_loss_of_labels_is_not_patched():
+    bart = AutoModelForCausalLM.from_config(
+        BartConfig(vocab_size=97, d_model=16, decoder_layers=1, decoder_attention_heads=2,
+                   decoder_ffn_dim=32, is_decoder=True)
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match="BartForCausalLM does not compute it by transformers' own"
+    ):
+        patch(bart)
+    with pytest.raises(ValueError, match="has another forward on this instance"):
+        patch(patch(tiny_model("llama")))
 
 
 def test_a_patched_model_trains_in_transformers_trainer(tmp_path):

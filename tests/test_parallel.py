@@ -80,11 +80,6 @@ def check_rows(rank, sizes):
         ids = random_ids(whole, K).reshape(2, 5, -1)
         weights = torch.randn(2, 5, K, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
 
-        def reduce(logits, sparse, weights=weights):
-            return (sparse.log_probs * weights[0]).nan_to_num(0, 0, 0).sum() + (
-                sparse.log_tail * weights[1]
-            ).sum()
-
         for call in (partial(LazyLogits.topk, k=K, entropy=True),
                      partial(LazyLogits.gather, ids=ids[..., :K], entropy=True)):  # fmt: skip
             actual, expected = call(own), call(whole)
@@ -121,7 +116,8 @@ def check_ties(rank, sizes):
     poisoned[3] = torch.nan
     own, _ = split(replace(whole, weight=poisoned), sizes, rank)
     assert own.topk(4).values.isnan().all()
-    assert own.gather(torch.tensor([[50]]).expand(11, 1)).lse.isnan().all()
+    ids = torch.tensor([[50, 51]]).expand(11, 2)
+    assert own.gather(ids).values.isnan().all()
 
 
 def check_dtypes(rank, sizes):
@@ -176,7 +172,7 @@ def check_filter(rank, sizes):
 def check_dtensor(rank, sizes):
     """A weight that is split by rows brings its own shard; another one is refused."""
     world = len(sizes)
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
     for padded in (3, 0):  # 53 rows do not split evenly
         torch.manual_seed(3)
         student, teacher = pair(padded=padded)
@@ -210,8 +206,20 @@ def check_refusals(rank, sizes):
             distillation_loss(own, replace(other, vocab_size=VOCAB), k=K, support="full")
     output = distillation_loss(own, replace(other, vocab_size=VOCAB), k=K)  # each has its own
     assert_close(output.loss, distillation_loss(student, teacher, k=K).loss)
-    loss = distillation_loss(own, teacher, k=K, objective=partial(jsd, beta=0.5), reduction="none")
-    assert loss.loss.shape == (11,)
+    options = {"k": K, "objective": partial(jsd, beta=0.5), "reduction": "none"}
+    losses = [distillation_loss(x, teacher, **options).loss for x in (own, student)]
+    assert_close(*losses, rtol=1e-12, atol=1e-13)
+    for support in ("student", "full"):  # the head alone learns
+        frozen, whole = (replace(x, hidden=x.hidden.detach()) for x in (own, student))
+        losses = [distillation_loss(x, teacher, k=K, support=support).loss for x in (frozen, whole)]
+        losses[0].backward()
+        expected = torch.autograd.grad(losses[1], whole.weight)[0]
+        rows = own.shard.rows(56)
+        assert_close(own.weight.grad, expected[rows], rtol=1e-12, atol=1e-13)
+        own.weight.grad = None
+    fsdp = distribute_tensor(torch.randn(8, 4), init_device_mesh("cpu", (len(sizes),)), [Shard(0)])
+    with pytest.raises(ValueError, match="FSDP's ranks have other tokens"):
+        LazyLogits(torch.randn(2, 4), fsdp)
 
 
 CHECKS = [check_rows, check_ties, check_dtypes, check_filter, check_refusals, check_losses]
@@ -241,7 +249,7 @@ def _dying_worker(rank, folder):
     if rank == 1:
         os._exit(0)
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match="another rank of the group has failed or is gone"):
+    with pytest.raises(RuntimeError, match="another rank of the group may have failed or be gone"):
         distillation_loss(own, teacher, k=K)
     assert time.monotonic() - start < 30
     Path(folder, "told").touch()

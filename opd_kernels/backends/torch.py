@@ -108,46 +108,36 @@ def divergence(
         scores = head.scores(chunk[rows], 0)
         log_p = head.logits(scores).log_softmax(1)
         log_q = teacher_head.logits(teacher_head.scores(teacher_chunk[rows], 0)).log_softmax(1)
-        loss, mean = pair_sums(log_p, log_q, beta)
+        loss, mean, w = pair_sums(log_p, log_q, beta)
         losses.append(loss)
         if upstream is None:
             continue
-        dlogits = pair_gradient(log_p, log_q, beta, mean) * upstream[rows, None]
+        dlogits = pair_gradient(log_p, log_q, beta, w, mean) * upstream[rows, None]
         dlogits.masked_fill_((upstream[rows] == 0)[:, None], 0.0)
         torch.mul(dlogits, head.derivative(scores), out=out[rows])
     return torch.cat(losses)
 
 
-def pair_sums(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """The loss [n] of `divergence` and sum p w [n], over the columns of log_p and log_q [n, v]."""
-    p, q, w = log_p.exp(), log_q.exp(), _slope(log_p, log_q, beta)
-    mean = _expectation(p, w)
-    if beta == 0.0:
-        return -_expectation(q, w), mean
-    if beta == 1.0:
-        return mean, mean
-    log_m = _log_mixture(log_p, log_q, beta)
-    loss = (1.0 - beta) * _expectation(p, log_p - log_m) + beta * _expectation(q, log_q - log_m)
-    return loss, mean
+def pair_sums(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss [n] of `divergence` and sum p w [n], over the columns of log_p and log_q [n, v]; and
+    w [n, v].
+    """
+    if beta in (0.0, 1.0):
+        w = log_p - log_q
+        mean = _expectation(log_p.exp(), w)
+        return mean if beta == 1.0 else -_expectation(log_q.exp(), w), mean, w
+    log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
+    w = (1.0 - beta) * (log_p - log_m)
+    mean = _expectation(log_p.exp(), w)
+    return mean + beta * _expectation(log_q.exp(), log_q - log_m), mean, w
 
 
-def pair_gradient(log_p: Tensor, log_q: Tensor, beta: float, mean: Tensor) -> Tensor:
+def pair_gradient(log_p: Tensor, log_q: Tensor, beta: float, w: Tensor, mean: Tensor) -> Tensor:
     """The gradient [n, v] of `divergence` wrt the student's logits, given sum p w [n] of all V."""
     p = log_p.exp()
     if beta == 0.0:
         return p - log_q.exp()
-    slope = p * (_slope(log_p, log_q, beta) - mean[:, None])
-    return slope.masked_fill_(p == 0, 0.0)
-
-
-def _slope(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    if beta in (0.0, 1.0):
-        return log_p - log_q
-    return (1.0 - beta) * (log_p - _log_mixture(log_p, log_q, beta))
-
-
-def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    return torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
+    return (p * (w - mean[:, None])).masked_fill_(p == 0, 0.0)
 
 
 def sparse_backward(

@@ -68,12 +68,22 @@ class LigerFusedLinearJSDLoss(nn.Module):
         count = counted.sum().clamp_min(1)
         pair = (replace(x, temperature=self.temperature) for x in (student, teacher))
         every = self.options | {"token_weights": counted.float(), "denominator": count}
-        soft = distillation_loss(*pair, **every).loss
-        hard = torch.zeros_like(soft)
-        if self.weights[0] != 0 or self.returns_parts:
-            hard = -student.log_prob(true_labels, ignore_index=self.ignore_index).sum() / count
-        loss = self.weights[0] * hard + self.weights[1] * soft
-        return (loss, soft, hard) if self.returns_parts else loss
+        loss = student_input.new_zeros((), dtype=torch.float32)
+        parts = {}
+        for name, weight in zip(("hard", "soft"), self.weights, strict=True):
+            if weight == 0 and not self.returns_parts:
+                continue
+            with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
+                if name == "soft":
+                    parts[name] = distillation_loss(*pair, **every).loss
+                else:
+                    log_probs = student.log_prob(true_labels, ignore_index=self.ignore_index)
+                    parts[name] = -log_probs.sum() / count
+            if weight != 0:
+                loss = loss + weight * parts[name]
+        if not self.returns_parts:
+            return loss
+        return loss, parts["soft"], parts["hard"]
 
 
 class LigerFusedLinearJSD(nn.Module):
@@ -81,6 +91,7 @@ class LigerFusedLinearJSD(nn.Module):
 
     Args:
         jsd_beta, ignore_index, temperature, **options: as in LigerFusedLinearJSDLoss.
+        accum_dtype: taken and not needed; sums are of float32.
     """
 
     def __init__(

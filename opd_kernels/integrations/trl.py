@@ -5,7 +5,6 @@
 Everything else, rollouts, batches, logs, stays TRL's.
 """
 
-from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +17,7 @@ from trl.trainer import distillation_trainer
 from opd_kernels.distill import distillation_loss
 from opd_kernels.divergences import jsd
 from opd_kernels.lazy_logits import LazyLogits
-from opd_kernels.parallel import plain
+from opd_kernels.parallel import is_dtensor, plain
 
 _LOSS = "_chunked_divergence_loss"  # what TRL's trainer calls, by this name of its module
 
@@ -71,19 +70,28 @@ def _loss(
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In place of TRL's: the loss, the sum of the student's entropies, and the number of tokens."""
-    whole: Callable[[Any], Any] = partial(plain, whole=True)  # FSDP2's weights, outside the head
+
+    def whole(weight: Any, hidden: Tensor) -> Any:
+        """FSDP2's, outside the head's forward pass; the gathered one is a master copy."""
+        return plain(weight, whole=True).to(hidden.dtype) if is_dtensor(weight) else weight
+
+    if is_dtensor(student_lm_head_weight) and student_lm_head_weight.requires_grad:
+        raise ValueError(
+            "trl: expected the student's head whole in the forward pass, as accelerate's FSDP2 "
+            "leaves it to the root module; its gradient would not be summed over the ranks"
+        )
     student = LazyLogits(
         student_hidden_states,
-        whole(student_lm_head_weight),
-        whole(student_lm_head_bias),
+        whole(student_lm_head_weight, student_hidden_states),
+        whole(student_lm_head_bias, student_hidden_states),
         student_final_logit_softcapping,
         student_logit_scale,
         temperature,
     )
     teacher = LazyLogits(
         teacher_hidden_states,
-        whole(teacher_lm_head_weight),
-        whole(teacher_lm_head_bias),
+        whole(teacher_lm_head_weight, teacher_hidden_states),
+        whole(teacher_lm_head_bias, teacher_hidden_states),
         teacher_final_logit_softcapping,
         teacher_logit_scale,
         temperature,
