@@ -1,0 +1,103 @@
+"""Cross-entropy of labels without logits, inside the forward pass of a model of transformers."""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from opd_kernels.integrations.transformers import forward_without_head
+
+
+def patch(model: PreTrainedModel) -> PreTrainedModel:
+    """Make model(..., labels=labels) compute its cross-entropy without the logits.
+
+    The loss is that of transformers: labels [B, T] are shifted by one, -100 counts for nothing, and
+    it is a mean, or a sum over num_items_in_batch. A mixture of experts adds its auxiliary loss.
+    The output has no logits. Without labels the model is as it was.
+
+    Args:
+        model: a causal language model of transformers, before it is wrapped.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the class's loss is another one; and at the call, as lazy_logits.
+    """
+    _check_labels_loss(model)
+    model.forward = MethodType(_forward_of_labels(type(model).forward), model)
+    return model
+
+
+def _forward_of_labels(bare_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A class's forward, with the loss of labels from lazy logits."""
+
+    @torch.compiler.disable
+    def with_labels(
+        self: PreTrainedModel,
+        *args: Any,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+        ignore_index: int,
+        **kwargs: Any,
+    ) -> Any:
+        bare = MethodType(bare_forward, self)
+        capture = forward_without_head(self, bare, *args, **kwargs | {"return_dict": True})
+        logits = capture.lazy_logits(self, 1.0, None)
+        if shift_labels is None:
+            assert labels is not None
+            shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        shift_labels = shift_labels.to(logits.hidden.device)
+        with torch.autocast(logits.hidden.device.type, *capture.autocast):
+            log_probs = logits.log_prob(shift_labels, ignore_index=ignore_index)
+        count = (shift_labels != ignore_index).sum()
+        loss = -log_probs.sum() / (count if num_items_in_batch is None else num_items_in_batch)
+        output = {name: x for name, x in capture.output.items() if name != "logits"}
+        if output.get("aux_loss") is not None:
+            loss = loss + self.router_aux_loss_coef * output["aux_loss"].to(loss.device)
+        return type(capture.output)(loss=loss, **output)
+
+    @wraps(bare_forward)
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        **kwargs: Any,
+    ) -> Any:
+        if labels is None and shift_labels is None:
+            return bare_forward(self, *args, **kwargs)
+        targets = {"labels": labels, "shift_labels": shift_labels, "ignore_index": ignore_index}
+        targets["num_items_in_batch"] = num_items_in_batch
+        return with_labels(self, *args, **targets, **kwargs)
+
+    return forward
+
+
+def _check_labels_loss(model: PreTrainedModel) -> None:
+    """Raise unless the class's loss of labels is the shifted cross-entropy and what is known."""
+    code = inspect.getsource(type(model).forward)
+    reason = None
+    if "self.loss_function(" not in code or model.loss_function is not ForCausalLMLoss:
+        reason = "does not compute it by transformers' own ForCausalLMLoss"
+    elif "z_loss" in code:
+        reason = "adds a loss of its logits"
+    elif "aux_loss" in code and not hasattr(model, "router_aux_loss_coef"):
+        reason = "adds a loss with a coefficient of its own"
+    elif "forward" in model.__dict__:
+        reason = "has another forward on this instance; patch it first"
+    if reason is not None:
+        raise ValueError(
+            f"model: expected the loss of labels to be their shifted cross-entropy, but "
+            f"{type(model).__name__} {reason}; call lazy_logits(model, ...).log_prob yourself"
+        )
