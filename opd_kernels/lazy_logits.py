@@ -1,7 +1,6 @@
 """LazyLogits: hidden states and the head that would turn them into logits, until somebody asks."""
 
 from dataclasses import InitVar, dataclass, replace
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -10,11 +9,16 @@ from torch.nn import functional
 
 from opd_kernels.head import Head, accumulator_dtype
 from opd_kernels.linear import linear_gather, linear_topk
+from opd_kernels.operands import (
+    check_hidden_is_finite,
+    check_ids,
+    check_k,
+    check_operands,
+    check_scalars,
+    check_vocab_size,
+)
 from opd_kernels.parallel import VocabShard, is_dtensor, plain, shard_of_dtensor
-from opd_kernels.sparse import are_integer
 from opd_kernels.sparse_logits import SparseLogits
-
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +68,17 @@ class LazyLogits:
         object.__setattr__(self, "hidden", plain(self.hidden, whole=True))
         for name in ("weight", "bias"):
             object.__setattr__(self, name, plain(getattr(self, name)))
-        _check_operands(self.hidden, self.weight, self.bias)
+        check_operands(self.hidden, self.weight, self.bias)
+        rows = self.weight.shape[0]
+        if self.shard is not None:
+            self.shard.check_rows(rows)
+            rows = self.shard.starts[-1]
         if self.vocab_size is None:
-            object.__setattr__(self, "vocab_size", _rows(self))
-        _check_options(self)
+            object.__setattr__(self, "vocab_size", rows)
+        check_scalars(self.softcap, self.scale, self.temperature)
+        check_vocab_size(self.vocab_size, rows)
         if check_finite:
-            _check_finite(self.hidden)
+            check_hidden_is_finite(self.hidden)
 
     @property
     def shape(self) -> torch.Size:
@@ -272,109 +281,3 @@ class LazyLogits:
         """[N, ...] as [..., ...]."""
         leading = self.hidden.shape[:-1]
         return rows.map(lambda tensor: tensor.reshape((*leading, *tensor.shape[1:])))
-
-
-def _rows(logits: LazyLogits) -> int:
-    """Of the whole weight, over all ranks."""
-    return logits.weight.shape[0] if logits.shard is None else logits.shard.starts[-1]
-
-
-def _check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    operands = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
-    for name, operand in operands.items():
-        if not isinstance(operand, Tensor) or operand.dtype not in _FLOATING:
-            got = operand.dtype if isinstance(operand, Tensor) else type(operand).__name__
-            raise TypeError(
-                f"{name}: expected a tensor of float16, bfloat16, float32 or float64, got {got}; "
-                "cast or dequantise it first"
-            )
-        if operand.device != hidden.device:
-            raise ValueError(
-                f"{name}: expected device {hidden.device}, as hidden's, got {operand.device}; "
-                "move one of them"
-            )
-    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            "hidden, weight: expected [..., D] and [V, D] with the same D, got "
-            f"{tuple(hidden.shape)} and {tuple(weight.shape)}; pass lm_head.weight as it is, not "
-            "transposed"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"bias: expected shape [V] = {tuple(weight.shape[:1])}, got {tuple(bias.shape)}; pass "
-            "the rows that weight has"
-        )
-
-
-def _check_options(logits: LazyLogits) -> None:
-    for name in ("softcap", "scale", "temperature"):
-        value = getattr(logits, name)
-        optional = name == "softcap" and value is None
-        if isinstance(value, bool) or not (optional or isinstance(value, Real)):
-            raise TypeError(
-                f"{name}: expected a number, got {type(value).__name__}; a tensor would get no "
-                "gradient, pass float(...)"
-            )
-    if isinstance(logits.vocab_size, bool) or not isinstance(logits.vocab_size, Integral):
-        raise TypeError(f"vocab_size: expected an int, got {type(logits.vocab_size).__name__}")
-    rows = _rows(logits)
-    if logits.shard is not None:
-        own = logits.shard.rows(rows)
-        if logits.weight.shape[0] != own.stop - own.start:
-            raise ValueError(
-                f"weight: expected the {own.stop - own.start} rows of this rank's shard, got "
-                f"{logits.weight.shape[0]}; make the shard by VocabShard.of(weight, group)"
-            )
-    if logits.vocab_size is None or not 1 <= logits.vocab_size <= rows:
-        raise ValueError(
-            f"vocab_size: expected 1 to {rows}, the rows of weight, got {logits.vocab_size}; it "
-            "counts the tokens, without the padding"
-        )
-    if logits.softcap is not None and not 0 < logits.softcap < float("inf"):
-        raise ValueError(f"softcap: expected a positive number or None, got {logits.softcap}")
-    if not 0 < logits.temperature < float("inf"):
-        raise ValueError(
-            f"temperature: expected a positive number, got {logits.temperature}; greedy sampling "
-            "has no distribution to distil"
-        )
-    if not abs(logits.scale) < float("inf"):
-        raise ValueError(f"scale: expected a finite number, got {logits.scale}")
-
-
-def _check_finite(hidden: Tensor) -> None:
-    bad = ~torch.isfinite(hidden).all(-1)
-    if bad.any():
-        rows = [tuple(row) if len(row) > 1 else row[0] for row in bad.nonzero().tolist()]
-        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-        raise ValueError(
-            f"hidden: expected finite numbers, got NaN or inf in {len(rows)} row(s): {shown}; "
-            "look for an overflow in the model's forward pass"
-        )
-
-
-def check_k(k: int, vocab_size: int) -> None:
-    """Raise if no support of k ids fits the vocabulary."""
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"k: expected an int, got {type(k).__name__}")
-    if not 1 <= k <= vocab_size:
-        raise ValueError(
-            f"k: expected 1 to {vocab_size}, the vocabulary, got {k}; for the exact divergence "
-            "over "
-            'all of it use support="full"'
-        )
-
-
-def check_ids(ids: Tensor, hidden: Tensor) -> None:
-    """Raise if ids [..., K] are no support for hidden [..., D]."""
-    if not are_integer(ids):
-        raise TypeError(f"ids: expected an integer tensor, got {ids.dtype}; token ids are int64")
-    if ids.device != hidden.device:
-        raise ValueError(
-            f"ids: expected device {hidden.device}, as hidden's, got {ids.device}; move them"
-        )
-    if ids.dim() < 1 or ids.shape[:-1] != hidden.shape[:-1] or ids.shape[-1] < 1:
-        raise ValueError(
-            "ids: expected [..., K] with K >= 1 and the leading shape of hidden, "
-            f"{tuple(hidden.shape[:-1])}, got {tuple(ids.shape)}; add a last dimension for one id "
-            "a row"
-        )

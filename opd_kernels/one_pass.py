@@ -43,6 +43,11 @@ class LossOptions:
     vocab_size: int
     shard: VocabShard | None = None
 
+    @property
+    def columns(self) -> int:
+        """What chunks are planned by: V, or the most rows that a rank of the shard has."""
+        return self.vocab_size if self.shard is None else self.shard.largest
+
 
 @dataclass(frozen=True)
 class WalkResult:
@@ -119,7 +124,7 @@ class _Walker:
         full = options.support == "full" if isinstance(options.support, str) else False
         rows = one_pass_rows(
             hidden.shape[0],
-            head.vocab_size if options.shard is None else options.shard.largest,
+            options.columns,
             sum(dtype.itemsize for dtype in {dtype, hidden.dtype}),
             hidden.device,
             options.chunk_bytes,

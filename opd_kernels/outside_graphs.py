@@ -5,8 +5,8 @@ a second.
 
 import torch
 
-from opd_kernels import distill
+from opd_kernels import orders
 
 _REASON = "one_pass and support='full' do not compile; method='recompute' with K ids does"
-one_pass = torch.compiler.disable(distill.one_pass_loss, reason=_REASON)
-recompute_full = torch.compiler.disable(distill.recompute_full_loss, reason=_REASON)
+one_pass = torch.compiler.disable(orders.one_pass_loss, reason=_REASON)
+recompute_full = torch.compiler.disable(orders.recompute_full_loss, reason=_REASON)

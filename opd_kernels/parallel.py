@@ -76,6 +76,15 @@ class VocabShard:
         first, last = self.starts[self.rank : self.rank + 2]
         return slice(min(first, vocab_size), min(last, vocab_size))
 
+    def check_rows(self, count: int) -> None:
+        """Raise unless this rank's weight has the rows that the shard was made of."""
+        own = self.rows(self.starts[-1])
+        if count != own.stop - own.start:
+            raise ValueError(
+                f"weight: expected the {own.stop - own.start} rows of this rank's shard, got "
+                f"{count}; make the shard by VocabShard.of(weight, group)"
+            )
+
     def local_ids(self, ids: Tensor, vocab_size: int) -> Tensor:
         """Global ids as rows of this rank, -1 for those of others."""
         rows = self.rows(vocab_size)
