@@ -116,8 +116,10 @@ def prepare(config: StageConfig) -> tuple[CompletionTrainer, str | None]:
 def load(config: StageConfig) -> tuple[Model, Evaluation, PromptReader]:
     """The student, its held-out evaluation with the teachers, and what reads more prompts."""
     tokenizer = models.load_tokenizer(config.model)
-    student = models.with_lora(models.load_model(config.model, config.dtype), config)
-    student.to(config.device)
+    split = config.distributed_config
+    student = models.with_lora(models.load_model(config.model, config.dtype, split), config)
+    if not split:
+        student.to(config.device)
     teachers: dict[str, Teacher] = {}
     if isinstance(config, TeacherConfig):
         vocab_size = student.get_output_embeddings().weight.shape[0]
@@ -135,7 +137,7 @@ def load(config: StageConfig) -> tuple[Model, Evaluation, PromptReader]:
             else:
                 _tell(config, models.compare_tokenizers(tokenizer, model))
                 dtype = config.teacher_dtype or config.dtype
-                teachers[name] = load_teacher(model, dtype, config.device)
+                teachers[name] = load_teacher(model, dtype, config)
     contexts = {name: teacher.context for name, teacher in teachers.items()}
     reader = PromptReader(config, tokenizer, models.context_length(student), contexts)
     held_out: list[Prompt] = [] if config.eval_data is None else reader.read(config.eval_data)

@@ -46,6 +46,9 @@ class StageConfig(TrainingArguments):
     answer_pattern: str | None = None  # what is scored: its last match's group, else everything
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     dtype: Dtype = "float32"
+    # How all models are split over the ranks, as transformers' DistributedConfig: {fsdp_size: 8},
+    # {tp_size: 2, fsdp_size: 4}, ...; default each rank has them whole (DDP).
+    distributed_config: dict[str, Any] | None = None
     lora_r: Annotated[int, Field(ge=0)] = 0  # rank of adapters on the student; 0 trains all weights
     lora_alpha: Count = 32
     lora_target_modules: str | list[str] = "all-linear"
@@ -117,6 +120,9 @@ class StageConfig(TrainingArguments):
             (self.label_smoothing_factor > 0 or self.torch_compile,
              "label_smoothing_factor, torch_compile: not supported; leave them out"),
             (bool(best), "metric_for_best_model: not supported; pick a checkpoint by its step"),
+            (bool(self.distributed_config) and self.rollout_engine == "vllm",
+             "rollout_engine: expected transformers with distributed_config: vLLM cannot take "
+             "weights that are split over ranks"),
             (self.n_gpu > 1, "several GPUs: start one process for each by torchrun"),
         ]  # fmt: skip
 

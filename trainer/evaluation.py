@@ -17,7 +17,7 @@ from opd_kernels import LazyLogits, SparseLogits, distillation_loss, reverse_kl
 from trainer.config import EvaluationConfig, StageConfig, TeacherConfig
 from trainer.data import Prompt
 from trainer.diagnostics import Sums
-from trainer.models import Model, eval_mode
+from trainer.models import Model, eval_mode, reshard
 from trainer.privileged import across_contexts
 from trainer.rollout import Completion, Sampler
 from trainer.scoring import load_scorer
@@ -60,6 +60,7 @@ class Evaluation:
             metrics |= self._contexts()
         if self.scorer:
             metrics |= self._scores(own)
+        reshard(student)
         self._write_samples(step, own)
         return metrics
 

@@ -9,24 +9,41 @@ from typing import Any
 
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.distributed import DistributedConfig
 
 from trainer.config import StageConfig
 
 BASE = "base"  # in a run whose student is adapters on others that became part of the weights
 
 
-def load_model(name: str, dtype: str) -> Model:
+def load_model(name: str, dtype: str, split: dict[str, Any] | None = None) -> Model:
     """The causal language model of that name, see `locate`; GGUF weights are dequantised, and LoRA
     adapters become part of the weights.
+
+    Args:
+        name: of the model.
+        dtype: of its weights.
+        split: over the ranks, by these options of a DistributedConfig; a collective.
     """
     source, gguf = locate(name)
+    if split and (gguf or is_adapter(source)):
+        raise ValueError(
+            f"distributed_config: expected a directory or hub name of a whole model, got {name}; "
+            "GGUF and adapters cannot be split as they load: save them as a model first"
+        )
     if is_adapter(source):
         adapted = AutoPeftModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
         return adapted.merge_and_unload().requires_grad_()  # PEFT freezes the base
-    options = gguf | ({"quantization_config": GgufConfig(dequantize=True)} if gguf else {})
+    options: dict[str, Any] = dict(gguf)
+    if gguf:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    if split:
+        options["distributed_config"] = DistributedConfig(**split)
     return AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
 
 
@@ -69,6 +86,15 @@ def eval_mode(model: Model) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give a model that FSDP has split its parameters back: a pass without a backward leaves the
+    last layers whole, and the optimiser would learn a copy of them.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def context_length(model: Model) -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import BatchEncoding, GenerationConfig
 
@@ -91,7 +92,10 @@ class Sampler:
         try:
             with eval_mode(model), torch.random.fork_rng([model.device] * on_gpu):
                 torch.manual_seed(seed)
-                output = model.generate(**inputs.to(model.device), generation_config=options)
+                inputs = inputs.to(model.device)
+                # FSDP gathers the weights for each token from all ranks, until the last has ended.
+                together = isinstance(model, FSDPModule)
+                output = model.generate(**inputs, generation_config=options, synced_gpus=together)
         finally:
             model.generation_config = own_options
         return output[:, inputs["input_ids"].shape[1] :].tolist()

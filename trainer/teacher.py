@@ -10,8 +10,9 @@ import torch
 
 from opd_kernels import LazyLogits, SparseLogits
 from opd_kernels.integrations.transformers import call_with_lazy_logits, pad_completions
+from opd_kernels.parallel import is_dtensor, plain
 from trainer.config import StageConfig
-from trainer.models import Model, context_length, eval_mode, load_model
+from trainer.models import Model, context_length, eval_mode, load_model, reshard
 from trainer.rollout import Completion
 
 T = TypeVar("T")
@@ -69,7 +70,10 @@ class LocalTeacher:
     @torch.no_grad()
     def follow(self, student: Model, rate: float) -> None:
         """Go this part of the way to the student's weights."""
+        reshard(self.model)
         for own, theirs in zip(self.model.parameters(), student.parameters(), strict=True):
+            # FSDP may have split the student alone.
+            theirs = theirs if is_dtensor(own) else plain(theirs, whole=True)
             own.lerp_(theirs.to(own.dtype), rate)
 
 
@@ -84,12 +88,13 @@ def self_teacher(
         return LocalTeacher(student)
     if config.lora_r > 0:
         return LocalTeacher(student, student.disable_adapter)
-    return load_teacher(config.model, dtype or config.dtype, config.device)
+    return load_teacher(config.model, dtype or config.dtype, config)
 
 
-def load_teacher(name: str, dtype: str, device: torch.device) -> LocalTeacher:
-    """A frozen model of its own."""
-    return LocalTeacher(load_model(name, dtype).requires_grad_(False).to(device))
+def load_teacher(name: str, dtype: str, config: StageConfig) -> LocalTeacher:
+    """A frozen model of its own, where the recipe has its models."""
+    model = load_model(name, dtype, config.distributed_config).requires_grad_(False)
+    return LocalTeacher(model if config.distributed_config else model.to(config.device))
 
 
 def on_completions(

@@ -5,7 +5,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from operator import methodcaller
 from pathlib import Path
@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler as Order
 
+from opd_kernels.parallel import plain
 from trainer.checkpoint import DurableTrainer
 from trainer.config import StageConfig
 from trainer.data import Prompt
 from trainer.diagnostics import Sums, alarms
 from trainer.evaluation import Evaluation
-from trainer.models import eval_mode
+from trainer.models import eval_mode, reshard
 from trainer.rollout import Completion
 from trainer.teacher import on_students, token_ids
 
@@ -39,6 +41,10 @@ class Part:
     completions: list[Completion]
     loss: Callable[[nn.Module, list[Completion], Tensor, Tensor], Tensor]
     coefficient: float = 1.0
+
+
+# Completions to learn from at a time, by a part's loss, with token weights [N] and denominator.
+MicroBatch = tuple[Part, list[Completion], Tensor, Tensor]
 
 
 class CompletionTrainer(DurableTrainer):
@@ -62,7 +68,9 @@ class CompletionTrainer(DurableTrainer):
 
     def complete(self, prompts: list[Prompt]) -> list[Completion]:
         """The completions of a step's prompts."""
-        seed = (self.args.seed, self.state.global_step, self.args.process_index)
+        # The ranks of a tensor-parallel group have the same prompts, and complete them alike.
+        replica = self.args.process_index // self.get_tp_size()
+        seed = (self.args.seed, self.state.global_step, replica)
         repeated = [p for p in prompts for _ in range(self.args.completions_per_prompt)]
         completions = self.sampler.sample(self.model, repeated, *seed)
         return self._with_log_probs(completions) if self.needs_log_probs else completions
@@ -78,8 +86,9 @@ class CompletionTrainer(DurableTrainer):
             with self.accelerator.autocast():
                 self.rollout = self.complete(inputs)
         loss = self.learn(model, self.rollout)
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not torch.isfinite(nn.utils.get_total_norm(gradients)):
+        gradients = [plain(p.grad) for p in model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients).to(self.args.device)
+        if not torch.isfinite(self.accelerator.reduce(norm, "sum")):  # a rank may have parts alone
             self.sums.add(skipped_steps=float(self.is_world_process_zero()))
             loss = torch.zeros_like(loss)  # or every mean to come would be NaN
             # NaN would poison the optimiser's state; under float16 the scaler sees to it.
@@ -88,24 +97,49 @@ class CompletionTrainer(DurableTrainer):
         self.sums.add(seconds=time.perf_counter() - start)
         return loss
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Of the parameters as they are between steps."""
+        reshard(self.model)
+        return super().create_optimizer(model)
+
     def learn(self, model: nn.Module, completions: list[Completion]) -> Tensor:
         """Accumulate the gradient of the mean loss over all ranks' completions; return the loss."""
         model.train()
         self.sums.add_completions(completions)
         total = torch.zeros((), device=self.args.device)
         batches = [x for part in self.parts(completions) for x in self._batches(part)]
+        if isinstance(model, FSDPModule):
+            batches += self._idle_batches(batches[-1], len(batches))
         for number, (part, batch, weights, denominator) in enumerate(batches, start=1):
-            is_last = number == len(batches)
-            with nullcontext() if is_last else self.accelerator.no_sync(model):
+            with nullcontext() if number == len(batches) else self._no_sync(model):
                 with self.accelerator.autocast():
                     loss = part.coefficient * part.loss(model, batch, weights, denominator)
-                # DDP averages the gradient over the ranks.
-                loss = loss * self.accelerator.num_processes
+                # DDP and FSDP average the gradient over the ranks that have prompts of their own.
+                loss = loss * self.replicas
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
 
-    def _batches(self, part: Part) -> Iterator[tuple[Part, list[Completion], Tensor, Tensor]]:
+    @property
+    def replicas(self) -> int:
+        """The groups of ranks that have prompts of their own; such a group is tensor-parallel."""
+        return self.accelerator.num_processes // self.get_tp_size()
+
+    def _no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
+        """The gradient stays on the rank."""
+        if isinstance(model, FSDPModule) and self.is_distributed_loading_by_transformers:
+            return self._defer_fsdp_gradient_reduction()
+        return self.accelerator.no_sync(model)
+
+    def _idle_batches(self, last: MicroBatch, count: int) -> list[MicroBatch]:
+        """What makes all ranks' micro-batches as many, at weight 0: FSDP gathers the weights for
+        each of them from all ranks.
+        """
+        most = max(gather_object([count]))
+        part, batch, weights, denominator = last
+        return [(part, batch[:1], 0.0 * weights[: len(batch[0].ids)], denominator)] * (most - count)
+
+    def _batches(self, part: Part) -> Iterator[MicroBatch]:
         """Micro-batches of completions of one teacher and similar length, so little is padded; one
         that is alone may have more than micro_batch_tokens.
 
@@ -115,7 +149,8 @@ class CompletionTrainer(DurableTrainer):
         kept = [c for c in part.completions if not (self.args.skip_truncated and c.truncated)]
         per_token = self.args.aggregation == "token"
         own = float(sum(len(c.ids) for c in kept) if per_token else len(kept))
-        denominator = self.accelerator.reduce(torch.tensor(own, device=self.args.device), "sum")
+        everyone = self.accelerator.reduce(torch.tensor(own, device=self.args.device), "sum")
+        denominator = everyone / self.get_tp_size()
         order = sorted(
             kept or part.completions[:1], key=lambda c: (c.prompt.teacher, -c.context_length)
         )
@@ -175,9 +210,8 @@ class CompletionTrainer(DurableTrainer):
                 total.add(**own)
             self.sums.clear()
             logs |= total.means() | {"skipped_steps": total["skipped_steps"]}
-            # Seconds are of all ranks.
-            ranks = self.accelerator.num_processes
-            logs["tokens_per_second"] = total["tokens"] * ranks / total["seconds"]
+            # Seconds are of all ranks, tokens of all in a tensor-parallel group.
+            logs["tokens_per_second"] = total["tokens"] * self.replicas / total["seconds"]
             if self.is_world_process_zero():
                 alarm = alarms(self.args, [*self.state.log_history, logs])
                 if alarm:
@@ -201,7 +235,8 @@ class _RepeatedBatches(Order[int]):
 
     def __init__(self, trainer: CompletionTrainer) -> None:
         args = trainer.args
-        self.count, self.size = len(trainer.train_dataset), args.train_batch_size * args.world_size
+        self.count = len(trainer.train_dataset)
+        self.size = args.train_batch_size * trainer.replicas
         self.times, self.seed, self.trainer = args.steps_per_rollout, args.seed, trainer
         if self.count < self.size:
             raise ValueError(
