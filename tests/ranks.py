@@ -1,6 +1,7 @@
 """Processes of one gloo group, for tests of what happens across ranks."""
 
 import os
+import tempfile
 
 import torch
 import torch.distributed as dist
@@ -9,17 +10,18 @@ import torch.multiprocessing as mp
 
 def run_ranks(worker, folder, *arguments, ranks=2):
     """Run worker(rank, folder, *arguments) in so many processes, one thread each."""
-    mp.spawn(_enter, (worker, str(folder), arguments, ranks), nprocs=ranks)
+    with tempfile.TemporaryDirectory() as meeting:
+        mp.spawn(_enter, (worker, str(folder), arguments, ranks, meeting), nprocs=ranks)
 
 
-def _enter(rank, worker, folder, arguments, ranks):
+def _enter(rank, worker, folder, arguments, ranks, meeting):
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
         "ACCELERATE_USE_CPU": "true",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",  # accelerate wants them, nobody listens
     }  # fmt: skip
     torch.set_num_threads(1)
-    init_method = f"file://{folder}/rendezvous"
+    init_method = f"file://{meeting}/ranks"
     dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=ranks)
     worker(rank, folder, *arguments)
     dist.barrier()

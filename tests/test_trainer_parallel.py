@@ -1,11 +1,15 @@
 """The trainer on several ranks, with whole models (DDP) and with models that are split."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch.testing import assert_close
 
 from opd_kernels.parallel import plain
@@ -18,35 +22,26 @@ from trainer.models import load_model
 
 FSDP, TP = {"fsdp_size": 2}, {"tp_size": 2}
 LAYOUTS = {"ddp": (None, 2), "fsdp": (FSDP, 2), "tp": (TP, 2), "both": (FSDP | TP, 4)}
+FOLLOWING = {"teacher": "self", "privileged_context": "be brief", "teacher_update_rate": 0.3}
+RUNS = {
+    "own teacher": {},
+    "a teacher that follows": FOLLOWING | {"eval_strategy": "steps", "eval_steps": 1},
+    "the student as it is": FOLLOWING | {"teacher_update_rate": 1.0},
+    "adapters": {"lora_r": 2},
+    "bf16": {"bf16": True, "support": "full", "tail": None, "gradient_checkpointing": True},
+}
 
 
-def _recipe(folder, split, **changes):
-    """A recipe of the model that all share, in a folder of its own."""
+def _config(folder, split, **changes):
+    """A recipe of the models that all share, in a folder of its own."""
     teacher = {"teacher": f"{folder.parent}/teacher", "privileged_context": None}
     shared = {"model": f"{folder.parent}/model", "distributed_config": split, **teacher}
-    return write_recipe(folder, **shared | changes)
+    return load_config(DistillationConfig, write_recipe(folder, **shared | changes), [])
 
 
-def _prepare(folder, split, **changes):
-    # accelerate refuses tensor parallelism on CPUs, where PyTorch has it.
+def _allow_tensor_parallelism():
+    """accelerate refuses it on CPUs, where PyTorch has it."""
     ParallelismConfig._validate_accelerator = lambda *_: None
-    return prepare(load_config(DistillationConfig, _recipe(folder, split, **changes), []))
-
-
-def _wrapped(trainer):
-    if trainer.is_distributed_loading_by_transformers:
-        return trainer.model
-    return trainer.accelerator.prepare(trainer.model)
-
-
-def _step_worker(rank, folder, split, ranks):
-    trainer = _prepare(Path(folder, f"step{rank}"), split)[0]
-    batch = completions()
-    # Of three and one micro-batches, where ranks have completions of their own.
-    share = [batch[:5], batch[5:]][rank // 2 if ranks == 4 else rank]
-    loss = trainer.learn(_wrapped(trainer), batch if split == TP else share)
-    gradients = {n: plain(p.grad, whole=True) for n, p in trainer.model.named_parameters()}
-    torch.save((trainer.accelerator.reduce(loss, "mean"), gradients), f"{folder}/{rank}.pt")
 
 
 @pytest.fixture
@@ -56,10 +51,22 @@ def models(tmp_path):
     return tmp_path
 
 
+def _step_worker(rank, folder, split, ranks):
+    _allow_tensor_parallelism()
+    trainer = prepare(_config(Path(folder, f"step{rank}"), split))[0]
+    model = trainer.model if split else trainer.accelerator.prepare(trainer.model)
+    batch = completions()
+    # Three micro-batches and one, where ranks have completions of their own.
+    share = [batch[:5], batch[5:]][rank // 2 if ranks == 4 else rank]
+    loss = trainer.learn(model, batch if split == TP else share)
+    gradients = {n: plain(p.grad, whole=True) for n, p in trainer.model.named_parameters()}
+    torch.save((trainer.accelerator.reduce(loss, "mean"), gradients), f"{folder}/{rank}.pt")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_is_that_of_one_rank(models, layout):
     split, ranks = LAYOUTS[layout]
-    trainer = _prepare(models / "one", None)[0]
+    trainer = prepare(_config(models / "one", None))[0]
     expected_loss, expected, _ = gradient_of(trainer, completions())
     run_ranks(_step_worker, models, split, ranks, ranks=ranks)
     for rank in range(ranks):
@@ -71,31 +78,86 @@ def test_a_step_is_that_of_one_rank(models, layout):
             assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name)
 
 
-def _run_worker(rank, folder, split, changes):
-    train(*_prepare(Path(folder), split, **changes))
+def _run(folder, split, **changes):
+    changes = {"max_steps": 3, "micro_batch_tokens": 40} | changes
+    train(*prepare(_config(folder, split, **changes)))
 
 
-def _trained(models, split, ranks, **changes):
-    folder = models / "run"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    run_ranks(_run_worker, folder, split, changes, ranks=ranks)
-    weights = load_model(f"{folder}/run/model", "float32").state_dict()
-    return weights, read_metrics(folder / "run")
+def _assert_same_run(folder, expected):
+    """The saved student, which one process can load, and what was logged."""
+    folders = (folder, expected)
+    ours, theirs = (load_model(f"{x}/run/model", "float32").state_dict() for x in folders)
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert_close(ours[name], weight, rtol=1e-4, atol=2e-5, msg=f"{folder} {name}")
+    (steps, lines), (their_steps, their_lines) = (read_metrics(x / "run") for x in folders)
+    assert len(lines) == len(their_lines)
+    names = ("loss", "grad_norm", "student_mass", "completion_length", "overlap")
+    for step, other in zip(steps, their_steps, strict=True):
+        assert [step[n] for n in names] == pytest.approx([other[n] for n in names], rel=1e-3)
+    figures = [
+        [x["eval_reverse_kl"] for x in y if "eval_reverse_kl" in x] for y in (lines, their_lines)
+    ]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-4)
 
 
-@pytest.mark.parametrize(("layout", "same_as"), [("fsdp", 2), ("tp", 1), ("both", 2)])
-def test_a_run_is_that_of_as_many_replicas(models, layout, same_as):
-    """Rollouts, held-out figures and the saved student, which one process can load."""
-    changes = {"max_steps": 3, "teacher_update_rate": 0.0, "micro_batch_tokens": 40}
-    expected, (steps, lines) = _trained(models, None, same_as, **changes)
-    split, ranks = LAYOUTS[layout]
-    actual, (own_steps, own_lines) = _trained(models, split, ranks, **changes)
-    assert actual.keys() == expected.keys()
-    for name, weight in expected.items():
-        assert_close(actual[name], weight, rtol=1e-3, atol=1e-4, msg=name)
-    assert len(own_lines) == len(lines)
-    for ours, theirs in zip(own_steps, steps, strict=True):
-        for name in ("loss", "grad_norm", "student_mass", "completion_length", "overlap"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
-    assert own_lines[0]["eval_reverse_kl"] == pytest.approx(lines[0]["eval_reverse_kl"], rel=1e-4)
+def _fsdp_worker(rank, folder):
+    for name, changes in RUNS.items():
+        _run(Path(folder, f"{name}, DDP"), None, **changes)
+        _run(Path(folder, f"{name}, FSDP2"), FSDP, **changes)
+
+
+def test_runs_under_fsdp2_are_those_under_ddp(models):
+    run_ranks(_fsdp_worker, models)
+    for name in RUNS:
+        _assert_same_run(models / f"{name}, FSDP2", models / f"{name}, DDP")
+
+
+def _tp_worker(rank, folder, split, name, changes):
+    _allow_tensor_parallelism()
+    _run(Path(folder, name), split, **changes)
+
+
+def test_a_run_under_tensor_parallelism_is_that_of_one_rank(models):
+    _run(models / "one", None)
+    run_ranks(_tp_worker, models, TP, "two", {})
+    _assert_same_run(models / "two", models / "one")
+
+
+def test_a_run_under_both_is_that_of_as_many_replicas(models):
+    short = {"max_steps": 2, "eval_data": None, "scorer": None, "preflight": False}
+    run_ranks(_tp_worker, models, None, "two", short)
+    run_ranks(_tp_worker, models, FSDP | TP, "four", short, ranks=4)
+    _assert_same_run(models / "four", models / "two")
+
+
+def _accelerate_worker(rank, folder):
+    """accelerate's own FSDP2, which it has on GPUs alone: it is told that these are some."""
+    saves = {"save_strategy": "steps", "save_steps": 2, **FOLLOWING}
+    _run(Path(folder, "DDP"), None, **saves)
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    }  # fmt: skip
+    for resume in (None, "auto"):
+        changes = {"max_steps": 3, "micro_batch_tokens": 40, **saves}
+        config = _config(Path(folder, "FSDP2"), None, resume_from_checkpoint=resume, **changes)
+        AcceleratorState._reset_state()
+        assert config.device.type == "cpu"  # which makes the state that follows
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        trainer, checkpoint = prepare(config)
+        train(trainer, checkpoint)
+        assert trainer.accelerator.is_fsdp2
+        torch.distributed.barrier()
+        if rank == 0 and resume is None:
+            shutil.copytree(f"{folder}/FSDP2", f"{folder}/at once")
+            shutil.rmtree(f"{folder}/FSDP2/run/checkpoint-3")
+        torch.distributed.barrier()
+
+
+def test_runs_under_accelerates_fsdp2_are_those_under_ddp_and_resume(models):
+    run_ranks(_accelerate_worker, models)
+    _assert_same_run(models / "at once", models / "DDP")
+    _assert_same_run(models / "FSDP2", models / "DDP")
+    assert (models / "FSDP2/run/checkpoint-3").exists()

@@ -168,7 +168,10 @@ def train(trainer: CompletionTrainer, checkpoint: str | None) -> None:
         sys.exit(f"error: {error}")
     state, folder = trainer.state, Path(trainer.args.output_dir)
     if trainer.interruption.stopped:
-        print(f"stopped at step {state.global_step}; go on with --resume_from_checkpoint auto")
+        go_on = "go on with --resume_from_checkpoint auto"
+        if trainer.args.distributed_config:
+            go_on = f"the student as it is: {folder}/checkpoint-{state.global_step}"
+        print(f"stopped at step {state.global_step}; {go_on}")
         sys.exit(130)
     student = trainer.save_student()
     measured = [line["step"] for line in state.log_history if "eval_truncated" in line]

@@ -107,8 +107,8 @@ class _Interruption(TrainerCallback):
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Move a directory into place, with a manifest, once it is on the disk: it is seen whole or not
-    at all.
+    """Move a directory out of the one where it was made, with a manifest, once it is on the disk:
+    it is seen whole or not at all.
     """
     manifest = {}
     for path in sorted(filter(Path.is_file, staged.rglob("*"))):
@@ -122,7 +122,7 @@ def publish(staged: Path, final: Path) -> None:
     if final.exists():
         os.replace(final, staged.with_suffix(".old"))
     os.replace(staged, final)
-    shutil.rmtree(staged.with_suffix(".old"), ignore_errors=True)
+    shutil.rmtree(staged.parent, ignore_errors=True)
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -94,6 +94,8 @@ class StageConfig(TrainingArguments):
             except ValidationError as error:
                 reason = error.errors()[0]["msg"].lower()
                 raise ValueError(f"{f.name}: {reason}, got {value!r}") from None
+        # transformers cannot save the optimiser of models that are split as they load.
+        self.save_only_model |= bool(self.distributed_config)
         super().__post_init__()
         for wrong, message in self._refusals():
             if wrong:
@@ -120,9 +122,15 @@ class StageConfig(TrainingArguments):
             (self.label_smoothing_factor > 0 or self.torch_compile,
              "label_smoothing_factor, torch_compile: not supported; leave them out"),
             (bool(best), "metric_for_best_model: not supported; pick a checkpoint by its step"),
+            (self.lora_r > 0 and (self.distributed_config or {}).get("tp_size", 1) > 1,
+             "lora_r: expected 0 with tp_size: adapters of layers that are split by tensor "
+             "parallelism are not supported; use fsdp_size"),
             (bool(self.distributed_config) and self.rollout_engine == "vllm",
              "rollout_engine: expected transformers with distributed_config: vLLM cannot take "
              "weights that are split over ranks"),
+            (bool(self.distributed_config) and bool(self.resume_from_checkpoint),
+             "resume_from_checkpoint: not possible with distributed_config, whose checkpoints hold "
+             "the model alone; runs that resume are split by accelerate launch --use_fsdp"),
             (self.n_gpu > 1, "several GPUs: start one process for each by torchrun"),
         ]  # fmt: skip
 

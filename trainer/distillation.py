@@ -105,8 +105,11 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
     def save_more(self, checkpoint: Path) -> None:
         """Keep a teacher that moves too."""
         super().save_more(checkpoint)
-        if self.averages and self.args.should_save:
-            self.averages.model.save_pretrained(checkpoint / TEACHER)
+        # All ranks have a part of a model that is split.
+        if self.averages and (self.args.should_save or self.args.distributed_config):
+            self.averages.model.save_pretrained(
+                checkpoint / TEACHER, is_main_process=self.args.should_save
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *models: nn.Module | None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *models)

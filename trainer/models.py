@@ -68,7 +68,8 @@ def with_lora(model: Model, config: StageConfig) -> Model:
         model.name_or_path = f"{config.output_dir}/{BASE}"
         if config.should_save:
             model.save_pretrained(model.name_or_path)
-    options = {"r": config.lora_r, "lora_alpha": config.lora_alpha}
+    # Without a task, PEFT would save the name of the class, which FSDP makes as it goes.
+    options = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "task_type": "CAUSAL_LM"}
     return get_peft_model(model, LoraConfig(target_modules=config.lora_target_modules, **options))
 
 
