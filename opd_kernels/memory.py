@@ -103,6 +103,18 @@ class Loss:
             result["losses of the ranks' rows"] = 2 * ring
         return result
 
+    def head(self) -> int:
+        """The rows of the student's weight that a rank holds."""
+        return self.rows * self.dim * self.dtype.itemsize
+
+    def exchanged_for_weights(self) -> dict[str, int]:
+        """What a rank sends for the student's head where ranks have other tokens, by rings: FSDP2
+        gathers it once in a forward pass, and reduces its gradient once in a step.
+        """
+        share = (self.ranks - 1) / self.ranks
+        size = share * self.vocab * self.dim * self.dtype.itemsize
+        return {"gather of the weight": int(size), "reduction of its gradient": int(size)}
+
 
 def table(loss: Loss) -> str:
     """Markdown: peaks of eager code and of this package, and what ranks exchange."""
@@ -120,6 +132,22 @@ def table(loss: Loss) -> str:
         exchanged = loss.exchanged()
         exchanged["in all"] = sum(exchanged.values())
         lines += [f"| {name} | {size / MIB:,.1f} |" for name, size in exchanged.items()]
+    return "\n".join(lines)
+
+
+def ranks_table(losses: list[Loss]) -> str:
+    """Markdown: what a rank holds and sends where a head is split over ranks, one loss a row; last
+    what it sends for the weight under FSDP2, where each rank has so many tokens of its own.
+    """
+    names = ("head", "one_pass", "recompute", "sends", "of it top-K", "sends under FSDP2")
+    lines = [f"| ranks | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for loss in losses:
+        exchanged = loss.exchanged()
+        small = sum(exchanged.values()) - exchanged["sum of dhidden"]
+        sizes = [loss.head(), loss.one_pass(), loss.recompute(), sum(exchanged.values()), small]
+        sizes.append(sum(loss.exchanged_for_weights().values()))
+        figures = " | ".join(f"{size / MIB:,.0f}" for size in sizes)
+        lines.append(f"| {loss.ranks} | {figures} |")
     return "\n".join(lines)
 
 
@@ -145,7 +173,9 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--device", choices=["cpu", *GPUS], default="H100")
-    parser.add_argument("--ranks", type=int, default=1, help="that a tensor-parallel head is on")
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[1], help="that a tensor-parallel head is on"
+    )
     parser.add_argument("--chunk-bytes", type=int)
     given = parser.parse_args()
     dim, vocab = given.dim, given.vocab
@@ -153,12 +183,10 @@ def main() -> None:
         dim, vocab = read_config(given.model_config)
     if dim is None or vocab is None:
         parser.error("pass --model-config, or --dim and --vocab")
-    loss = Loss(
-        given.tokens, dim, vocab, given.k, getattr(torch, given.dtype), given.device, given.ranks,
-        given.chunk_bytes,
-    )  # fmt: skip
-    print(f"N = {loss.tokens:,}, D = {dim:,}, V = {vocab:,}, K = {loss.k}, {given.dtype}\n")
-    print(table(loss))
+    dtype, sizes = getattr(torch, given.dtype), (given.tokens, dim, vocab, given.k)
+    losses = [Loss(*sizes, dtype, given.device, n, given.chunk_bytes) for n in given.ranks]
+    print(f"N = {given.tokens:,}, D = {dim:,}, V = {vocab:,}, K = {given.k}, {given.dtype}\n")
+    print(table(losses[0]) if len(losses) == 1 else f"MiB:\n\n{ranks_table(losses)}")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from benchmarks.measurement import measure
 from benchmarks.problems import Problem
 from opd_kernels import LazyLogits, VocabShard, distillation_loss
 from opd_kernels.memory import MIB, Loss, main
+from tests.collectives import SentBytes
 from tests.ranks import run_ranks
 
 
@@ -44,30 +46,55 @@ def _counting_worker(rank, folder, ranks, full):
     rows = slice(rank * vocab // ranks, (rank + 1) * vocab // ranks)
     own = weight[rows].clone().requires_grad_()
     shard = VocabShard.of(own)
-    sent = {"gathered": 0, "reduced": 0}
-    all_gather, all_reduce = dist.all_gather, dist.all_reduce
-
-    def counted_gather(out, tensor, group):
-        sent["gathered"] += (ranks - 1) * tensor.nbytes
-        return all_gather(out, tensor, group=group)
-
-    def counted_reduce(tensor, group):
-        sent["reduced"] += 2 * (ranks - 1) * tensor.nbytes / ranks
-        return all_reduce(tensor, group=group)
-
-    dist.all_gather, dist.all_reduce = counted_gather, counted_reduce
     teacher = LazyLogits(torch.randn(tokens, dim), weight[rows].clone(), shard=shard)
     options = {"k": k, "support": "full" if full else "student"}
-    distillation_loss(LazyLogits(hidden, own, shard=shard), teacher, **options).loss.backward()
+    with SentBytes(ranks) as counted:
+        student = LazyLogits(hidden, own, shard=shard)
+        distillation_loss(student, teacher, **options).loss.backward()
     expected = Loss(tokens, dim, vocab, k, torch.float32, "cpu", ranks).exchanged(full)
-    assert sum(sent.values()) == pytest.approx(sum(expected.values()), rel=0.01)
-    assert sent["gathered"] == sum(v for name, v in expected.items() if "top-K" in name or
-                                   "teacher" in name)  # fmt: skip
+    reduced = {name for name in expected if "sum" in name or "losses" in name}
+    gathered = sum(size for name, size in expected.items() if name not in reduced)
+    assert counted.sent["allgather_"] == gathered
+    total = sum(expected.values())
+    assert counted.sent["allreduce_"] == pytest.approx(total - gathered, rel=0.01)
 
 
 @pytest.mark.parametrize(("ranks", "full"), [(2, False), (3, True)])
 def test_ranks_exchange_what_the_formula_says(tmp_path, ranks, full):
     run_ranks(_counting_worker, tmp_path, ranks, full, ranks=ranks)
+
+
+class _Model(torch.nn.Module):
+    """A head alone, with the loss inside the forward pass."""
+
+    def __init__(self, dim, vocab):
+        super().__init__()
+        self.lm_head = torch.nn.Linear(dim, vocab, bias=False)
+
+    def forward(self, hidden, teacher):
+        student = LazyLogits(hidden, self.lm_head.weight)
+        return distillation_loss(student, teacher, k=7).loss
+
+
+def _weights_worker(rank, folder, ranks):
+    tokens, dim, vocab = 32, 12, 60
+    model = _Model(dim, vocab)
+    fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
+    teacher = LazyLogits(torch.randn(tokens, dim), torch.randn(vocab, dim))
+    model(torch.randn(tokens, dim), teacher).backward()  # the first sets up
+    with SentBytes(ranks) as counted:
+        model(torch.randn(tokens, dim), teacher).backward()
+    loss = Loss(tokens, dim, vocab, 7, torch.float32, "cpu", ranks)
+    expected = loss.exchanged_for_weights()
+    assert counted.sent == {
+        "_allgather_base_": expected["gather of the weight"],
+        "_reduce_scatter_base_": expected["reduction of its gradient"],
+    }
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_fsdp_gathers_and_reduces_the_weight_once(tmp_path, ranks):
+    run_ranks(_weights_worker, tmp_path, ranks, ranks=ranks)
 
 
 def test_the_command_reads_a_models_config(tmp_path, monkeypatch, capsys):
@@ -81,6 +108,14 @@ def test_the_command_reads_a_models_config(tmp_path, monkeypatch, capsys):
     assert f"| eager, full vocabulary | {5 * logits:,.0f} |" in output
     assert "| a rank of 8 sends | MiB |" in output
     assert "| sum of dhidden | 224.0 |" in output
+    monkeypatch.setattr("sys.argv", [*arguments[:-1], "1", "8"])
+    main()
+    head, sent = 4096 * 151_936 * 2 / MIB, 2 * 7 / 8 * 4096 * 151_936 * 2 / MIB
+    one, eight = capsys.readouterr().out.splitlines()[-2:]
+    assert one.startswith(f"| 1 | {head:,.0f} | ")
+    assert one.endswith(" | 0 | 0 | 0 |")
+    assert eight.startswith(f"| 8 | {head / 8:,.0f} | ")
+    assert eight.endswith(f" | 242 | 18 | {sent:,.0f} |")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(SystemExit, match="has no hidden_size, vocab_size; pass --dim and --vocab"):
         main()

@@ -1,19 +1,30 @@
 """The recipes: every one is read, and runs on a tiny model; on the real one in `make test-slow`."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.tiny_run import write_model
 from trainer.__main__ import STAGES, main
 from trainer.config import load_config
 
 RECIPES = {"demo": "distill", "sft": "sft", "rlvr": "rlvr", "evaluate": "evaluate"}
+SPLIT = {"large": "distill"}  # over several ranks
 
 
 def test_every_recipe_is_here():
-    assert {path.stem for path in Path("recipes").glob("*.yaml")} == RECIPES.keys()
+    assert {path.stem for path in Path("recipes").glob("*.yaml")} == (RECIPES | SPLIT).keys()
+
+
+def _overrides(folder, model, **changes):
+    arguments = {"model": model, "output_dir": str(folder / "run"), "max_completion_length": "4",
+                 "use_cpu": "true", "report_to": "none", "disable_tqdm": "true"}  # fmt: skip
+    return [x for key, value in (arguments | changes).items() for x in (f"--{key}", value)]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -21,15 +32,10 @@ def test_a_recipe_runs_on_a_tiny_model(tmp_path, name):
     """With its own data, scorer and objective, and shorter completions."""
     model = str(write_model(tmp_path / "model", max_position_embeddings=2048))
     stage = RECIPES[name]
-    arguments = {"model": model, "output_dir": str(tmp_path / "run"), "use_cpu": "true",
-                 "report_to": "none", "disable_tqdm": "true"}  # fmt: skip
-    arguments["max_completion_length"] = "4"
-    if stage != "evaluate":
-        arguments |= {"max_steps": "2", "per_device_train_batch_size": "2"}
-    if name == "evaluate":
-        arguments["teacher"] = model
-    pairs = [x for key, value in arguments.items() for x in (f"--{key}", value)]
-    main([stage, f"recipes/{name}.yaml", *pairs])
+    changes = {"max_steps": "2", "per_device_train_batch_size": "2"}
+    if stage == "evaluate":
+        changes = {"teacher": model}
+    main([stage, f"recipes/{name}.yaml", *_overrides(tmp_path, model, **changes)])
     run = tmp_path / "run"
     if stage == "evaluate":
         assert json.loads((run / "metrics.jsonl").read_text())["eval_reverse_kl"] > 0
@@ -40,6 +46,27 @@ def test_a_recipe_runs_on_a_tiny_model(tmp_path, name):
     assert (run / "model" / "model.safetensors").exists()
     main(["report", str(run), "--output", str(tmp_path / "report.html")])
     assert "<html" in (tmp_path / "report.html").read_text()[:500]
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_a_recipe_of_several_ranks_runs_by_torchrun(tmp_path, name):
+    """Split over two; the student that it saves is whole."""
+    model = str(write_model(tmp_path / "model", max_position_embeddings=4096))
+    changes = {"teacher": model, "distributed_config": "{fsdp_size: 2}", "max_steps": "2",
+               "save_steps": "1", "per_device_train_batch_size": "2",
+               "eval_data": "reasoning_gym:gsm_symbolic?size=2&seed=2"}  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               "-m", "trainer", SPLIT[name], f"recipes/{name}.yaml"]  # fmt: skip
+    command += _overrides(tmp_path, model, **changes)
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    run = tmp_path / "run"
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if "loss" in x] == [1, 2]
+    before, after = (load_file(x / "model/model.safetensors") for x in (tmp_path, run))
+    assert before.keys() == after.keys()
+    assert all(before[x].shape == after[x].shape for x in before)
+    assert not before["lm_head.weight"].equal(after["lm_head.weight"])
+    assert (run / "checkpoint-1/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", RECIPES)

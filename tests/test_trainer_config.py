@@ -64,6 +64,13 @@ def test_values_come_from_the_file_and_the_command_line(tmp_path):
         ({"tail": "renormalize", "k": 1}, "k: expected at least 2 with tail: renormalize"),
         ({"support": "full", "stop_gradient": False}, "only reverse_kl has one"),
         ({"lora_r": 2, "teacher_dtype": "bfloat16"}, "teacher_dtype: expected none under lora_r"),
+        ({"distributed_config": {"tp": 2}}, "distributed_config: .* unexpected keyword .*'tp'"),
+        ({"distributed_config": {"tp_size": 2}}, "whose product is 1, .* got 2; start as"),
+        (
+            {"distributed_config": {"pp_size": 1, "tp_size": 1}, "resume_from_checkpoint": "auto"},
+            "resume_from_checkpoint: not possible with distributed_config",
+        ),
+        ({"distributed_config": {"tp_size": 1}, "rollout_engine": "vllm"}, "expected transformers"),
         ({"torch_compile": True}, "torch_compile: not supported"),
         ({"output_dir": 5}, "output_dir: input should be a valid string, got 5"),
         ({"max_steps": 4.5}, "max_steps: input should be a valid integer, .*got 4.5"),

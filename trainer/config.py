@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from transformers import TrainingArguments
+from transformers.distributed import DistributedConfig
 
 
 def _without_nulls(message: Any) -> Any:  # which a table has for keys that other rows use
@@ -106,9 +107,22 @@ class StageConfig(TrainingArguments):
         """Whether it learns from completions that the data has."""
         return False
 
+    @property
+    def _split(self) -> DistributedConfig:
+        """Whose sizes are 1 by default."""
+        try:
+            return DistributedConfig(**self.distributed_config or {})
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "distributed_config: expected options of transformers' DistributedConfig, such as "
+                f"fsdp_size and tp_size; {error}"
+            ) from None
+
     def _refusals(self) -> Refusals:
         """What does not go together, or would teach nothing, and why."""
         best = self.load_best_model_at_end or self.metric_for_best_model
+        split = self._split
+        ranks = split.tp_size * split.dp_size * split.pp_size
         return [
             (self.dtype != "float32" and self.lora_r == 0 and "train_data" in self.REQUIRED,
              "dtype: expected float32 to train all weights, since 16 bits round their updates "
@@ -122,7 +136,13 @@ class StageConfig(TrainingArguments):
             (self.label_smoothing_factor > 0 or self.torch_compile,
              "label_smoothing_factor, torch_compile: not supported; leave them out"),
             (bool(best), "metric_for_best_model: not supported; pick a checkpoint by its step"),
-            (self.lora_r > 0 and (self.distributed_config or {}).get("tp_size", 1) > 1,
+            (bool(self.distributed_config) and ranks != self.world_size,
+             f"distributed_config: expected sizes whose product is {self.world_size}, as there are "
+             f"processes, got {ranks}; start as many by torchrun --nproc-per-node"),
+            (split.pp_size > 1,
+             "distributed_config: expected no pp_size: a loss inside the forward pass needs all "
+             "layers on a rank; use fsdp_size and tp_size"),
+            (self.lora_r > 0 and split.tp_size > 1,
              "lora_r: expected 0 with tp_size: adapters of layers that are split by tensor "
              "parallelism are not supported; use fsdp_size"),
             (bool(self.distributed_config) and self.rollout_engine == "vllm",
