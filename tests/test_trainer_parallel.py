@@ -21,7 +21,15 @@ from trainer.config import DistillationConfig, load_config
 from trainer.models import load_model
 
 FSDP, TP = {"fsdp_size": 2}, {"tp_size": 2}
-LAYOUTS = {"ddp": (None, 2), "fsdp": (FSDP, 2), "tp": (TP, 2), "both": (FSDP | TP, 4)}
+HSDP = {"fsdp_size": 2, "dp_replicate_size": 2}
+# How models are split, over how many ranks, and how many completions each replica has of six.
+LAYOUTS = {
+    "ddp": (None, 2, [5, 1]),
+    "fsdp": (FSDP, 2, [5, 1]),
+    "hsdp": (HSDP, 4, [3, 1, 1, 1]),
+    "tp": (TP, 2, [6]),
+    "both": (FSDP | TP, 4, [5, 1]),
+}
 FOLLOWING = {"teacher": "self", "privileged_context": "be brief", "teacher_update_rate": 0.3}
 RUNS = {
     "own teacher": {},
@@ -51,24 +59,24 @@ def models(tmp_path):
     return tmp_path
 
 
-def _step_worker(rank, folder, split, ranks):
+def _step_worker(rank, folder, layout):
     _allow_tensor_parallelism()
+    split, ranks, counts = LAYOUTS[layout]
     trainer = prepare(_config(Path(folder, f"step{rank}"), split))[0]
     model = trainer.model if split else trainer.accelerator.prepare(trainer.model)
-    batch = completions()
-    # Three micro-batches and one, where ranks have completions of their own.
-    share = [batch[:5], batch[5:]][rank // 2 if ranks == 4 else rank]
-    loss = trainer.learn(model, batch if split == TP else share)
+    replica = rank * len(counts) // ranks
+    first = sum(counts[:replica])
+    loss = trainer.learn(model, completions()[first : first + counts[replica]])
     gradients = {n: plain(p.grad, whole=True) for n, p in trainer.model.named_parameters()}
     torch.save((trainer.accelerator.reduce(loss, "mean"), gradients), f"{folder}/{rank}.pt")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_is_that_of_one_rank(models, layout):
-    split, ranks = LAYOUTS[layout]
+    ranks = LAYOUTS[layout][1]
     trainer = prepare(_config(models / "one", None))[0]
     expected_loss, expected, _ = gradient_of(trainer, completions())
-    run_ranks(_step_worker, models, split, ranks, ranks=ranks)
+    run_ranks(_step_worker, models, layout, ranks=ranks)
     for rank in range(ranks):
         loss, gradients = torch.load(models / f"{rank}.pt")
         assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)

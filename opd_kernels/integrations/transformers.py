@@ -116,8 +116,7 @@ def pad_completions(
 
     `lazy_logits(model, input_ids, attention_mask)[predicts]` are the logits of every completion
     token, one row each, in the order of the completions: the same for a student and a teacher whose
-        prompts
-    differ.
+    prompts differ.
 
     Args:
         prompts: token ids of each prompt, at least one.
