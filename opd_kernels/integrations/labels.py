@@ -1,6 +1,7 @@
 """Cross-entropy of labels without logits, inside the forward pass of a model of transformers."""
 
 import inspect
+import re
 from collections.abc import Callable
 from functools import wraps
 from types import MethodType
@@ -13,6 +14,9 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from opd_kernels.integrations.transformers import forward_without_head
+
+# Of all logits and labels as they come: Git gives its own, cut and shifted.
+_SHIFTED_LOSS = re.compile(r"self\.loss_function\(\s*(logits=)?(lm_)?logits,\s*(labels=)?labels,")
 
 
 def patch(model: PreTrainedModel) -> PreTrainedModel:
@@ -88,7 +92,7 @@ def _check_labels_loss(model: PreTrainedModel) -> None:
     """Raise unless the class's loss of labels is the shifted cross-entropy and what is known."""
     code = inspect.getsource(type(model).forward)
     reason = None
-    if "self.loss_function(" not in code or model.loss_function is not ForCausalLMLoss:
+    if not _SHIFTED_LOSS.search(code) or model.loss_function is not ForCausalLMLoss:
         reason = "does not compute it by transformers' own ForCausalLMLoss"
     elif "z_loss" in code:
         reason = "adds a loss of its logits"

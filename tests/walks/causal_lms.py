@@ -3,13 +3,15 @@
     make causal-lms
 
 A class is built tiny and random from its own config, and lazy_logits(model, ids).materialize() is
-compared with model(ids).logits. It works, or it is refused with an error of this package's; a
-difference ends the walk with exit status 1. What cannot be built tiny without knowing more of it
-than its config's names is listed with the reason.
+compared with model(ids).logits; then patch(model)'s loss of labels with the class's own. It works,
+or it is refused with an error of this package's; a difference ends the walk with exit status 1.
+What cannot be built tiny without knowing more of it than its config's names is listed with the
+reason.
 """
 
 import argparse
 import contextlib
+import copy
 import io
 import logging
 import re
@@ -26,6 +28,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from opd_kernels.integrations.labels import patch
 from opd_kernels.integrations.transformers import lazy_logits
 
 SECONDS = 60  # for a class
@@ -143,14 +146,37 @@ def _ids() -> torch.Tensor:
     return torch.randint(3, VOCAB, (2, TOKENS), generator=torch.Generator().manual_seed(1))
 
 
-def walk(model_type: str) -> tuple[str, str]:
-    """(works | refused | differs | not built, why)."""
+def walk(model_type: str) -> tuple[str, str, str]:
+    """(works | refused | differs | not built, why, what patch makes of it)."""
     try:
         model = build(model_type)
     except TimeoutError:
-        return "not built", f"more than {SECONDS} s"
+        return "not built", f"more than {SECONDS} s", ""
     except Exception as error:
-        return "not built", f"{type(error).__name__}: {error}"
+        return "not built", f"{type(error).__name__}: {error}", ""
+    verdict, why = compare_logits(model)
+    return verdict, why, compare_labels(model) if verdict == "works" else ""
+
+
+def compare_labels(model: torch.nn.Module) -> str:
+    """works | refused | differs: the loss of labels, of which some count for nothing."""
+    labels = _ids()
+    labels[0, :4] = -100
+    with torch.no_grad():
+        try:
+            patched = patch(copy.deepcopy(model))
+            expected = model(_ids(), labels=labels, use_cache=False).loss
+            actual = patched(_ids(), labels=labels, use_cache=False).loss
+        except ValueError as error:
+            return "refused" if str(error).startswith("model: ") else f"differs: {error}"
+        except Exception as error:
+            return f"differs: {type(error).__name__}: {error}"
+    error = float((actual - expected).abs() / expected.abs())
+    return "works" if error < 1e-4 else f"differs by {error:.1e}"
+
+
+def compare_logits(model: torch.nn.Module) -> tuple[str, str]:
+    """(works | refused | differs, by how much or why)."""
     with torch.no_grad():
         expected = model(_ids(), use_cache=False).logits
         try:
@@ -181,30 +207,40 @@ def main() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             results[model_type] = walk(model_type)
         signal.alarm(0)
-    counts = Counter(verdict for verdict, _ in results.values())
-    page = table(results, counts)
+    counts = Counter(verdict for verdict, *_ in results.values())
+    labels = Counter(x.partition(" ")[0].strip(":") for *_, x in results.values() if x)
+    page = table(results, counts, labels)
     print(page)
     if not types:
         Path("docs/causal_lms.md").write_text(page)
-    sys.exit(1 if counts["differs"] or (not types and counts["works"] < LEAST) else 0)
+    wrong = counts["differs"] + labels["differs"]
+    sys.exit(1 if wrong or (not types and counts["works"] < LEAST) else 0)
 
 
-def table(results: dict[str, tuple[str, str]], counts: Counter[str]) -> str:
+def table(
+    results: dict[str, tuple[str, str, str]], counts: Counter[str], labels: Counter[str]
+) -> str:
     """Markdown: how many, and each class with its verdict."""
+
+    def said(counts: Counter[str]) -> str:
+        return ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
+
     lines = [
         "# Causal language models of transformers",
         "",
         f"Made by `make causal-lms` with transformers {transformers.__version__}: each class of "
         "its causal-LM mapping, tiny and random, `lazy_logits(model, ids).materialize()` against "
-        f"`model(ids).logits`. Of {len(results)}: "
-        + ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
-        + ". A figure is the largest difference relative to the largest logit.",
+        f"`model(ids).logits`. Of {len(results)}: {said(counts)}. A figure is the largest "
+        "difference relative to the largest logit. `labels` is `patch(model)`, whose loss is "
+        f"compared with the class's own: {said(labels)}; it refuses what is not the shifted "
+        "cross-entropy by transformers' own function.",
         "",
-        "| model type | | |",
-        "|---|---|---|",
+        "| model type | | | labels |",
+        "|---|---|---|---|",
     ]
-    for name, (verdict, why) in results.items():
-        lines.append(f"| {name} | {verdict} | {' '.join(why.split())[:160].replace('|', '/')} |")
+    for name, (verdict, why, label) in results.items():
+        why = " ".join(why.split())[:160].replace("|", "/")
+        lines.append(f"| {name} | {verdict} | {why} | {label[:80]} |")
     return "\n".join(lines) + "\n"
 
 
