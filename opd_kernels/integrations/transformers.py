@@ -56,7 +56,7 @@ def lazy_logits(
     Raises:
         TypeError: model is not a causal language model of transformers.
         ValueError: the head is not a plain weight, or the model does more to its logits than scale
-        and cap them.
+            and cap them.
     """
     return call_with_lazy_logits(
         model,
@@ -116,8 +116,7 @@ def pad_completions(
 
     `lazy_logits(model, input_ids, attention_mask)[predicts]` are the logits of every completion
     token, one row each, in the order of the completions: the same for a student and a teacher whose
-        prompts
-    differ.
+    prompts differ.
 
     Args:
         prompts: token ids of each prompt, at least one.
