@@ -1,4 +1,4 @@
-"""Every script of examples/: what it prints, as it is and on a model from a folder, and its loss."""
+"""Every script of examples/ learns, as it is and on models from folders, and prints what is so."""
 
 import json
 import re
