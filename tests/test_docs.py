@@ -32,7 +32,7 @@ NOT_RUN = "<!-- not run: "  # with a reason, in the line above a block
 
 _TEST = re.compile(r"\b(tests/[\w/]+\.py)::(\w+)")
 _CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
-_LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)")
+_LINK = re.compile(r"\]\(([^)#:\s]+)(?:#([^)]*))?\)")
 _REMOTE = re.compile(
     r"""<(?:script|link|img|iframe)[^>]*(?:src|href)=["']?(?:https?:)?//""", re.IGNORECASE
 )
@@ -53,6 +53,12 @@ def missing_tests(text, root=ROOT):
     ]  # fmt: skip
 
 
+def anchors(page):
+    """What its headings are linked by."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 def missing_paths(text, root=ROOT, links_from=ROOT):
     """Paths that a text names as code or links to and that are not there.
 
@@ -60,7 +66,10 @@ def missing_paths(text, root=ROOT, links_from=ROOT):
     does; without a folder it may be anywhere. What a run writes is none.
     """
     folders = {path.name for path in root.iterdir() if path.is_dir()} - {"runs", "build"}
-    missing = [link for link in _LINK.findall(text) if not (links_from / link).exists()]
+    missing = [
+        link for link, anchor in _LINK.findall(text)
+        if not (links_from / link).exists() or (anchor and anchor not in anchors(links_from / link))
+    ]  # fmt: skip
     for word in _CODE.findall(text):
         path = word.partition("::")[0]
         if not re.fullmatch(r"[\w.*-]+(/[\w.*-]+)*/?", path):
@@ -121,12 +130,9 @@ def test_a_name_that_does_not_exist_is_found(tmp_path):
     ]
     text = "`tests/test_docs.py` `tests/nowhere.py` `setup.py` `config.py` `gone.py` `runs/x/y.py`"
     text += " [a](README.md#x) [b](docs/none.md) `recipes/*.yaml` `benchmarks/none/` `a / b`"
-    assert missing_paths(text) == [
-        "docs/none.md",
-        "tests/nowhere.py",
-        "gone.py",
-        "benchmarks/none/",
-    ]
+    links = ["README.md", "docs/none.md"]
+    assert missing_paths(text) == [*links, "tests/nowhere.py", "gone.py", "benchmarks/none/"]
+    assert missing_paths("[a](README.md#the-tree) [b](docs/index.md)") == []
 
 
 def test_the_tree_lists_every_file_once():
