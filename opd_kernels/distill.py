@@ -73,8 +73,8 @@ def distillation_loss(
             again for the teacher's; default by the device.
         backend: "auto", or a name of available_backends().
         gradient_filter: leave tokens outside S whose probability is below this out of the gradient
-            (one_pass only, an approximation; the loss stays exact). The README tells its error.
-            Where the head is split, the k largest of each rank are always kept.
+            (one_pass only, an approximation; the loss stays exact). Its error was measured, see
+            docs/objectives.md. Where the head is split, the k largest of each rank are always kept.
 
     Returns:
         DistillationOutput(loss, per_token, student, teacher, dropped); all but loss are detached.

@@ -59,12 +59,12 @@ def forward_kl(student: SparseLogits, teacher: SparseLogits, *, tail: Tail = "dr
 def jsd(
     student: SparseLogits, teacher: SparseLogits, *, beta: float = 0.5, tail: Tail = "drop"
 ) -> Tensor:
-    """Generalised Jensen-Shannon divergence beta KL(q || M) + (1 - beta) KL(p || M), M = (1 - beta)
-    p + beta q.
+    """Generalised Jensen-Shannon divergence beta KL(q || M) + (1 - beta) KL(p || M).
 
-    As in GKD (arXiv 2306.13649): beta = 0 stands for the forward KL and beta = 1 for the reverse
-    KL, its limits after division by beta or 1 - beta. The gradient is p_j (w_j [j in S] - sum_S p_k
-    w_k) with w = (1 - beta) log(p / M), so there is no bias for a stop-gradient to remove.
+    M = (1 - beta) p + beta q. As in GKD (arXiv 2306.13649): beta = 0 stands for the forward KL and
+    beta = 1 for the reverse KL, its limits after division by beta or 1 - beta. The gradient is p_j
+    (w_j [j in S] - sum_S p_k w_k) with w = (1 - beta) log(p / M), so there is no bias for a
+    stop-gradient to remove.
 
     Args:
         beta: weight of the teacher in the mixture, 0 to 1.
@@ -89,8 +89,8 @@ def policy_gradient(student: SparseLogits, teacher: SparseLogits) -> Tensor:
 
     Its gradient is unbiased for the full reverse KL of that token, given its prefix, when y was
     sampled from p itself: at the same temperature and without top-p or top-k truncation (REINFORCE,
-        Williams 1992). Its
-    value is not a divergence. The log-ratio alone, backpropagated, has expected gradient 0.
+    Williams 1992). Its value is not a divergence. The log-ratio alone, backpropagated, has expected
+    gradient 0.
 
     Args:
         student, teacher: SparseLogits with K = 1, gathered at the sampled ids.

@@ -47,7 +47,7 @@ class LazyLogits:
     Raises:
         TypeError: an operand is not a floating tensor.
         ValueError: shapes, devices or options do not fit; the message names the argument and the
-        remedy.
+            remedy.
     """
 
     hidden: Tensor

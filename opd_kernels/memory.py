@@ -25,7 +25,10 @@ class Loss:
     """Two heads on the same tokens.
 
     Attributes:
-        tokens: N. dim: D of the student. vocab: V. k: size of the support.
+        tokens: N.
+        dim: D of the student.
+        vocab: V.
+        k: size of the support.
         dtype: of hidden states and weights.
         device: "cpu", or a GPU of cost_model.GPUS.
         ranks: over which the head is split by rows.

@@ -13,13 +13,20 @@ class DistillationOutput(NamedTuple):
 
     A token whose weight is 0 is not computed under compact=True: its loss is 0, its slots are empty
     (id -1) and its tail 0.
+
+    Attributes:
+        loss: scalar; [...] with reduction="none".
+        per_token: [...] the loss of each token, unweighted.
+        student: on the support.
+        teacher: on the same ids.
+        dropped: [...] probability that gradient_filter left out of the gradient; None without one.
     """
 
-    loss: Tensor  # scalar; [...] with reduction="none"
-    per_token: Tensor  # [...] unweighted
-    student: SparseLogits  # on the support
-    teacher: SparseLogits  # on the same ids
-    dropped: Tensor | None = None  # [...] probability that gradient_filter left out of the gradient
+    loss: Tensor
+    per_token: Tensor
+    student: SparseLogits
+    teacher: SparseLogits
+    dropped: Tensor | None = None
 
 
 def restore(

@@ -20,16 +20,17 @@ needs_browser = pytest.mark.skipif(
 
 
 def open_page(
-    page: Path, screenshot: Path, width: int = 1200, dark: bool = False, script: str = "null"
+    page: Path | str, screenshot: Path, width: int = 1200, dark: bool = False, script: str = "null"
 ) -> dict[str, Any]:
-    """Open a file, save a picture of the whole of it, and tell what came of it.
+    """Open a file or an address, save a picture of the whole of it, and tell what came of it.
 
     Returns its `title`, visible `text`, `errors` of the console, the `requests` for anything but
-    the file, and `value`, which the script evaluates to in the page.
+    the page, and `value`, which the script evaluates to in the page.
     """
     flags = f"--no-sandbox --disable-gpu --blink-settings=preferredColorScheme={0 if dark else 1}"
     quiet = {"QT_QPA_PLATFORM": "offscreen", "QTWEBENGINE_CHROMIUM_FLAGS": flags}
-    arguments = [str(page.resolve()), str(screenshot), str(width), script]
+    address = page.resolve().as_uri() if isinstance(page, Path) else page
+    arguments = [address, str(screenshot), str(width), script]
     command = [sys.executable, __file__, *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=os.environ | quiet
@@ -73,7 +74,7 @@ def _browse(page: str, screenshot: str, width: int, script: str) -> dict[str, An
         loop.exec()
         return values[0]
 
-    _application, address = QApplication([]), QUrl.fromLocalFile(page)
+    _application, address = QApplication([]), QUrl(page)
     view = QWebEngineView()
     shown = Console(view)
     network = Network()

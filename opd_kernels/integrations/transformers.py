@@ -41,8 +41,8 @@ def lazy_logits(
     whole only during the forward pass, use call_with_lazy_logits.
 
     Args:
-        model: a causal language model of transformers, bare or wrapped in DDP, torch.compile or
-            PEFT.
+        model: a causal language model of transformers, bare or wrapped in DDP or PEFT. Its decoder
+            may be compiled (model.model); torch.compile of the whole is refused.
         input_ids: [B, T] token ids.
         attention_mask: [B, T] 1 for tokens, 0 for padding.
         temperature: as LazyLogits'.
@@ -56,7 +56,7 @@ def lazy_logits(
     Raises:
         TypeError: model is not a causal language model of transformers.
         ValueError: the head is not a plain weight, or the model does more to its logits than scale
-        and cap them.
+            and cap them.
     """
     return call_with_lazy_logits(
         model,

@@ -1,6 +1,6 @@
 """TRL's distillation trainer with this package's loss, in one line:
 
-    distil_with(trainer, k=20, objective=reverse_kl)
+    distil_with(trainer, support="student", k=20, objective=reverse_kl)
 
 Everything else, rollouts, batches, logs, stays TRL's.
 """
