@@ -68,7 +68,7 @@ def distillation_loss(
         entropy: also fill the entropy of student and teacher (of the whole rows), from the same
             pass.
         compact: leave out tokens of weight 0 before the first matrix product (synchronises with the
-            device, so not under torch.compile).
+            device, so not under torch.compile or in a CUDA graph).
         chunk_bytes: most memory for the student's logits at a time, and for support="full" as much
             again for the teacher's; default by the device.
         backend: "auto", or a name of available_backends().
@@ -102,7 +102,7 @@ def distillation_loss(
         weights = token_weights.detach().reshape(-1)
         weights = weights.to(accumulator_dtype(student.hidden, student.weight))
     kept = None
-    if compact and weights is not None and not torch.compiler.is_compiling():
+    if compact and weights is not None and not _is_recorded(weights):
         kept = weights.nonzero()[:, 0]
         if kept.numel() == weights.numel():
             kept = None
@@ -186,6 +186,13 @@ def _same_vocabulary(
 def _flat_answer(teacher: SparseLogits, leading: torch.Size) -> SparseLogits:
     dims = len(leading)
     return teacher.map(lambda tensor: tensor.reshape((-1, *tensor.shape[dims:])))
+
+
+def _is_recorded(weights: Tensor) -> bool:
+    """Whether a compiler or a CUDA graph records this call, for other weights to come."""
+    if torch.compiler.is_compiling():
+        return True
+    return weights.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _without_weightless_rows(

@@ -47,6 +47,16 @@ def test_dropped_tokens_may_hold_anything(method, support):
     assert_same(gradients(loose.loss, student)[1:], grads[1:])
 
 
+def test_what_a_graph_records_has_no_shape_that_depends_on_weights(monkeypatch):
+    student, teacher = pair()
+    weights = torch.ones(TOKENS)
+    weights[2] = 0
+    expected = distillation_loss(student, teacher, k=K, token_weights=weights).loss
+    monkeypatch.setattr("opd_kernels.distill._is_recorded", lambda _: True)
+    monkeypatch.setattr(torch.Tensor, "nonzero", None)  # what waits for the device
+    assert_close(distillation_loss(student, teacher, k=K, token_weights=weights).loss, expected)
+
+
 @pytest.mark.parametrize("method", ["one_pass", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.bool, torch.int64])
 def test_weights_of_any_dtype_average_as_float32_ones_do(method, dtype):
