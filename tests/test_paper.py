@@ -103,7 +103,9 @@ def test_a_run_is_kept_until_what_it_depends_on_changes(tmp_path):
         assert other.result() is None
         assert replace(student, needs=(other,)).result() is None
         broken = replace(student, changes=student.changes | {"k": "three"})
-        with pytest.raises(RuntimeError, match=r"tiny-1: .*k: input should be .*'three'.*log\.txt says more"):
+        with pytest.raises(
+            RuntimeError, match=r"tiny-1: .*k: input should be .*'three'.*log\.txt says more"
+        ):
             lab.measure([broken], "broken")
 
 
