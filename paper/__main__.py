@@ -5,12 +5,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from paper import biased_gradient, self_distillation
+from paper import adapted_teacher, biased_gradient, foreign_habits, mismatch, self_distillation
 from paper.page import Claim, write_page
 from paper.runs import Laboratory
 
 CLAIMS: dict[int, Callable[[Laboratory, Sequence[int], Path], Claim]] = {
     1: biased_gradient.claim,
+    2: mismatch.claim,
+    3: adapted_teacher.claim,
+    4: foreign_habits.claim,
     5: self_distillation.claim,
 }
 

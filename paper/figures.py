@@ -26,10 +26,10 @@ def panels(rows: int, columns: int, titles: Sequence[str]) -> tuple[Figure, list
 
 def band(
     axis: Axes, results: Sequence[list[Line]], name: str, color: str, label: str | None,
-    line: str = "-",
+    line: str = "-", shift: int = 0,
 ) -> None:  # fmt: skip
-    """The seeds' mean of a figure against the step, and their range."""
-    steps = curve(results[0], name)[0]
+    """The seeds' mean of a figure against the step, and their range; some steps later."""
+    steps = [step + shift for step in curve(results[0], name)[0]]
     columns = list(zip(*(curve(lines, name)[1] for lines in results), strict=True))
     axis.plot(steps, [fmean(x) for x in columns], line, color=color, label=label)
     axis.fill_between(

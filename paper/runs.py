@@ -56,8 +56,8 @@ class Run:
 
     def execute(self) -> list[Line]:
         """Run it in this process; what it prints goes to log.txt beside its figures."""
-        from trainer.__main__ import STAGES, prepare
-        from trainer.config import load_config
+        from trainer.__main__ import STAGES, evaluate, prepare
+        from trainer.config import EvaluationConfig, load_config
 
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
@@ -65,11 +65,14 @@ class Run:
         pairs = [x for key, value in changes.items() for x in (f"--{key}", json.dumps(value))]
         with open(self.folder / LOG, "w") as log, redirect_stdout(log), redirect_stderr(log):
             config = load_config(STAGES[self.stage][0], RECIPES / self.recipe, pairs)
-            trainer, _ = prepare(config)
-            trainer.train()
-            if trainer.interruption.stopped:  # the trainer has caught the signal
-                raise KeyboardInterrupt
-            trainer.save_student()
+            if isinstance(config, EvaluationConfig):
+                evaluate(config)
+            else:
+                trainer, _ = prepare(config)
+                trainer.train()
+                if trainer.interruption.stopped:  # the trainer has caught the signal
+                    raise KeyboardInterrupt
+                trainer.save_student()
         text = (self.folder / METRICS).read_text(encoding="utf-8")
         lines = [json.loads(line) for line in text.splitlines()]
         kept = json.dumps({"digest": self.digest, "lines": lines})
