@@ -199,10 +199,19 @@ def places(m: Measured) -> dict[str, Any]:
     before, after = (spread(by_seed(single, x, "eval_reverse_kl")) for x in (first, last))
     warm = m.drifts[STOPPED.name, 20, 0.7]
     start, end = (fmean(by_seed(warm, x, "student_mass")) for x in (first, last))
-    return {"before": before, "after": after, "start": start, "end": end} | {
-        f"{name.partition(' ')[0].partition('-')[0]}_share": spread(_shares(m.compared[name, 3]))
-        for name in (RENORMALIZED.name, STOPPED.name, BUCKET.name)
-    }
+    cold = m.drifts[STOPPED.name, 5, 0.5]
+    ends = {f"cold_{n}": fmean(by_seed(cold, x, "student_mass")) for n, x in
+            (("start", first), ("end", last))}  # fmt: skip
+    return (
+        ends
+        | {"before": before, "after": after, "start": start, "end": end}
+        | {
+            f"{name.partition(' ')[0].partition('-')[0]}_share": spread(
+                _shares(m.compared[name, 3])
+            )
+            for name in (RENORMALIZED.name, STOPPED.name, BUCKET.name)
+        }
+    )
 
 
 def _shares(results: list[Lines]) -> list[float]:
