@@ -56,7 +56,8 @@ def level(
         axis.axhline(value, color=color, lw=0.9, ls=":")
         axis.annotate(
             text, (0.01 if left else 1, value), xycoords=("axes fraction", "data"),
-            ha="left" if left else "right", va="top" if below else "bottom", fontsize=8, color=color,
+            ha="left" if left else "right", va="top" if below else "bottom",
+            fontsize=8, color=color,
         )  # fmt: skip
 
 
