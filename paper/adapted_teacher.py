@@ -42,7 +42,8 @@ def measure(lab: Laboratory, seeds: Sequence[int]) -> Measured:
         for name, styles in ((ALIKE, PLAIN), (OTHER, RESTATED)) for seed in seeds
     }  # fmt: skip
     models = [*students.values(), *larger.values()]
-    trained = dict(zip(models, lab.measure(models, "claim 3, models"), strict=True))
+    results = lab.measure(models, "claim 3, models")
+    trained = {run.folder: lines for run, lines in zip(models, results, strict=True)}
     reinforced = {seed: adding.reinforced(students[seed], seed) for seed in seeds}
     results = lab.measure(list(reinforced.values()), "claim 3, RLVR")
     scores = dict(zip(seeds, by_seed(results, last, "eval_score"), strict=True))
@@ -52,7 +53,7 @@ def measure(lab: Laboratory, seeds: Sequence[int]) -> Measured:
                      for s in seeds]
     }  # fmt: skip
     for name in (ALIKE, OTHER):
-        pairs = [nearest(trained[larger[name, s]], scores[s]) for s in seeds]
+        pairs = [nearest(trained[larger[name, s].folder], scores[s]) for s in seeds]
         teachers[name] = [score for _, score in pairs]
         runs[name] = [
             adding.distill(f"from-{name}".replace(", ", "-").replace(" ", "-"), students[s],

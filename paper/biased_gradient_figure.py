@@ -35,14 +35,14 @@ WARMTH = dict(zip(TEMPERATURES, ("tab:red", "tab:orange", "tab:blue"), strict=Tr
 def draw(m: Measured, path: Path) -> Path:
     """Write the figure; returns its path."""
     figure, (mass, kl, score, shape, rates, drift) = panels(2, 3, (
-        "mass on S (K = 3)", "reverse KL to the teacher at the end", "accuracy at the end",
-        "length of completions, and repetition", "reverse KL by learning rate (K = 3)",
-        "mass on S (K = 20), two teachers that disagree",
+        "mass on S, K = 3", "reverse KL to the teacher at the end", "accuracy at the end",
+        "length of completions and repetition", "reverse KL at the end by learning rate, K = 3",
+        "mass on S, K = 20, under two teachers that disagree",
     ))  # fmt: skip
     for name in (BIASED.name, STOPPED.name, RENORMALIZED.name, BUCKET.name):
         band(mass, m.compared[name, 3], "student_mass", COLORS[name], name)
     theirs = fmean(by_seed(m.compared[BIASED.name, 3], last, "teacher_mass"))
-    level(mass, theirs / math.e, "Q / e")
+    level(mass, theirs / math.e, "Q / e", left=True)
     mass.set(ylim=(0, 1), xlabel="step")
     _by_support(kl, m, "eval_reverse_kl")
     _by_support(score, m, "eval_score")
@@ -55,14 +55,14 @@ def draw(m: Measured, path: Path) -> Path:
     for name, results in m.rates.items():
         ends = [last(results[rate], "eval_reverse_kl") for rate in RATES]
         rates.plot(RATES, ends, "o-", color=COLORS[name], label=name, ms=4)
-    level(rates, first(m.rates[FULL.name][RATES[0]], "eval_reverse_kl"), "before")
+    level(rates, first(m.rates[FULL.name][RATES[0]], "eval_reverse_kl"), "before", left=True)
     rates.set(xscale="log", yscale="log", xlabel="learning rate")
     for temperature, color in WARMTH.items():
         for name, line in ((STOPPED.name, "-"), (BUCKET.name, "--"), (FULL.name, ":")):
             label = f"temperature {temperature:g}" if line == "-" else None
             band(drift, m.drifts[name, 20, temperature], "student_mass", color, label, line)
     drift.set(xlabel="step", ylim=(0.5, 1.01))
-    for axis in (mass, score, rates, drift):
+    for axis in (mass, score, drift):
         axis.legend(fontsize=7, frameon=False)
     return save(figure, path)
 
@@ -87,6 +87,6 @@ def _shape(axis: Axes, m: Measured) -> None:
     for label, (results, name) in cases.items():
         band(axis, results, "completion_length", COLORS[name], label)
         band(other, results, "repetition", COLORS[name], None, "--")
-    axis.set(xlabel="step", ylabel="letters (solid)", ylim=(0, 26))
-    other.set(ylabel="share of repeated 3-grams (dashed)", ylim=(0, 1.08))
-    axis.legend(fontsize=7, frameon=False)
+    axis.set(xlabel="step", ylabel="letters (solid)", ylim=(0, 32))
+    other.set(ylabel="share of repeated 3-grams (dashed)", ylim=(0, 1.3))
+    axis.legend(fontsize=7, frameon=False, loc="upper left")

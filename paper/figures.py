@@ -47,12 +47,16 @@ def points(
     axis.errorbar(places, means, [below, above], fmt="o-", color=color, label=label, ms=4, lw=1.3)
 
 
-def level(axis: Axes, value: float, text: str, color: str = "0.4") -> None:
-    """A named horizontal line."""
+def level(
+    axis: Axes, value: float, text: str, color: str = "0.4", *, left: bool = False,
+    below: bool = False,
+) -> None:  # fmt: skip
+    """A horizontal line, named at its right or left end, above it or below."""
     if math.isfinite(value):
         axis.axhline(value, color=color, lw=0.9, ls=":")
         axis.annotate(
-            text, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+            text, (0.01 if left else 1, value), xycoords=("axes fraction", "data"),
+            ha="left" if left else "right", va="top" if below else "bottom",
             fontsize=8, color=color,
         )  # fmt: skip
 

@@ -211,7 +211,7 @@ def draw(m: Measured, path: Path) -> Path:
         band(kl, results, "eval_reverse_kl_on_own_samples", colors[kind], None)
     band(score, m.lines[SHARED], "eval_teacher_score", "0.4", "teacher with it", ":")
     residual = fmean(x.residual for x in m.distances[REVERSE])
-    level(kl, residual, "-log Z of the geometric mean")
+    level(kl, residual, "-log Z of the geometric mean", below=True)
     for kind, own in m.distances.items():
         values = [[x.to_geometric for x in own], [x.to_arithmetic for x in own]]
         points(mean, (0, 1), values, colors[kind], kind)
