@@ -26,6 +26,8 @@ from trainer.models import eval_mode, load_model
 from trainer.teacher import on_students
 
 SHARED_RULE = 3
+DEMO = "shared rule, SmolLM2-135M, one seed"
+QUIET = {"preflight": False, "report_to": "none", "disable_tqdm": True}
 _DATA_SEED = 100
 SHARED, REVERSE, FORWARD = "shared rule", "own rules, reverse KL", "own rules, forward KL"
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # data and changes
@@ -51,11 +53,12 @@ class Measured:
 
     lines: dict[str, list[list[Line]]]  # by kind
     distances: dict[str, list[Distances]]  # by kind, of those with several teachers a prompt
+    real: list[Line] | None  # of the demo
 
 
 def claim(lab: Laboratory, seeds: Sequence[int], folder: Path) -> Claim:
     """Run claim 5 and report it; the figure goes into the folder."""
-    m = measure(lab, seeds)
+    m = measure(lab, seeds, real=True)
     path = draw(m, folder / "paper_self_distillation.png")
     return Claim(5, [scores_table(m), distances_table(m)], {}, path, findings(m))
 
@@ -85,8 +88,11 @@ def measure(
     kinds: Sequence[str] = tuple(KINDS),
     steps: int | None = None,
     base_steps: int | None = None,
+    real: bool = False,
 ) -> Measured:
-    """Train, distil and compare, in as many steps as the recipes say, or in fewer."""
+    """Train, distil and compare, in as many steps as the recipes say, or in fewer; on a real model
+    too if that is asked for.
+    """
     sft = {} if base_steps is None else {"max_steps": base_steps}
     distill = {} if steps is None else {"max_steps": steps, "eval_steps": steps}
     bases = {seed: base(lab, seed, **sft) for seed in seeds}
@@ -95,10 +101,13 @@ def measure(
         kind: [distillation(lab, kind, bases[seed], seed, **distill) for seed in seeds]
         for kind in kinds
     }
-    results = iter(lab.measure([x for own in runs.values() for x in own], "claim 5"))
+    demo = [Run(lab.root / "smollm2", "distill", "../demo.yaml", QUIET)] * real  # it takes longest
+    results = iter(lab.measure([*demo, *(x for own in runs.values() for x in own)], "claim 5"))
+    of_demo = next(results) if real else None
     lines = {kind: [next(results) for _ in own] for kind, own in runs.items()}
     averaged = [kind for kind in kinds if kind != SHARED]
-    return Measured(lines, {kind: [distances(run) for run in runs[kind]] for kind in averaged})
+    found = {kind: [distances(run) for run in runs[kind]] for kind in averaged}
+    return Measured(lines, found, of_demo)
 
 
 @torch.no_grad()
@@ -141,8 +150,8 @@ def scores_table(m: Measured) -> str:
     """Accuracy and divergence of each kind."""
     header = ("private information", "accuracy before", "after", "teacher",
               "reverse KL to the teacher, before", "after")  # fmt: skip
-    rows = []
-    for kind, results in m.lines.items():
+    rows, kinds = [], m.lines | ({} if m.real is None else {DEMO: [m.real]})
+    for kind, results in kinds.items():
         score = (spread(by_seed(results, x, "eval_score")) for x in (first, last))
         teacher = spread(by_seed(results, last, "eval_teacher_score"))
         kl = (spread(by_seed(results, x, "eval_reverse_kl")) for x in (first, last))
@@ -180,7 +189,18 @@ def findings(m: Measured) -> list[Finding]:
         rises(f"{REVERSE}: more divergence is left than with a {SHARED}", kl[1],
               by_seed(reverse, last, "eval_reverse_kl")),
         *closed_forms(m.distances),
+        *(_of_demo(m.real) if m.real else []),
     ]  # fmt: skip
+
+
+def _of_demo(lines: list[Line]) -> list[Finding]:
+    """Of one seed: the rule is followed without being seen, by more than half of the answers."""
+    kl, score = ([[x(lines, name)] for x in (first, last)]
+                 for name in ("eval_reverse_kl", "eval_score"))  # fmt: skip
+    return [
+        falls(f"{DEMO}: the reverse KL to the teacher falls", *kl),
+        rises(f"{DEMO}: the rule is internalised", *score),
+    ]
 
 
 def closed_forms(by_kind: dict[str, list[Distances]]) -> list[Finding]:
