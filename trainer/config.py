@@ -23,6 +23,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Refusals = list[tuple[bool, str]]
+OBJECTIVES = ("reverse_kl", "forward_kl", "jsd", "policy_gradient")
 
 
 @dataclass
@@ -211,11 +212,14 @@ class DistillationConfig(TeacherConfig):
     # Of the way to the student's weights that a self-teacher goes after each step: 0 stays, 1 is
     # the student as it is, what lies between is an exponential moving average in float32.
     teacher_update_rate: Share = 0.0
-    objective: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = "reverse_kl"
+    # reverse_kl, forward_kl, jsd, policy_gradient, or a function(student, teacher) of SparseLogits
+    # that returns a loss per token, of file.py:function or module:function.
+    objective: str = "reverse_kl"
     stop_gradient: bool = True
     tail: Literal["drop", "bucket", "renormalize"] = "drop"
     beta: Share = 0.5  # jsd's
-    support: Literal["student", "teacher", "union", "intersection", "full"] = "student"
+    # Whose top-K; "sampled" is the sampled token alone, for a function.
+    support: Literal["student", "teacher", "union", "intersection", "full", "sampled"] = "student"
     missing: Literal["error", "drop"] = "error"  # the support's ids that a server did not return
     forward_kl_coef: NotNegative = 0.0  # of forward KL, added to reverse_kl ...
     forward_kl_min_entropy: float = 0.0  # ... on tokens where the teacher's entropy (nats) exceeds
@@ -231,17 +235,30 @@ class DistillationConfig(TeacherConfig):
         return self.sft_coef > 0
 
     @property
+    def takes_sampled_tokens(self) -> bool:
+        """Whether the loss is of the sampled token alone."""
+        return self.objective == "policy_gradient" or self.support == "sampled"
+
+    @property
     def drops_mass(self) -> bool:
-        """Whether the loss does not see what is outside the support."""
-        is_sampled = self.objective == "policy_gradient"
-        return self.tail == "drop" and self.support != "full" and not is_sampled
+        """Whether the loss is known not to see what is outside the support."""
+        on_top = self.objective in OBJECTIVES and not self.takes_sampled_tokens
+        return on_top and self.tail == "drop" and self.support != "full"
 
     def _refusals(self) -> Refusals:
         is_sampled, is_reverse = (self.objective == x for x in ("policy_gradient", "reverse_kl"))
         shaped = (self.support, self.tail, self.stop_gradient, self.max_token_loss)
         rate, averages = self.teacher_update_rate, 0 < self.teacher_update_rate < 1
         served, needs_all = bool(self.servers), self.support in ("student", "union")
+        is_function = ":" in self.objective
         return [*super()._refusals(),
+            (self.objective not in OBJECTIVES and not is_function,
+             f"objective: expected {', '.join(OBJECTIVES)}, file.py:function or module:function, "
+             f"got {self.objective!r}"),
+            (is_function and (self.tail, self.stop_gradient) != ("drop", True),
+             "objective: a function has no tail or stop_gradient; leave these keys out"),
+            (self.support == "sampled" and not is_function,
+             "support: sampled is for a function; of the others policy_gradient has it as it is"),
             (is_sampled and self.samples_differ,
              "objective: policy_gradient is unbiased only for samples from the model's own "
              "distribution; expected top_p: 1 and no sampling_temperature"),
@@ -267,7 +284,8 @@ class DistillationConfig(TeacherConfig):
              "support: full needs the teacher's whole distribution; a server returns its top-K"),
             (served and self.forward_kl_coef > 0,
              "forward_kl_coef: it needs the teacher's entropy, which a server does not return"),
-            (served and needs_all and self.missing == "error" and not is_sampled,
+            (served and needs_all and self.missing == "error"
+             and not self.takes_sampled_tokens,
              "support: a server returns its own top-K; expected teacher or intersection, or "
              "missing: drop"),
         ]  # fmt: skip

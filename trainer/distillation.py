@@ -77,7 +77,7 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
         self, model: nn.Module, batch: list[Completion], weights: Tensor, denominator: Tensor
     ) -> Tensor:
         ids, options = token_ids(batch, self.args.device), {"denominator": denominator}
-        is_sampled = self.args.objective == "policy_gradient"
+        is_sampled = self.args.takes_sampled_tokens
         if is_sampled:
             options["support"] = ids[:, None]
 

@@ -82,7 +82,9 @@ class Evaluation:
         return [self.scorer(self.sampler.text(c), c.prompt.row) for c in completions]
 
     def _prefix_probe(self, own: list[Completion], scores: list[float]) -> dict[str, float]:
-        """Whether the teacher does better or worse when it goes on from the student's prefixes."""
+        """Whether the teacher does better or worse when it goes on from the student's prefixes:
+        than the student who went on itself, and than it did alone.
+        """
         generator = np.random.default_rng([self.config.seed, _HELD_OUT])
         pairs = [(c, s) for c, s in zip(own, scores, strict=True) if len(c.ids) > 1]
         if not pairs:  # what has ended at once cannot be cut
@@ -97,12 +99,14 @@ class Evaluation:
             replace(c, ids=[*prefix, *c.ids][:length])
             for c, prefix in zip(self.continued(prompts, _HELD_OUT), prefixes, strict=True)
         ])  # fmt: skip
-        turns = [(s >= 1, new >= 1) for (_, s), new in zip(pairs, continued, strict=True)]
-        return {
-            "eval_probe_score": sum(continued) / len(continued),
-            "eval_probe_right_to_wrong": float(turns.count((True, False))),
-            "eval_probe_wrong_to_right": float(turns.count((False, True))),
-        }
+        figures = {"eval_probe_score": sum(continued) / len(continued)}
+        alone = dict(zip(map(id, self.prompts), self.score(self.references), strict=True))
+        of_teacher = [alone[id(c.prompt)] for c, _ in pairs]
+        for whose, before in (("", [s for _, s in pairs]), ("teacher_", of_teacher)):
+            turns = [(s >= 1, new >= 1) for s, new in zip(before, continued, strict=True)]
+            figures[f"eval_probe_{whose}right_to_wrong"] = float(turns.count((True, False)))
+            figures[f"eval_probe_{whose}wrong_to_right"] = float(turns.count((False, True)))
+        return figures
 
     def continued(self, prompts: list[Prompt], seed: int) -> list[Completion]:
         """The local teachers' completions, in the order of the prompts; of no others."""

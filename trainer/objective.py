@@ -18,6 +18,7 @@ from opd_kernels import (
 )
 from opd_kernels.objective import Objective
 from trainer.config import DistillationConfig
+from trainer.functions import load_function
 
 OFF_POLICY = (
     "Completions are sampled at another temperature than the loss's, or with top_p below 1, so the "
@@ -34,14 +35,18 @@ def build_loss(config: DistillationConfig) -> Callable[..., DistillationOutput]:
         "jsd": partial(jsd, beta=config.beta, tail=config.tail),
         "policy_gradient": policy_gradient,
     }
-    objective = objectives[config.objective]
+    objective = objectives.get(config.objective) or load_function(
+        "objective", config.objective, objectives
+    )
     if config.forward_kl_coef > 0:
         uncertain = partial(forward_kl, tail=config.tail)
         mixture = (config.forward_kl_coef, config.forward_kl_min_entropy)
         objective = WhereUncertain(objective, uncertain, *mixture)
     if config.max_token_loss is not None:
         objective = Clamped(objective, config.max_token_loss)
-    loss = partial(distillation_loss, k=config.k, support=config.support, missing=config.missing)
+    # A step puts its samples in the place of "sampled".
+    support = "student" if config.support == "sampled" else config.support
+    loss = partial(distillation_loss, k=config.k, support=support, missing=config.missing)
     return partial(loss, objective=objective, entropy=True)
 
 

@@ -1,14 +1,13 @@
 """Scorers: a number for a completion of a row, as a reward or on held-out prompts."""
 
-import importlib
 import math
 import re
-import runpy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from trainer.config import StageConfig
+from trainer.functions import load_function
 
 Scorer = Callable[[str, dict[str, Any]], float]
 
@@ -17,7 +16,7 @@ def load_scorer(config: StageConfig) -> Scorer | None:
     """The recipe's scorer, of a completion's text and its row."""
     if config.scorer is None:
         return None
-    scorer = _VERIFIERS.get(config.scorer) or _function(config.scorer)
+    scorer = _VERIFIERS.get(config.scorer) or load_function("scorer", config.scorer, _VERIFIERS)
     pattern = None if config.answer_pattern is None else _pattern(config.answer_pattern)
     return partial(_score, scorer, pattern)
 
@@ -79,23 +78,3 @@ _VERIFIERS: dict[str, Scorer] = {
     "math_verify": _math_verify,
     "reasoning_gym": _reasoning_gym,
 }
-
-
-def _function(reference: str) -> Scorer:
-    """The function of file.py:function or module:function."""
-    source, _, name = reference.partition(":")
-    functions = runpy.run_path(source) if source.endswith(".py") else _module(source, reference)
-    if name not in functions:
-        expected = ", ".join(_VERIFIERS)
-        raise ValueError(
-            f"scorer: expected {expected}, file.py:function or module:function, got {reference!r}, "
-            "which has no such function"
-        )
-    return functions[name]
-
-
-def _module(name: str, reference: str) -> dict[str, Any]:
-    try:
-        return vars(importlib.import_module(name))
-    except ModuleNotFoundError as error:
-        raise ValueError(f"scorer: {error} in {reference!r}") from None

@@ -1,0 +1,67 @@
+"""The figures of the claims."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from paper.runs import Line, curve
+
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+
+
+def panels(rows: int, columns: int, titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
+    """A figure of titled panels."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.3 * columns, 3.5 * rows), dpi=110, layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, fontsize=10, loc="left")
+    return figure, axes
+
+
+def band(
+    axis: Axes, results: Sequence[list[Line]], name: str, color: str, label: str | None,
+    line: str = "-", shift: int = 0,
+) -> None:  # fmt: skip
+    """The seeds' mean of a figure against the step, and their range; some steps later."""
+    steps = [step + shift for step in curve(results[0], name)[0]]
+    columns = list(zip(*(curve(lines, name)[1] for lines in results), strict=True))
+    axis.plot(steps, [fmean(x) for x in columns], line, color=color, label=label)
+    axis.fill_between(
+        steps, [min(x) for x in columns], [max(x) for x in columns], color=color, alpha=0.15, lw=0
+    )
+
+
+def points(
+    axis: Axes, places: Sequence[float], values: Sequence[Sequence[float]], color: str, label: str
+) -> None:
+    """The seeds' mean at each place, joined, with their range."""
+    means = [fmean(x) for x in values]
+    below = [mean - min(x) for mean, x in zip(means, values, strict=True)]
+    above = [max(x) - mean for mean, x in zip(means, values, strict=True)]
+    axis.errorbar(places, means, [below, above], fmt="o-", color=color, label=label, ms=4, lw=1.3)
+
+
+def level(
+    axis: Axes, value: float, text: str, color: str = "0.4", *, left: bool = False,
+    below: bool = False,
+) -> None:  # fmt: skip
+    """A horizontal line, named at its right or left end, above it or below."""
+    if math.isfinite(value):
+        axis.axhline(value, color=color, lw=0.9, ls=":")
+        axis.annotate(
+            text, (0.01 if left else 1, value), xycoords=("axes fraction", "data"),
+            ha="left" if left else "right", va="top" if below else "bottom",
+            fontsize=8, color=color,
+        )  # fmt: skip
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write the figure; returns its path."""
+    figure.savefig(path)
+    return path

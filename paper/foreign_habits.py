@@ -1,0 +1,137 @@
+"""Claim 4: a student with foreign habits needs SFT before on-policy distillation."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from paper.adding import RESTATED, Adding
+from paper.figures import band, level, panels, save
+from paper.page import Claim, Finding, falls, rises, spread, table
+from paper.runs import RECIPES, Laboratory, Line, Run, by_seed, first, last
+from trainer.__main__ import load
+from trainer.config import DistillationConfig, load_config
+from trainer.models import eval_mode, load_model
+from trainer.teacher import on_students, token_ids
+
+TRAINED = 60  # batches of SFT, in the other format, that the student has seen
+SFT_STEPS, STEPS = 20, 60  # of the first stage, and in all
+BEFORE, DIRECT, SFT, BOTH = "before", "OPD alone", "SFT alone", "SFT, then OPD"
+COLORS = {DIRECT: "tab:red", SFT: "tab:orange", BOTH: "tab:blue"}
+
+
+@dataclass
+class Measured:
+    """Claim 4's runs, of each seed."""
+
+    lines: dict[str, list[list[Line]]]
+    trace_nll: dict[str, list[float]]  # nats a token of the teacher's own completions
+
+
+def claim(lab: Laboratory, seeds: Sequence[int], folder: Path) -> Claim:
+    """Run claim 4 and report it; the figure goes into the folder."""
+    m = measure(lab, seeds)
+    path = draw(m, folder / "paper_foreign_habits.png")
+    before, after = (
+        spread(by_seed(m.lines[DIRECT], x, "eval_reverse_kl_on_own_samples")) for x in (first, last)
+    )
+    places = {"before": before, "kl": after}
+    return Claim(4, [scores_table(m)], places, path, findings(m))
+
+
+def measure(lab: Laboratory, seeds: Sequence[int]) -> Measured:
+    """Distil a student that writes in another format, at once and after SFT."""
+    adding = Adding(lab)
+    teachers = {seed: adding.teacher(seed) for seed in seeds}
+    students = {seed: adding.half_trained(seed, RESTATED, TRAINED) for seed in seeds}
+    lab.measure([*teachers.values(), *students.values()], "claim 4, models")
+    stages = {
+        SFT: [adding.imitate(students[s], teachers[s], s, SFT_STEPS) for s in seeds],
+        DIRECT: [adding.distill("direct", students[s], teachers[s], s, max_steps=STEPS)
+                 for s in seeds],
+    }  # fmt: skip
+    lines = {name: lab.measure(own, "claim 4") for name, own in stages.items()}
+    stages[BOTH] = [
+        adding.distill("after-sft", start, teachers[s], s, max_steps=STEPS - SFT_STEPS)
+        for s, start in zip(seeds, stages[SFT], strict=True)
+    ]
+    lines[BOTH] = lab.measure(stages[BOTH], "claim 4")
+    models = {BEFORE: list(students.values()), **stages}
+    trace_nll = {
+        name: [trace_nll_of(x.model, run) for x, run in zip(own, stages[DIRECT], strict=True)]
+        for name, own in models.items()
+    }
+    return Measured(lines, trace_nll)
+
+
+@torch.no_grad()
+def trace_nll_of(model: str, distillation: Run) -> float:
+    """A model's cross-entropy, nats a token, on completions of a distillation's teacher."""
+    changes: dict[str, Any] = distillation.changes
+    pairs = [x for key, value in changes.items() for x in (f"--{key}", json.dumps(value))]
+    config = load_config(DistillationConfig, RECIPES / distillation.recipe, pairs)
+    _, evaluation, _ = load(config)
+    student, traces = load_model(model, "float32"), evaluation.continued(evaluation.prompts, 0)
+    ids = token_ids(traces, torch.device("cpu"))
+    with eval_mode(student):
+        return -float(on_students(student, traces, 1.0, lambda x: x.log_prob(ids)).mean())
+
+
+def scores_table(m: Measured) -> str:
+    """Accuracy, length and likelihood of the teacher's completions."""
+    header = ("", "accuracy", "letters", "NLL of the teacher's completions")
+    names = ("eval_score", "eval_completion_length")
+    before = [spread(by_seed(m.lines[DIRECT], first, name)) for name in names]
+    rows = [(BEFORE, *before, spread(m.trace_nll[BEFORE]))]
+    for name in COLORS:
+        after = [spread(by_seed(m.lines[name], last, x)) for x in names]
+        rows.append((name, *after, spread(m.trace_nll[name])))
+    own = spread(by_seed(m.lines[DIRECT], last, "eval_teacher_score"))
+    return table(header, [*rows, ("*teacher*", own, "7.00", "")])
+
+
+def findings(m: Measured) -> list[Finding]:
+    """The paper's expectations."""
+
+    def ends(name: str, figure: str) -> list[float]:
+        return by_seed(m.lines[name], last, figure)
+
+    before = by_seed(m.lines[DIRECT], first, "eval_score")
+    return [
+        falls("OPD alone: the accuracy falls", before, ends(DIRECT, "eval_score")),
+        rises("SFT first: the accuracy ends above that of OPD alone", ends(DIRECT, "eval_score"),
+              ends(BOTH, "eval_score")),
+        rises("OPD after SFT gains on SFT alone", ends(SFT, "eval_score"),
+              ends(BOTH, "eval_score")),
+        falls("SFT first: the teacher's completions end likelier than after OPD alone",
+              m.trace_nll[DIRECT], m.trace_nll[BOTH]),
+        Finding("SFT first: completions are as long as the teacher's, to half a letter",
+                max(abs(x - 7) for x in ends(BOTH, "eval_completion_length")) < 0.5,
+                f"{spread(ends(BOTH, 'eval_completion_length'))} letters, and 7 of the teacher"),
+    ]  # fmt: skip
+
+
+def draw(m: Measured, path: Path) -> Path:
+    """Write the figure; returns its path."""
+    figure, (score, length, nll) = panels(1, 3, (
+        "accuracy", "length of completions", "NLL of the teacher's completions",
+    ))  # fmt: skip
+    for name in (DIRECT, BOTH):
+        shift = SFT_STEPS if name == BOTH else 0
+        band(score, m.lines[name], "eval_score", COLORS[name], name, shift=shift)
+        band(length, m.lines[name], "eval_completion_length", COLORS[name], name, shift=shift)
+    level(score, fmean(by_seed(m.lines[DIRECT], last, "eval_teacher_score")), "teacher")
+    level(length, 7, "teacher")
+    for place, name in enumerate(m.trace_nll):
+        values = m.trace_nll[name]
+        nll.bar(place, fmean(values), color=COLORS.get(name, "0.6"))
+        nll.plot([place] * len(values), values, "k.", ms=4)
+    nll.set_xticks(range(len(m.trace_nll)), list(m.trace_nll), fontsize=7)
+    score.set(ylim=(0, 1.05), xlabel="step, those of SFT included")
+    length.set(ylim=(0, None), xlabel="step, those of SFT included")
+    score.legend(fontsize=7, frameon=False)
+    return save(figure, path)

@@ -1,0 +1,49 @@
+"""Tiny models: their tokenizers, random weights, and the bases that the sft stage makes of them."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from paper.tasks import LETTERS
+
+# A system message stands behind "<", the user's behind ">", and the answer behind "=".
+CHAT = (
+    "{% for m in messages %}{{ {'system': '<', 'user': '>'}[m['role']] }}{{ m['content'] }}"
+    "{% endfor %}{% if add_generation_prompt %}={% endif %}"
+)
+
+
+def tokenizer(chat: bool) -> PreTrainedTokenizerFast:
+    """One token for each letter; with messages, for digits and marks too."""
+    characters = LETTERS + "0123456789<>=" * chat
+    vocab = {token: i for i, token in enumerate(["</s>", "<unk>", *characters])}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    special = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    result = PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    result.chat_template = CHAT if chat else None
+    return result
+
+
+def write_random_model(
+    folder: Path, seed: int, *, chat: bool = False, hidden_size: int = 144, layers: int = 1
+) -> str:
+    """A Llama with random weights and its tokenizer, written once; 0.2 million parameters.
+
+    Returns:
+        The folder, as a recipe's `model`.
+    """
+    if not (folder / "config.json").exists():
+        torch.manual_seed(seed)
+        text = tokenizer(chat)
+        config = LlamaConfig(
+            vocab_size=len(text), hidden_size=hidden_size, intermediate_size=2 * hidden_size,
+            num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
+            max_position_embeddings=64, eos_token_id=0, pad_token_id=0, bos_token_id=None,
+        )  # fmt: skip
+        text.save_pretrained(folder)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
