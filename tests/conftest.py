@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.device import DEVICE
 
@@ -19,6 +20,12 @@ from tests import cuda_emulator
 
 # The CUDA kernels on the CPU, a fourth backend. It is built when a test first asks for it.
 _EMULATED = "cuda-emulated"
+
+# `make test` tries the same examples in every run, `make fuzz` (--hypothesis-profile fuzz) others.
+_ALWAYS = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+settings.register_profile("test", max_examples=30, derandomize=True, **_ALWAYS)
+settings.register_profile("fuzz", max_examples=300, print_blob=True, **_ALWAYS)
+settings.load_profile("test")
 
 # Whose tensors live on the DEVICE; the others' belong to the CPU.
 _ON_DEVICE = {
