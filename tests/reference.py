@@ -64,20 +64,19 @@ def sorted_by_logit(z, k):
 
 
 def outside_lse(z, ids):
-    """logsumexp of each row without the given ids."""
+    """logsumexp of each row without the given ids; -inf, with gradient 0, where these are all."""
     columns = ids.masked_fill(ids < 0, z.shape[-1])
     on_support = torch.zeros(*z.shape[:-1], z.shape[-1] + 1, dtype=torch.bool)
-    on_support.scatter_(-1, columns, True)
-    return z.masked_fill(on_support[..., :-1], -torch.inf).logsumexp(-1)
+    on_support = on_support.scatter_(-1, columns, True)[..., :-1]
+    everything = on_support.all(-1)
+    rest = z.masked_fill(on_support & ~everything[..., None], -torch.inf).logsumexp(-1)
+    return rest.masked_fill(everything, -torch.inf)
 
 
 def eager_sparse(z, ids):
     """SparseLogits of full logits z [..., V] at ids [..., K], -1 in empty slots; differentiable."""
     values = z.gather(-1, ids.clamp_min(0)).masked_fill(ids < 0, -torch.inf)
-    tail = outside_lse(z, ids)
-    if ids.shape[-1] == z.shape[-1]:
-        tail = torch.full_like(tail.detach(), -torch.inf)
-    return SparseLogits(values, ids, tail, z.shape[-1])
+    return SparseLogits(values, ids, outside_lse(z, ids), z.shape[-1])
 
 
 def operands(logits):
