@@ -14,8 +14,9 @@ from paper.figures import band, level, panels, save
 from paper.page import Claim, Finding, falls, rises, spread, table
 from paper.runs import RECIPES, Laboratory, Line, Run, by_seed, first, last
 from trainer.__main__ import load
-from trainer.config import DistillationConfig, load_config
+from trainer.config import DistillationConfig
 from trainer.models import eval_mode, load_model
+from trainer.recipe import load_config
 from trainer.teacher import on_students, token_ids
 
 TRAINED = 60  # batches of SFT, in the other format, that the student has seen

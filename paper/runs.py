@@ -57,7 +57,8 @@ class Run:
     def execute(self) -> list[Line]:
         """Run it in this process; what it prints goes to log.txt beside its figures."""
         from trainer.__main__ import STAGES, evaluate, prepare
-        from trainer.config import EvaluationConfig, load_config
+        from trainer.config import EvaluationConfig
+        from trainer.recipe import load_config
 
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)

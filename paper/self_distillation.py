@@ -21,8 +21,9 @@ from paper.page import Claim, Finding, apart, falls, rises, spread, table
 from paper.runs import RECIPES, Laboratory, Line, Run, by_seed, first, last
 from paper.tasks import RULES, instructed, with_rules
 from trainer.__main__ import load
-from trainer.config import DistillationConfig, load_config
+from trainer.config import DistillationConfig
 from trainer.models import eval_mode, load_model
+from trainer.recipe import load_config
 from trainer.teacher import on_students
 
 SHARED_RULE = 3

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from tests.tiny_run import NO_TEACHER, read_metrics, write_recipe
 from trainer.__main__ import main, prepare, train
-from trainer.config import DistillationConfig, load_config
+from trainer.config import DistillationConfig
+from trainer.recipe import load_config
 
 RLVR = NO_TEACHER | {"completions_per_prompt": 3, "per_device_train_batch_size": 2}
 

@@ -6,7 +6,8 @@ import pytest
 
 from tests.tiny_run import write_recipe
 from trainer.__main__ import main
-from trainer.config import DistillationConfig, load_config
+from trainer.config import DistillationConfig
+from trainer.recipe import load_config
 
 
 def test_values_come_from_the_file_and_the_command_line(tmp_path):

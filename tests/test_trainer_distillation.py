@@ -15,9 +15,10 @@ from tests.ranks import run_ranks
 from tests.tiny_run import make_trainer, read_metrics, write_recipe
 from tests.trainer_steps import assert_same_step, completions, gradient_of
 from trainer.__main__ import prepare, train
-from trainer.config import DistillationConfig, load_config
+from trainer.config import DistillationConfig
 from trainer.data import Prompt
 from trainer.models import load_model
+from trainer.recipe import load_config
 from trainer.rollout import Completion
 
 

@@ -17,8 +17,9 @@ from tests.ranks import run_ranks
 from tests.tiny_run import read_metrics, write_model, write_recipe
 from tests.trainer_steps import completions, gradient_of
 from trainer.__main__ import prepare, train
-from trainer.config import DistillationConfig, load_config
+from trainer.config import DistillationConfig
 from trainer.models import load_model
+from trainer.recipe import load_config
 
 FSDP, TP = {"fsdp_size": 2}, {"tp_size": 2}
 HSDP = {"fsdp_size": 2, "dp_replicate_size": 2}

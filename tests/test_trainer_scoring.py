@@ -3,8 +3,9 @@
 import pytest
 
 from tests.tiny_run import NO_TEACHER, tiny_tokenizer, write_recipe
-from trainer.config import RLVRConfig, load_config
+from trainer.config import RLVRConfig
 from trainer.data import PromptReader, load_rows
+from trainer.recipe import load_config
 from trainer.scoring import load_scorer
 
 BASE = NO_TEACHER | {"completions_per_prompt": 2}

@@ -11,9 +11,10 @@ from opd_kernels.integrations.transformers import lazy_logits
 from tests.tiny_run import NO_TEACHER, make_trainer, read_metrics, write_model, write_recipe
 from tests.trainer_steps import assert_same_step, completions, gradient_of
 from trainer.__main__ import main, prepare, train
-from trainer.config import EvaluationConfig, RLVRConfig, SFTConfig, load_config
+from trainer.config import EvaluationConfig, RLVRConfig, SFTConfig
 from trainer.evaluation import pass_at_k
 from trainer.models import load_model
+from trainer.recipe import load_config
 from trainer.rlvr import clipped_policy_loss, kl_estimate
 
 SERVED = {"teacher": "http://127.0.0.1:9/v1"}

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_models import tiny_model
 from trainer.__main__ import prepare
-from trainer.config import DistillationConfig, load_config
+from trainer.config import DistillationConfig
+from trainer.recipe import load_config
 
 # Changes of the recipe below for stages without a teacher.
 NO_TEACHER = {"teacher": None, "privileged_context": None, "tail": None, "k": None}

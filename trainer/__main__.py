@@ -17,13 +17,13 @@ from trainer.config import (
     StageConfig,
     TeacherConfig,
     is_server,
-    load_config,
 )
 from trainer.data import Prompt, PromptReader
 from trainer.distillation import OnPolicyDistillationTrainer
 from trainer.evaluation import Evaluation
 from trainer.models import Model
 from trainer.preflight import preflight
+from trainer.recipe import load_config
 from trainer.report import before_after, plot_curves, write_report
 from trainer.rlvr import RLVRTrainer
 from trainer.rollout import Sampler

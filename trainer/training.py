@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler as Order
 
+from opd_kernels.integrations.transformers import causal_lm_of
 from opd_kernels.parallel import plain
 from trainer.checkpoint import DurableTrainer
 from trainer.config import StageConfig
@@ -108,7 +109,7 @@ class CompletionTrainer(DurableTrainer):
         self.sums.add_completions(completions)
         total = torch.zeros((), device=self.args.device)
         batches = [x for part in self.parts(completions) for x in self._batches(part)]
-        if isinstance(model, FSDPModule):
+        if isinstance(causal_lm_of(model), FSDPModule):
             batches += self._idle_batches(batches[-1], len(batches))
         for number, (part, batch, weights, denominator) in enumerate(batches, start=1):
             with nullcontext() if number == len(batches) else self._no_sync(model):
@@ -127,7 +128,10 @@ class CompletionTrainer(DurableTrainer):
 
     def _no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         """The gradient stays on the rank."""
-        if isinstance(model, FSDPModule) and self.is_distributed_loading_by_transformers:
+        if (
+            isinstance(causal_lm_of(model), FSDPModule)
+            and self.is_distributed_loading_by_transformers
+        ):
             return self._defer_fsdp_gradient_reduction()
         return self.accelerator.no_sync(model)
 

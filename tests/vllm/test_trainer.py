@@ -10,9 +10,10 @@ from opd_kernels.integrations.transformers import lazy_logits
 from tests.tiny_run import write_recipe
 from tests.vllm.server import API_KEY
 from trainer.__main__ import load, prepare
-from trainer.config import DistillationConfig, load_config
+from trainer.config import DistillationConfig
 from trainer.data import Prompt
 from trainer.models import load_tokenizer
+from trainer.recipe import load_config
 from trainer.rollout import Completion, Sampler
 from trainer.server import ServedTeacher
 from trainer.teacher import TeacherError
