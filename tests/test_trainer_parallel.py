@@ -87,6 +87,31 @@ def test_a_step_is_that_of_one_rank(models, layout):
             assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name)
 
 
+def _adapters_worker(rank, folder):
+    trainer = prepare(_config(Path(folder, f"step{rank}"), FSDP, lora_r=2))[0]
+    trainer._sync_replicated_trainable_parameters(trainer.model)  # as train() does
+    trainer.learn(trainer.model, [completions()[:5], completions()[5:]][rank])
+    named = trainer.model.named_parameters()
+    learned = {n: (p.detach(), p.grad) for n, p in named if p.requires_grad}
+    torch.save(learned, f"{folder}/{rank}.pt")
+
+
+def test_adapters_on_a_split_model_learn_what_one_rank_does(models):
+    """Of three micro-batches and one: the ranks gather the base's weights as often."""
+    run_ranks(_adapters_worker, models)
+    ranks = [torch.load(models / f"{rank}.pt") for rank in range(2)]
+    trainer = prepare(_config(models / "one", None, lora_r=2))[0]
+    parameters = dict(trainer.model.named_parameters())
+    for name, (value, _) in ranks[0].items():
+        parameters[name].data.copy_(value)
+    _, expected, _ = gradient_of(trainer, completions())
+    for learned in ranks:
+        assert learned.keys() == expected.keys()
+        for name, (_, gradient) in learned.items():
+            scale = float(expected[name].abs().max())
+            assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
 def _run(folder, split, **changes):
     changes = {"max_steps": 3, "micro_batch_tokens": 40} | changes
     train(*prepare(_config(folder, split, **changes)))
