@@ -6,7 +6,8 @@ final logits z; the teacher never gets one. `tail` says what becomes of the mass
 
     "drop"         it is left out: the divergence is cut to S
     "bucket"       it is one more outcome, with probability exp(log_tail)
-    "renormalize"  p and q are renormalised on S; a row with fewer than two live slots has loss 0
+    "renormalize"  p and q are renormalised on S; a row with fewer than two live slots has loss 0,
+                   and so has one on whose S p or q has no mass at all
 """
 
 import math
@@ -123,9 +124,9 @@ class _Bins:
 
 
 def _expectation(log_weight: Tensor, term: Tensor) -> Tensor:
-    """exp(log_weight) * term, where a weight of 0 makes 0 of an infinite term."""
+    """exp(log_weight) * term, where a weight of 0 makes 0 of an infinite term, but not of NaN."""
     weight = log_weight.exp()
-    return weight * term.masked_fill(weight == 0, 0.0)
+    return weight * term.masked_fill((weight == 0) & ~term.isnan(), 0.0)
 
 
 def _bins(student: SparseLogits, teacher: SparseLogits, tail: Tail) -> _Bins:
@@ -153,9 +154,12 @@ def _renormalized(values_p: Tensor, values_q: Tensor) -> _Bins:
             "tail: 'renormalize' needs K >= 2, got K = 1: one outcome renormalised has "
             "probability 1 and no gradient; use a larger K, or tail='bucket'"
         )
-    live = (values_p != -torch.inf) | (values_q != -torch.inf)
+    has_p, has_q = values_p != -torch.inf, values_q != -torch.inf
+    live = has_p | has_q
     live &= live.sum(-1, keepdim=True) >= 2
-    # Rows without two live slots get zeros before the logsumexp, whose gradient at all -inf is NaN.
+    both = has_p.any(-1, keepdim=True) & has_q.any(-1, keepdim=True)
+    live &= both | (values_p.isnan() | values_q.isnan()).any(-1, keepdim=True)  # NaN stays NaN
+    # Other rows get zeros before the logsumexp, whose gradient at all -inf is NaN.
     enough = live.any(-1, keepdim=True)
     log_p = values_p.masked_fill(~enough, 0.0).log_softmax(-1)
     log_q = values_q.masked_fill(~enough, 0.0).log_softmax(-1)

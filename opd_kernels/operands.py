@@ -31,6 +31,8 @@ def check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"{tuple(hidden.shape)} and {tuple(weight.shape)}; pass lm_head.weight as it is, not "
             "transposed"
         )
+    if weight.shape[1] == 0:
+        raise ValueError("hidden, weight: expected D >= 1, got D = 0; pass the head's own operands")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
             f"bias: expected shape [V] = {tuple(weight.shape[:1])}, got {tuple(bias.shape)}; pass "

@@ -94,16 +94,22 @@ class SparseLogits:
         return shared.sum(-1) / live.sum(-1).clamp_min(1)
 
     def at(self, ids: Tensor) -> "SparseLogits":
-        """The same rows on other ids [..., K'], -inf where absent; the rest joins the tail."""
+        """The same rows on other ids [..., K'], -inf where absent; the rest joins the tail. A row
+        whose tail is NaN is NaN there: what is absent may be anything.
+        """
         blank = torch.zeros_like(ids, dtype=self.values.dtype)
         wanted = replace(self, values=blank, ids=canonical_ids(ids, self.vocab_size))
         slot = wanted._matches(self)
-        values = self.values.gather(-1, slot.clamp_min(0)).masked_fill(slot < 0, -torch.inf)
+        absent = torch.where(self.lse_outside.isnan(), torch.nan, -torch.inf)[..., None]
+        values = torch.where(slot < 0, absent, self.values.gather(-1, slot.clamp_min(0)))
         not_wanted = self.values.masked_fill(self._matches(wanted) >= 0, -torch.inf)
         return replace(self, values=values, ids=ids, tail=_logsumexp(not_wanted, self.lse_outside))
 
     def keep(self, mask: Tensor) -> "SparseLogits":
-        """The same rows with the slots where mask [..., K] is False moved into the tail."""
+        """The same rows with the slots where mask [..., K] is False moved into the tail; NaN stays,
+        so that a loss that reads S alone is NaN too.
+        """
+        mask = mask | self.values.isnan()
         dropped = self.values.masked_fill(mask, -torch.inf)
         kept = self.values.masked_fill(~mask, -torch.inf)
         return replace(self, values=kept, tail=_logsumexp(dropped, self.lse_outside))

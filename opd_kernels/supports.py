@@ -90,7 +90,8 @@ def align(
 
 
 def _resolve_missing(student: SparseLogits, teacher: SparseLogits, missing: str) -> SparseLogits:
-    absent = (student.values != -torch.inf) & (teacher.values == -torch.inf)
+    absent = student.values > -torch.inf  # and not NaN, which is not the server's fault
+    absent &= teacher.values == -torch.inf
     if missing == "error" and absent.any():
         raise ValueError(
             f"teacher: no value for {int(absent.sum())} of the support's {absent.numel()} slots, "
