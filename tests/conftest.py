@@ -29,8 +29,8 @@ settings.load_profile("test")
 
 # Whose tensors live on the DEVICE; the others' belong to the CPU.
 _ON_DEVICE = {
-    "test_distill", "test_distill_numbers", "test_divergences",
-    "test_divergences_optima", "test_epilogues", "test_extremes", "test_gradient_filter",
+    "test_distill", "test_distill_numbers", "test_divergences", "test_divergences_optima",
+    "test_epilogues", "test_extreme_rows", "test_extremes", "test_gradient_filter",
     "test_linear", "test_linear_numbers", "test_native_products", "test_sparse_logits",
     "test_supports", "test_token_weights", "test_triton_linear", "test_triton_reverse_kl",
 }  # fmt: skip
@@ -94,6 +94,15 @@ def _prepared(name, device):
 @pytest.fixture(params=_BACKENDS)
 def backend(request, device):
     """Every backend that reaches the device; the operator tests run on each."""
+    return _prepared(request.param, device)
+
+
+_COMPILED = [n for n in available_backends() if n != "triton" or DEVICE.type != "cpu"]
+
+
+@pytest.fixture(params=_COMPILED)
+def compiled_backend(request, device):
+    """Every backend that needs no interpreter or emulator here."""
     return _prepared(request.param, device)
 
 

@@ -5,7 +5,14 @@ from functools import partial
 import torch
 from torch.testing import assert_close
 
-from opd_kernels import SparseLogits, forward_kl, jsd, reverse_kl
+from opd_kernels import (
+    SparseLogits,
+    distillation_loss,
+    forward_kl,
+    jsd,
+    policy_gradient,
+    reverse_kl,
+)
 from tests.reference import eager_sparse, full_logits, make_logits, sorted_by_logit
 
 VOCAB, K, TOKENS = 53, 5, 11
@@ -24,6 +31,9 @@ OBJECTIVES = {
 
 
 SUPPORTS = ["student", "teacher", "union", "intersection", "full", "ids"]
+
+
+METHODS = ["one_pass", "recompute"]
 
 
 ORDERS = [
@@ -77,3 +87,21 @@ def served(teacher, k):
     return SparseLogits.from_log_probs(
         t.log_probs, t.ids, vocab_size=VOCAB, temperature=teacher.temperature
     )
+
+
+def objectives_for(support):
+    """Of those on K ids and that on one."""
+    on_k = {name: (objective, K) for name, objective in OBJECTIVES.items() if name != "mixture"}
+    one = {} if support in ("union", "full") else {"policy_gradient": (policy_gradient, 1)}
+    return on_k | one
+
+
+def ids_of(tokens, k):
+    """Given ids: distinct in each row."""
+    return torch.arange(tokens)[:, None] + 7 * torch.arange(k)
+
+
+def summed_loss(student, teacher, support, k, **options):
+    """distillation_loss; support="ids" stands for ids_of."""
+    ids = ids_of(student.hidden.shape[0], k) if support == "ids" else support
+    return distillation_loss(student, teacher, k=k, support=ids, reduction="sum", **options)

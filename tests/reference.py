@@ -99,6 +99,14 @@ def in_float64(logits):
     return replace(logits, hidden=wide[0], weight=wide[1], bias=wide[2])
 
 
+def leaves(logits):
+    """The same operands as leaves with a gradient."""
+    names = ("hidden", "weight", "bias")
+    given = [getattr(logits, name) for name in names]
+    fresh = [None if x is None else x.detach().clone().requires_grad_() for x in given]
+    return replace(logits, **dict(zip(names, fresh, strict=True)))
+
+
 def exact(actual, expected):
     assert_close(actual, expected, rtol=1e-12, atol=1e-13)
 

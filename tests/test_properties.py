@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from opd_kernels import LazyLogits, available_backends, distillation_loss
 from opd_kernels.chunking import MIN_COLUMNS, one_pass_rows, recompute_sizes
 from tests.distill_cases import OBJECTIVES, assert_same, eager_per_token, support_ids
-from tests.reference import eager_sparse, full_logits, gradients, in_float64, operands
+from tests.reference import eager_sparse, full_logits, gradients, in_float64, leaves, operands
 
 BACKENDS = [name for name in ("torch", "cpu") if name in available_backends()]
 EVERYTHING = ["student", "teacher", "union", "intersection", "full"]
@@ -52,7 +52,7 @@ class Problem:
             bias = random(self.vocab + padded) if self.with_bias else None
             own = self.head if number == 0 else self.head | {"softcap": None, "scale": 1.0}
             model = LazyLogits(hidden, weight, bias, vocab_size=self.vocab, **own)
-            models.append(learning(model) if number == 0 else model)
+            models.append(leaves(model) if number == 0 else model)
         for model in models:  # a saturated softcap ties tokens, whose order is then rounding's
             best = full_logits(model).sort(descending=True).values[:, : self.k + 1]
             assume(bool((best.diff(dim=-1).abs() > 1e-9).all()))
@@ -68,14 +68,6 @@ class Problem:
             "k": self.k, "objective": OBJECTIVES[self.objective], "support": self.support,
             "method": self.method, "chunk_bytes": self.chunk * item, "backend": self.backend,
         }  # fmt: skip
-
-
-def learning(logits):
-    """The same operands as leaves with a gradient."""
-    names = ("hidden", "weight", "bias")
-    leaves = [getattr(logits, name) for name in names]
-    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in leaves]
-    return replace(logits, **dict(zip(names, leaves, strict=True)))
 
 
 @st.composite
@@ -147,7 +139,7 @@ def test_errors_are_those_of_the_dtype(problem):
     def definition(dtype):
         names = ("hidden", "weight", "bias")
         cast = {n: None if getattr(wide, n) is None else getattr(wide, n).to(dtype) for n in names}
-        ours = learning(replace(wide, **cast))
+        ours = leaves(replace(wide, **cast))
         z, zt = full_logits(ours, dtype), full_logits(wide_teacher, dtype).detach()
         objective = OBJECTIVES[problem.objective]
         per_token = objective(eager_sparse(z, ids), eager_sparse(zt, ids))
@@ -219,7 +211,7 @@ def test_a_constant_on_all_logits_changes_nothing(problem, constant):
     """Nor has any row a gradient along it: those of its logits sum to 0."""
     problem = replace(problem, with_bias=True, head=problem.head | {"softcap": None})
     student, teacher, weights = problem.operands()
-    shifted = learning(replace(student, bias=student.bias + constant))
+    shifted = leaves(replace(student, bias=student.bias + constant))
     run = partial(distillation_loss, token_weights=weights, **problem.options)
     output, other = run(student, teacher), run(shifted, teacher)
     assert_close(other.per_token, output.per_token, rtol=1e-8, atol=1e-11)
