@@ -12,8 +12,9 @@ HEAD = """# The paper in miniature
 
 What [*The Many Faces of On-Policy Distillation*](https://arxiv.org/abs/2605.11182) says, tried on
 models of less than a million parameters, and once on SmolLM2-135M, by the trainer's own stages and
-objectives. `make paper` writes this page, from {} seeds. A figure is the mean of the seeds, with their range. An effect counts as
-seen when every seed of the one is below every seed of the other."""
+objectives. `make paper` writes this page, from {} seeds. A figure is the mean of the seeds, with
+their range. An effect counts as seen when every seed of the one is below every seed of the other.\
+"""
 
 
 @dataclass(frozen=True)
