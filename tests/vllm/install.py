@@ -48,7 +48,7 @@ def requirements_of_vllm() -> Iterator[str]:
 
 def requirements_of_trainer() -> list[str]:
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-    return [*project["optional-dependencies"]["trainer"], "openai", "pytest"]
+    return [*project["optional-dependencies"]["trainer"], "hypothesis", "openai", "pytest"]
 
 
 def name_it_vllm() -> None:
