@@ -11,7 +11,6 @@ from paper.sums import Style, sums
 
 PLAIN: tuple[Style, ...] = ("plain",)
 RESTATED: tuple[Style, ...] = ("restated",)
-
 _PROMPTS, _HELD_OUT = 1 << 20, 1 << 21  # seeds of data that no model was trained on
 _HELD_OUT_PROMPTS = 512
 
@@ -38,7 +37,7 @@ class Adding:
         """It adds in the plain format, nearly always right."""
         return self.sft("teacher", seed, PLAIN)
 
-    def half_trained(self, seed: int, styles: Sequence[Style] = PLAIN, steps: int = 60) -> Run:
+    def half_trained(self, seed: int, styles: Sequence[Style] = PLAIN, *, steps: int) -> Run:
         """It has seen a part of the batches."""
         return self.sft(f"{'-'.join(styles)}-{steps}", seed, styles, max_steps=steps)
 
@@ -51,9 +50,10 @@ class Adding:
     def imitate(self, student: Run, teacher: Run, seed: int, steps: int) -> Run:
         """A student after SFT on completions that a teacher writes."""
         prompts = self.lab.data("sums-few-prompts", partial(sums, 96 * steps, _PROMPTS))
-        keys: dict[str, Any] = {"model": student.model, "teacher": teacher.model}
-        keys |= {"generate_from": "teacher"}
-        keys |= {"train_data": prompts, "max_steps": steps, "eval_steps": steps, "seed": seed}
+        keys = {
+            "model": student.model, "teacher": teacher.model, "generate_from": "teacher",
+            "train_data": prompts, "max_steps": steps, "eval_steps": steps, "seed": seed,
+        }  # fmt: skip
         return self._run(f"imitating-{seed}", "sft", keys, student, teacher)
 
     def distill(

@@ -1,26 +1,24 @@
 """Claim 4: a student with foreign habits needs SFT before on-policy distillation."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 
 from paper.adding import RESTATED, Adding
 from paper.figures import band, level, panels, save
 from paper.page import Claim, Finding, falls, rises, spread, table
-from paper.runs import RECIPES, Laboratory, Line, Run, by_seed, first, last
+from paper.runs import Laboratory, Line, Run, by_seed, first, last
+from paper.sums import DIGITS
 from trainer.__main__ import load
-from trainer.config import DistillationConfig
 from trainer.models import eval_mode, load_model
-from trainer.recipe import load_config
 from trainer.teacher import on_students, token_ids
 
 TRAINED = 60  # batches of SFT, in the other format, that the student has seen
 SFT_STEPS, STEPS = 20, 60  # of the first stage, and in all
+LENGTH = DIGITS + 1  # of the teacher's completions, EOS included
 BEFORE, DIRECT, SFT, BOTH = "before", "OPD alone", "SFT alone", "SFT, then OPD"
 COLORS = {DIRECT: "tab:red", SFT: "tab:orange", BOTH: "tab:blue"}
 
@@ -48,7 +46,7 @@ def measure(lab: Laboratory, seeds: Sequence[int]) -> Measured:
     """Distil a student that writes in another format, at once and after SFT."""
     adding = Adding(lab)
     teachers = {seed: adding.teacher(seed) for seed in seeds}
-    students = {seed: adding.half_trained(seed, RESTATED, TRAINED) for seed in seeds}
+    students = {seed: adding.half_trained(seed, RESTATED, steps=TRAINED) for seed in seeds}
     lab.measure([*teachers.values(), *students.values()], "claim 4, models")
     stages = {
         SFT: [adding.imitate(students[s], teachers[s], s, SFT_STEPS) for s in seeds],
@@ -62,24 +60,26 @@ def measure(lab: Laboratory, seeds: Sequence[int]) -> Measured:
     ]
     lines[BOTH] = lab.measure(stages[BOTH], "claim 4")
     models = {BEFORE: list(students.values()), **stages}
-    trace_nll = {
-        name: [trace_nll_of(x.model, run) for x, run in zip(own, stages[DIRECT], strict=True)]
-        for name, own in models.items()
-    }
-    return Measured(lines, trace_nll)
+    of_seeds = [
+        trace_nll_of([own[number].model for own in models.values()], run)
+        for number, run in enumerate(stages[DIRECT])
+    ]
+    columns = zip(*of_seeds, strict=True)
+    return Measured(lines, {x: list(nll) for x, nll in zip(models, columns, strict=True)})
 
 
 @torch.no_grad()
-def trace_nll_of(model: str, distillation: Run) -> float:
-    """A model's cross-entropy, nats a token, on completions of a distillation's teacher."""
-    changes: dict[str, Any] = distillation.changes
-    pairs = [x for key, value in changes.items() for x in (f"--{key}", json.dumps(value))]
-    config = load_config(DistillationConfig, RECIPES / distillation.recipe, pairs)
-    _, evaluation, _ = load(config)
-    student, traces = load_model(model, "float32"), evaluation.continued(evaluation.prompts, 0)
-    ids = token_ids(traces, torch.device("cpu"))
-    with eval_mode(student):
-        return -float(on_students(student, traces, 1.0, lambda x: x.log_prob(ids)).mean())
+def trace_nll_of(models: Sequence[str], distillation: Run) -> list[float]:
+    """Each model's cross-entropy, nats a token, on completions of a distillation's teacher."""
+    _, evaluation, _ = load(distillation.config())
+    traces = evaluation.continued(evaluation.prompts, 0)
+    ids, found = token_ids(traces, torch.device("cpu")), []
+    for model in models:
+        student = load_model(model, "float32")
+        with eval_mode(student):
+            log_probs = on_students(student, traces, 1.0, lambda x: x.log_prob(ids))
+        found.append(-float(log_probs.mean()))
+    return found
 
 
 def scores_table(m: Measured) -> str:
@@ -92,7 +92,7 @@ def scores_table(m: Measured) -> str:
         after = [spread(by_seed(m.lines[name], last, x)) for x in names]
         rows.append((name, *after, spread(m.trace_nll[name])))
     own = spread(by_seed(m.lines[DIRECT], last, "eval_teacher_score"))
-    return table(header, [*rows, ("*teacher*", own, "7.00", "")])
+    return table(header, [*rows, ("*teacher*", own, f"{LENGTH:.2f}", "")])
 
 
 def findings(m: Measured) -> list[Finding]:
@@ -102,6 +102,7 @@ def findings(m: Measured) -> list[Finding]:
         return by_seed(m.lines[name], last, figure)
 
     before = by_seed(m.lines[DIRECT], first, "eval_score")
+    lengths = ends(BOTH, "eval_completion_length")
     return [
         falls("OPD alone: the accuracy falls", before, ends(DIRECT, "eval_score")),
         rises("SFT first: the accuracy ends above that of OPD alone", ends(DIRECT, "eval_score"),
@@ -111,8 +112,8 @@ def findings(m: Measured) -> list[Finding]:
         falls("SFT first: the teacher's completions end likelier than after OPD alone",
               m.trace_nll[DIRECT], m.trace_nll[BOTH]),
         Finding("SFT first: completions are as long as the teacher's, to half a letter",
-                max(abs(x - 7) for x in ends(BOTH, "eval_completion_length")) < 0.5,
-                f"{spread(ends(BOTH, 'eval_completion_length'))} letters, and 7 of the teacher"),
+                max(abs(x - LENGTH) for x in lengths) < 0.5,
+                f"{spread(lengths)} letters, and {LENGTH} of the teacher"),
     ]  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def draw(m: Measured, path: Path) -> Path:
         band(score, m.lines[name], "eval_score", COLORS[name], name, shift=shift)
         band(length, m.lines[name], "eval_completion_length", COLORS[name], name, shift=shift)
     level(score, fmean(by_seed(m.lines[DIRECT], last, "eval_teacher_score")), "teacher")
-    level(length, 7, "teacher")
+    level(length, LENGTH, "teacher")
     for place, name in enumerate(m.trace_nll):
         values = m.trace_nll[name]
         nll.bar(place, fmean(values), color=COLORS.get(name, "0.6"))

@@ -54,18 +54,24 @@ class Run:
         kept = json.loads(path.read_text(encoding="utf-8"))
         return kept["lines"] if kept["digest"] == self.digest else None
 
+    def config(self) -> Any:
+        """The stage's config, as the trainer reads it."""
+        from trainer.__main__ import STAGES
+        from trainer.recipe import load_config
+
+        changes = self.changes | {"output_dir": str(self.folder)}
+        pairs = [x for key, value in changes.items() for x in (f"--{key}", json.dumps(value))]
+        return load_config(STAGES[self.stage][0], RECIPES / self.recipe, pairs)
+
     def execute(self) -> list[Line]:
         """Run it in this process; what it prints goes to log.txt beside its figures."""
-        from trainer.__main__ import STAGES, evaluate, prepare
+        from trainer.__main__ import evaluate, prepare
         from trainer.config import EvaluationConfig
-        from trainer.recipe import load_config
 
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        changes = self.changes | {"output_dir": str(self.folder)}
-        pairs = [x for key, value in changes.items() for x in (f"--{key}", json.dumps(value))]
         with open(self.folder / LOG, "w") as log, redirect_stdout(log), redirect_stderr(log):
-            config = load_config(STAGES[self.stage][0], RECIPES / self.recipe, pairs)
+            config = self.config()
             if isinstance(config, EvaluationConfig):
                 evaluate(config)
             else:

@@ -4,7 +4,6 @@ The reverse-KL optimum over several teachers of the same prompt is their normali
 whose reverse KL to them is -log of its normaliser Z; the forward-KL optimum is the arithmetic mean.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,12 +17,10 @@ from torch import Tensor
 from paper.figures import band, level, panels, points, save
 from paper.models import write_random_model
 from paper.page import Claim, Finding, apart, falls, rises, spread, table
-from paper.runs import RECIPES, Laboratory, Line, Run, by_seed, first, last
+from paper.runs import Laboratory, Line, Run, by_seed, first, last
 from paper.tasks import RULES, instructed, with_rules
 from trainer.__main__ import load
-from trainer.config import DistillationConfig
 from trainer.models import eval_mode, load_model
-from trainer.recipe import load_config
 from trainer.teacher import on_students
 
 SHARED_RULE = 3
@@ -118,8 +115,7 @@ def measure(
 @torch.no_grad()
 def distances(run: Run) -> Distances:
     """How far a run's student is from both means of its teachers, on its own samples."""
-    pairs = [x for key, value in run.changes.items() for x in (f"--{key}", json.dumps(value))]
-    config = load_config(DistillationConfig, RECIPES / run.recipe, pairs)
+    config = run.config()
     _, evaluation, _ = load(config)
     student = load_model(run.model, "float32")
     groups: dict[str, list[Any]] = {}

@@ -92,19 +92,18 @@ def gradients(loss, logits):
     ]
 
 
-def in_float64(logits):
-    """The same operands as float64 leaves."""
-    wide = [None if t is None else t.detach().double().requires_grad_()
-            for t in (logits.hidden, logits.weight, logits.bias)]  # fmt: skip
-    return replace(logits, hidden=wide[0], weight=wide[1], bias=wide[2])
-
-
-def leaves(logits):
-    """The same operands as leaves with a gradient."""
+def leaves(logits, dtype=None):
+    """The same operands as leaves with a gradient, in their own dtype or another."""
     names = ("hidden", "weight", "bias")
     given = [getattr(logits, name) for name in names]
-    fresh = [None if x is None else x.detach().clone().requires_grad_() for x in given]
+    fresh = [None if x is None else x.detach().clone().to(dtype or x.dtype).requires_grad_()
+             for x in given]  # fmt: skip
     return replace(logits, **dict(zip(names, fresh, strict=True)))
+
+
+def in_float64(logits):
+    """The same operands as float64 leaves."""
+    return leaves(logits, torch.float64)
 
 
 def exact(actual, expected):

@@ -60,12 +60,6 @@ EXTREMES = {
 }
 
 
-def in_float32(model):
-    wide = (model.hidden, model.weight, model.bias)
-    narrow = [x.detach().float().requires_grad_(x.requires_grad) for x in wide]
-    return replace(model, hidden=narrow[0], weight=narrow[1], bias=narrow[2])
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("support", SUPPORTS)
 @pytest.mark.parametrize("extreme", EXTREMES)
@@ -73,9 +67,10 @@ def test_error_is_at_most_twice_that_of_float32_pytorch(compiled_backend, extrem
     """Against the float64 definition, with a few roundings of the largest logit to spare, in the
     loss or in the gradient of a logit.
     """
+    walk = {"method": method, "backend": compiled_backend}
     change, temperature = EXTREMES[extreme]
     student, teacher = (
-        in_float32(leaves(change(model)))
+        leaves(change(model), torch.float32)
         for model in pair(softcap=None, scale=1.0, temperature=temperature)
     )
     wide, wide_teacher = in_float64(student), in_float64(teacher)
@@ -91,15 +86,7 @@ def test_error_is_at_most_twice_that_of_float32_pytorch(compiled_backend, extrem
 
         reference = eager(wide, wide_teacher, torch.float64)
         peer = eager(student, teacher, torch.float32)
-        out = summed_loss(
-            student,
-            teacher,
-            support,
-            k,
-            objective=objective,
-            method=method,
-            backend=compiled_backend,
-        )
+        out = summed_loss(student, teacher, support, k, objective=objective, **walk)
         ours = out.per_token, *gradients(out.loss, student)
         rounding = 2.0**-22 * max(1.0, z.abs().max().item(), zt.abs().max().item())
         largest = max(student.hidden.abs().max().item(), student.weight.abs().max().item())
@@ -239,6 +226,7 @@ def test_heads_without_a_dimension_are_refused():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_products_beyond_the_operands_range_are_finite(compiled_backend, dtype, support, method):
     """float16 ends at 65,504, but logits are float32."""
+    walk = {"method": method, "backend": compiled_backend}
     operands = [(300 * torch.randn(n, 6)).to(dtype) for n in (4, VOCAB, 4, VOCAB)]
     student = LazyLogits(*(x.requires_grad_() for x in operands[:2]))
     teacher = LazyLogits(*operands[2:])
@@ -246,15 +234,7 @@ def test_products_beyond_the_operands_range_are_finite(compiled_backend, dtype, 
     z, zt = full_logits(wide).detach(), full_logits(wide_teacher).detach()
     assert z.abs().max() > 65504
     for name, (objective, k) in objectives_for(support).items():
-        out = summed_loss(
-            student,
-            teacher,
-            support,
-            k,
-            objective=objective,
-            method=method,
-            backend=compiled_backend,
-        )
+        out = summed_loss(student, teacher, support, k, objective=objective, **walk)
         ids = ids_of(4, k) if support == "ids" else support_ids(support, z, zt, k)
         expected = eager_per_token(objective, wide, wide_teacher, ids)
         assert_close(out.per_token.double(), expected.detach(), rtol=1e-5, atol=0.1, msg=name)

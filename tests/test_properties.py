@@ -137,9 +137,7 @@ def test_errors_are_those_of_the_dtype(problem):
     actual = [loss, *gradients(loss, student)]
 
     def definition(dtype):
-        names = ("hidden", "weight", "bias")
-        cast = {n: None if getattr(wide, n) is None else getattr(wide, n).to(dtype) for n in names}
-        ours = leaves(replace(wide, **cast))
+        ours = leaves(wide, dtype)
         z, zt = full_logits(ours, dtype), full_logits(wide_teacher, dtype).detach()
         objective = OBJECTIVES[problem.objective]
         per_token = objective(eager_sparse(z, ids), eager_sparse(zt, ids))

@@ -199,9 +199,11 @@ def test_the_prefix_probe_counts_what_the_teacher_turns(tmp_path):
         Completion(p, [first, 30], False)
         for p, first in zip(evaluation.prompts, alone, strict=True)
     ]
-    figures = evaluation._prefix_probe(own, scores)
+    by_teacher = evaluation.score(evaluation.references)
+    seen.clear()
+    figures = evaluation._prefix_probe(own, scores, by_teacher)
     firsts = [tokenizer.decode([20 + i]) for i in range(16)]
-    assert [text[0] for text in seen[:16]] == firsts  # each goes on from its own prefix
+    assert [text[0] for text in seen] == firsts  # each goes on from its own prefix
     right = [f in "opqr" for f in firsts]
     lost = sum(a == 1 and not b for a, b in zip(scores, right, strict=True))
     won = sum(a == 0 and b for a, b in zip(scores, right, strict=True))
@@ -211,10 +213,10 @@ def test_the_prefix_probe_counts_what_the_teacher_turns(tmp_path):
     assert figures["eval_probe_teacher_wrong_to_right"] == sum(right[1::2]) > 0
     assert figures["eval_probe_score"] == pytest.approx(sum(right) / 16)
     ended = [Completion(p, [2], False) for p in prompts]
-    assert evaluation._prefix_probe(ended, scores) == {}
+    assert evaluation._prefix_probe(ended, scores, by_teacher) == {}
     seen.clear()
-    evaluation._prefix_probe([ended[0], *own[1:]], scores)
-    assert len(seen) == 15 + 2
+    evaluation._prefix_probe([ended[0], *own[1:]], scores, by_teacher)
+    assert len(seen) == 15
 
 
 def test_the_preflight_tells_what_is_bad_before_training(tmp_path, capsys):

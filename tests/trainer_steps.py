@@ -36,9 +36,14 @@ def gradient_of(trainer, batch):
 
 def assert_same_step(actual, expected):
     assert_close(actual[0], expected[0], rtol=1e-5, atol=1e-6)
-    assert actual[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        scale = float(gradient.abs().max())
-        assert_close(actual[1][name], gradient, rtol=1e-4, atol=1e-5 * scale)
+    assert_same_gradients(actual[1], expected[1])
     for name, total in expected[2].items():
         assert actual[2][name] == pytest.approx(total, rel=1e-4)
+
+
+def assert_same_gradients(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = float(gradient.abs().max())
+        told = f"{name}: {{}}".format
+        assert_close(actual[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=told)

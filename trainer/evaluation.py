@@ -70,10 +70,11 @@ class Evaluation:
         right = (np.array(scores).reshape(-1, count) >= 1).sum(1).tolist()
         for k in [2**i for i in range(count.bit_length()) if count > 1]:
             metrics[f"eval_pass_at_{k}"] = sum(pass_at_k(count, c, k) for c in right) / len(right)
-        if self.references:
-            metrics["eval_teacher_score"] = sum(self.score(self.references)) / len(self.references)
+        alone = self.score(self.references)
+        if alone:
+            metrics["eval_teacher_score"] = sum(alone) / len(alone)
         if isinstance(self.config, EvaluationConfig) and self.config.prefix_probe:
-            metrics |= self._prefix_probe(own, scores)
+            metrics |= self._prefix_probe(own, scores, alone)
         return metrics
 
     def score(self, completions: list[Completion]) -> list[float]:
@@ -81,7 +82,9 @@ class Evaluation:
         assert self.scorer is not None
         return [self.scorer(self.sampler.text(c), c.prompt.row) for c in completions]
 
-    def _prefix_probe(self, own: list[Completion], scores: list[float]) -> dict[str, float]:
+    def _prefix_probe(
+        self, own: list[Completion], scores: list[float], alone: list[float]
+    ) -> dict[str, float]:
         """Whether the teacher does better or worse when it goes on from the student's prefixes:
         than the student who went on itself, and than it did alone.
         """
@@ -100,8 +103,8 @@ class Evaluation:
             for c, prefix in zip(self.continued(prompts, _HELD_OUT), prefixes, strict=True)
         ])  # fmt: skip
         figures = {"eval_probe_score": sum(continued) / len(continued)}
-        alone = dict(zip(map(id, self.prompts), self.score(self.references), strict=True))
-        of_teacher = [alone[id(c.prompt)] for c, _ in pairs]
+        teachers = dict(zip(map(id, self.prompts), alone, strict=True))
+        of_teacher = [teachers[id(c.prompt)] for c, _ in pairs]
         for whose, before in (("", [s for _, s in pairs]), ("teacher_", of_teacher)):
             turns = [(s >= 1, new >= 1) for s, new in zip(before, continued, strict=True)]
             figures[f"eval_probe_{whose}right_to_wrong"] = float(turns.count((True, False)))

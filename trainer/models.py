@@ -16,6 +16,7 @@ from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.distributed import DistributedConfig
 
+from opd_kernels.integrations.transformers import causal_lm_of
 from trainer.config import StageConfig
 
 BASE = "base"  # in a run whose student is adapters on others that became part of the weights
@@ -87,6 +88,11 @@ def eval_mode(model: Model) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def is_fsdp(model: nn.Module) -> bool:
+    """Whether FSDP2 has split the model, or the one inside DDP or PEFT."""
+    return isinstance(causal_lm_of(model), FSDPModule)
 
 
 def reshard(model: nn.Module) -> None:

@@ -4,14 +4,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import BatchEncoding, GenerationConfig
 
 from opd_kernels.integrations.transformers import causal_lm_of
 from trainer.config import StageConfig
 from trainer.data import Prompt
-from trainer.models import Model, Tokenizer, eval_mode
+from trainer.models import Model, Tokenizer, eval_mode, is_fsdp
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,9 @@ class Sampler:
                 torch.manual_seed(seed)
                 inputs = inputs.to(model.device)
                 # FSDP gathers the weights for each token from all ranks, until the last has ended.
-                together = isinstance(model, FSDPModule)
-                output = model.generate(**inputs, generation_config=options, synced_gpus=together)
+                output = model.generate(
+                    **inputs, generation_config=options, synced_gpus=is_fsdp(model)
+                )
         finally:
             model.generation_config = own_options
         return output[:, inputs["input_ids"].shape[1] :].tolist()

@@ -14,17 +14,15 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler as Order
 
-from opd_kernels.integrations.transformers import causal_lm_of
 from opd_kernels.parallel import plain
 from trainer.checkpoint import DurableTrainer
 from trainer.config import StageConfig
 from trainer.data import Prompt
 from trainer.diagnostics import Sums, alarms
 from trainer.evaluation import Evaluation
-from trainer.models import eval_mode, reshard
+from trainer.models import eval_mode, is_fsdp, reshard
 from trainer.rollout import Completion
 from trainer.teacher import on_students, token_ids
 
@@ -109,7 +107,7 @@ class CompletionTrainer(DurableTrainer):
         self.sums.add_completions(completions)
         total = torch.zeros((), device=self.args.device)
         batches = [x for part in self.parts(completions) for x in self._batches(part)]
-        if isinstance(causal_lm_of(model), FSDPModule):
+        if is_fsdp(model):
             batches += self._idle_batches(batches[-1], len(batches))
         for number, (part, batch, weights, denominator) in enumerate(batches, start=1):
             with nullcontext() if number == len(batches) else self._no_sync(model):
@@ -128,10 +126,7 @@ class CompletionTrainer(DurableTrainer):
 
     def _no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         """The gradient stays on the rank."""
-        if (
-            isinstance(causal_lm_of(model), FSDPModule)
-            and self.is_distributed_loading_by_transformers
-        ):
+        if is_fsdp(model) and self.is_distributed_loading_by_transformers:
             return self._defer_fsdp_gradient_reduction()
         return self.accelerator.no_sync(model)
 
