@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState
@@ -42,10 +43,15 @@ RUNS = {
 
 
 def _config(folder, split, **changes):
-    """A recipe of the models that all share, in a folder of its own."""
-    teacher = {"teacher": f"{folder.parent}/teacher", "privileged_context": None}
-    shared = {"model": f"{folder.parent}/model", "distributed_config": split, **teacher}
-    return load_config(DistillationConfig, write_recipe(folder, **shared | changes), [])
+    """A recipe of the models that all share; one rank writes it, or others would read a half."""
+    path, first = folder / "recipe.yaml", not dist.is_initialized() or dist.get_rank() == 0
+    if first:
+        teacher = {"teacher": f"{folder.parent}/teacher", "privileged_context": None}
+        shared = {"model": f"{folder.parent}/model", "distributed_config": split, **teacher}
+        write_recipe(folder, **shared | changes)
+    if dist.is_initialized():
+        dist.barrier()
+    return load_config(DistillationConfig, path, [])
 
 
 def _allow_tensor_parallelism():
@@ -63,7 +69,7 @@ def models(tmp_path):
 def _step_worker(rank, folder, layout):
     _allow_tensor_parallelism()
     split, ranks, counts = LAYOUTS[layout]
-    trainer = prepare(_config(Path(folder, f"step{rank}"), split))[0]
+    trainer = prepare(_config(Path(folder, "step"), split))[0]
     model = trainer.model if split else trainer.accelerator.prepare(trainer.model)
     replica = rank * len(counts) // ranks
     first = sum(counts[:replica])
@@ -85,7 +91,7 @@ def test_a_step_is_that_of_one_rank(models, layout):
 
 
 def _adapters_worker(rank, folder):
-    trainer = prepare(_config(Path(folder, f"step{rank}"), FSDP, lora_r=2))[0]
+    trainer = prepare(_config(Path(folder, "step"), FSDP, lora_r=2))[0]
     trainer._sync_replicated_trainable_parameters(trainer.model)  # as train() does
     trainer.learn(trainer.model, [completions()[:5], completions()[5:]][rank])
     named = trainer.model.named_parameters()
@@ -177,11 +183,11 @@ def _accelerate_worker(rank, folder):
         trainer, checkpoint = prepare(config)
         train(trainer, checkpoint)
         assert trainer.accelerator.is_fsdp2
-        torch.distributed.barrier()
+        dist.barrier()
         if rank == 0 and resume is None:
             shutil.copytree(f"{folder}/FSDP2", f"{folder}/at once")
             shutil.rmtree(f"{folder}/FSDP2/run/checkpoint-3")
-        torch.distributed.barrier()
+        dist.barrier()
 
 
 def test_runs_under_accelerates_fsdp2_are_those_under_ddp_and_resume(models):
