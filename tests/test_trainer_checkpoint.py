@@ -17,6 +17,7 @@ from tests.tiny_run import NO_TEACHER, read_metrics, write_recipe
 from trainer.__main__ import main, prepare, train
 from trainer.config import DistillationConfig
 from trainer.recipe import load_config
+from trainer.run_directory import damage
 
 RLVR = NO_TEACHER | {"completions_per_prompt": 3, "per_device_train_batch_size": 2}
 
@@ -87,6 +88,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     main(["distill", str(recipe)])
     run = tmp_path / "run"
     again = ["distill", str(recipe), "--resume_from_checkpoint", "auto", "--max_steps", "4"]
+    again += ["--save_total_limit", "1"]
     weights = run / "checkpoint-3" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -101,10 +103,16 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     assert "checkpoint-9 is passed over: " in messages
     steps, _ = read_metrics(run)
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
-    for folder in run.glob("checkpoint-*"):
-        shutil.rmtree(folder)
+    # The damaged ones, which count as newer, do not push out those that are saved now.
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-4"]
+    aside = {"damaged-checkpoint-2", "damaged-checkpoint-3", "damaged-checkpoint-9"}
+    assert {path.name for path in run.glob("damaged-*")} == aside
+    shutil.rmtree(run / "checkpoint-4")
     (run / "checkpoint-1").mkdir()
-    with pytest.raises(SystemExit, match="run has no whole checkpoint"):
+    with (
+        pytest.warns(UserWarning, match="checkpoint-1 is passed over"),
+        pytest.raises(SystemExit, match="run has no whole checkpoint"),
+    ):
         main(again)
 
 
@@ -179,8 +187,45 @@ def test_held_out_completions_are_of_these_prompts(tmp_path):
     assert not other.evaluation.references
 
 
-def test_resuming_from_nothing_says_so(tmp_path):
-    recipe = write_recipe(tmp_path)
-    for value, reason in (("auto", r"run has no checkpoint; leave it out"), ("x", "'auto'.*'x'")):
-        with pytest.raises(SystemExit, match=f"resume_from_checkpoint: .*{reason}"):
-            main(["distill", str(recipe), "--resume_from_checkpoint", value])
+def test_resuming_from_nothing_starts(tmp_path):
+    """So that a job that may be killed at any time always has the same command."""
+    recipe = write_recipe(tmp_path, max_steps=2)
+    main(["distill", str(recipe)])
+    expected = _losses(tmp_path / "run")
+    again = ["distill", str(recipe), "--resume_from_checkpoint", "auto"]
+    with pytest.raises(SystemExit, match="holds a run that is over and kept no checkpoint; choose"):
+        main(again)
+    main([*again, "--output_dir", str(tmp_path / "other")])
+    assert _losses(tmp_path / "other") == expected
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "metrics.jsonl").write_text('{"loss": 1.0, "step": 1}\n{"lo')
+    begun = ["--output_dir", str(tmp_path / "begun")]
+    with pytest.raises(SystemExit, match="another run; choose another one, or --resume_from_check"):
+        main(["distill", str(recipe), *begun])
+    main([*again, *begun])
+    assert _losses(tmp_path / "begun") == expected
+    with pytest.raises(SystemExit, match=r"resume_from_checkpoint: .*'auto'.*'x'"):
+        main([*again[:-1], "x"])
+
+
+def test_a_run_that_is_over_does_not_go_on(tmp_path):
+    """Its last checkpoint may be that of the last step, in the middle of an epoch."""
+    recipe = write_recipe(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    main(["distill", str(recipe)])
+    before = _losses(tmp_path / "run")
+    main(["distill", str(recipe), "--resume_from_checkpoint", "auto"])
+    assert _losses(tmp_path / "run") == before
+    assert set(before) == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("moved", ["model", "checkpoint-2"])
+def test_what_a_kill_left_moved_aside_is_put_back(tmp_path, moved):
+    """Where a directory takes the place of another, it was away between two renames."""
+    recipe = write_recipe(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    main(["distill", str(recipe)])
+    run = tmp_path / "run"
+    (run / ".saving").mkdir()
+    (run / moved).rename(run / ".saving" / f"{moved}.old")
+    main(["distill", str(recipe), "--resume_from_checkpoint", "auto"])
+    assert damage(run / moved) is None
+    assert set(_losses(run)) == {1, 2}

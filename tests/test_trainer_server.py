@@ -1,15 +1,14 @@
-"""A served teacher, by a server of our own on loopback that also fails in every way it can."""
+"""A served teacher, by a server of our own that also fails in every way it can."""
 
-import json
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from opd_kernels.integrations.transformers import lazy_logits
+from tests.fake_server import KEY, FakeServer
 from tests.tiny_run import make_trainer, read_metrics, tiny_tokenizer, write_model, write_recipe
 from tests.trainer_steps import completions, gradient_of
 from trainer.__main__ import main, prepare, train
@@ -21,114 +20,7 @@ from trainer.rollout import Completion
 from trainer.server import ServedTeacher
 from trainer.teacher import TeacherError
 
-KEY = "sk-very-secret-0123456789"
 K = 8
-
-
-class FakeServer:
-    """Speaks the completions endpoint of vLLM for a model; `faults` are used up one a request."""
-
-    def __init__(self, model, max_log_probs=20):
-        self.model, self.lock, self.max_log_probs = model, threading.Lock(), max_log_probs
-        self.tokenizer, self.blind = tiny_tokenizer(), False
-        self.faults, self.requests, self.active, self.most_active, self.delay = [], 0, 0, 0, 0.0
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_):
-                pass
-
-            def _send(self, status, body, length=None):
-                body = body if isinstance(body, bytes) else json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(length or len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def _refused(self):
-                if self.headers.get("Authorization") == f"Bearer {KEY}":
-                    return False
-                self._send(401, {"error": f"Unauthorized: {self.headers.get('Authorization')}"})
-                return True
-
-            def do_GET(self):
-                if self.path != "/v1/models":
-                    self._send(404, {"error": {"message": "Not Found"}})
-                elif not self._refused():
-                    models = [{"id": "tiny", "object": "model", "max_model_len": 256}]
-                    self._send(200, {"object": "list", "data": models})
-
-            def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if self._refused():
-                    return
-                with outer.lock:
-                    outer.requests += 1
-                    outer.active += 1
-                    outer.most_active = max(outer.most_active, outer.active)
-                    fault = outer.faults.pop() if outer.faults else None
-                try:
-                    time.sleep(outer.delay)
-                    self._answer(request, fault)
-                finally:
-                    with outer.lock:
-                        outer.active -= 1
-
-            def _answer(self, request, fault):
-                if isinstance(request["prompt"], str):
-                    assert not request["add_special_tokens"]
-                    request["prompt"] = outer.tokenizer(request["prompt"])["input_ids"]
-                if len(request["prompt"]) + request["max_tokens"] > 256:
-                    text = f"maximum context length is 256, requested {len(request['prompt'])} + 1"
-                    return self._send(400, {"error": {"message": text}})
-                if request["prompt_logprobs"] > outer.max_log_probs:
-                    text = f"greater than max allowed: {outer.max_log_probs}"
-                    return self._send(400, {"error": {"message": text}})
-                if fault in (500, 503, 429, 408, 409):
-                    return self._send(fault, {"error": {"message": "busy"}})
-                if fault == "reset":
-                    self.connection.close()
-                    self.close_connection = True
-                    return None
-                if fault == "slow":
-                    time.sleep(1.5)
-                rows = outer.rows(request["prompt"], request["prompt_logprobs"])
-                if outer.blind:
-                    return self._send(200, {"choices": [{"index": 0, "text": ""}]})
-                if fault == "malformed":
-                    return self._send(200, b'{"choices": [{"prompt_logp')
-                if fault == "cut":
-                    rows = rows[:-1]
-                if fault == "no token":
-                    rows[-1].pop(str(request["prompt"][-1]))
-                if fault == "nan":
-                    rows[-1][next(iter(rows[-1]))]["logprob"] = float("nan")
-                if fault == "mass":
-                    rows[-1][next(iter(rows[-1]))]["logprob"] = 0.0
-                    rows[-1][list(rows[-1])[1]]["logprob"] = 0.0
-                if fault == "empty":
-                    return self._send(200, {"choices": []})
-                if fault == "html":
-                    return self._send(200, b"<html>gateway</html>")
-                choice = {"index": 0, "text": "", "prompt_logprobs": rows}
-                return self._send(200, {"id": "1", "model": "tiny", "choices": [choice]})
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def rows(self, ids, k):
-        with self.lock, torch.no_grad():
-            log_p = lazy_logits(self.model, torch.tensor([ids])).materialize()[0].log_softmax(-1)
-        rows = [None]
-        for row, token in zip(log_p, ids[1:], strict=False):
-            best = row.topk(k).indices.tolist()
-            rows.append({str(i): {"logprob": float(row[i]), "rank": 1} for i in [token, *best]})
-        return rows
 
 
 @pytest.fixture
@@ -137,8 +29,7 @@ def server(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     fake = FakeServer(load_model(str(write_model(tmp_path / "teacher", seed=1)), "float32"))
     yield fake
-    fake.server.shutdown()
-    fake.server.server_close()
+    fake.stop()
 
 
 def _config(folder, server, **changes):
@@ -239,6 +130,30 @@ def test_a_run_whose_server_stays_away_keeps_its_last_step(tmp_path, server):
     server.faults = []
     main([*arguments, "--resume_from_checkpoint", "auto"])
     assert [line["loss"] for line in read_metrics(tmp_path / "cut")[0]] == expected
+
+
+@pytest.mark.parametrize("seconds", [2, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_run_goes_on_when_its_server_comes_back(tmp_path, server, seconds):
+    options = {"teacher": server.url, "k": K, "support": "teacher", "teacher_patience": 180}
+    recipe = write_recipe(tmp_path, **options, max_steps=4, eval_data=None)
+    main(["distill", str(recipe)])
+    expected = [line["loss"] for line in read_metrics(tmp_path / "run")[0]]
+    arguments = ["--output_dir", str(tmp_path / "again")]
+    trainer, _ = prepare(load_config(DistillationConfig, recipe, arguments))
+    learn = trainer.learn
+
+    def learn_without(*given):
+        if trainer.state.global_step == 2:
+            server.stop()
+            threading.Timer(seconds, server.start).start()
+        return learn(*given)
+
+    trainer.learn = learn_without
+    start = time.monotonic()
+    with pytest.warns(UserWarning, match=r"is asked again: APIConnectionError.*refused"):
+        train(trainer, None)
+    assert time.monotonic() - start > seconds
+    assert [line["loss"] for line in read_metrics(tmp_path / "again")[0]] == expected
 
 
 def test_requests_end_with_the_program(tmp_path, server, monkeypatch):

@@ -3,12 +3,13 @@
 import argparse
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from yaml import YAMLError
 
 from trainer import models
-from trainer.checkpoint import METRICS, claim_output_directory
+from trainer.checkpoint import SavingError
 from trainer.config import (
     DistillationConfig,
     EvaluationConfig,
@@ -27,8 +28,10 @@ from trainer.recipe import load_config
 from trainer.report import before_after, plot_curves, write_report
 from trainer.rlvr import RLVRTrainer
 from trainer.rollout import Sampler
+from trainer.run_directory import METRICS, claim_output_directory, write_whole
 from trainer.sft import SFTTrainer, generate
-from trainer.teacher import LocalTeacher, Teacher, TeacherError, load_teacher, self_teacher
+from trainer.stopping import RunStoppedError
+from trainer.teacher import LocalTeacher, Teacher, load_teacher, self_teacher
 from trainer.training import CompletionTrainer
 
 STAGES: dict[str, tuple[type[StageConfig], str]] = {
@@ -84,7 +87,7 @@ def run(stage: type[StageConfig], recipe: Path, overrides: list[str]) -> None:
         if isinstance(config, EvaluationConfig):
             return evaluate(config)
         prepared = prepare(config)
-    except (OSError, ValueError, YAMLError) as error:
+    except (OSError, ValueError, YAMLError, RunStoppedError) as error:
         sys.exit(f"error: {error}")
     train(*prepared)
 
@@ -161,19 +164,21 @@ def _sampler(config: StageConfig) -> type[Sampler]:
 
 def train(trainer: CompletionTrainer, checkpoint: str | None) -> None:
     """Train; then save the student and what there is to look at."""
+    go_on, folder = "go on with --resume_from_checkpoint auto", Path(trainer.args.output_dir)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except TeacherError as error:
-        trainer.save_last_step()
-        sys.exit(f"error: {error}")
-    state, folder = trainer.state, Path(trainer.args.output_dir)
+        if not trainer.interruption.stopped:
+            student = trainer.save_student()
+    except (RunStoppedError, OSError) as error:
+        with suppress(SavingError):  # for which there was no room before
+            trainer.save_last_step()
+        sys.exit(f"error: {error}; then {go_on}")
+    state = trainer.state
     if trainer.interruption.stopped:
-        go_on = "go on with --resume_from_checkpoint auto"
         if trainer.args.distributed_config:
             go_on = f"the student as it is: {folder}/checkpoint-{state.global_step}"
         print(f"stopped at step {state.global_step}; {go_on}")
         sys.exit(130)
-    student = trainer.save_student()
     measured = [line["step"] for line in state.log_history if "eval_truncated" in line]
     if state.global_step not in measured:
         trainer.evaluate()
@@ -192,7 +197,7 @@ def evaluate(config: EvaluationConfig) -> None:
     metrics = evaluation.measure(student, step=0)
     if config.should_save:  # one of the ranks, which all measure the same
         path = Path(config.output_dir) / METRICS
-        path.write_text(json.dumps(metrics | {"step": 0}) + "\n")
+        write_whole(path, json.dumps(metrics | {"step": 0}) + "\n")
         print("\n".join(f"{name.removeprefix('eval_'):34} {x:.4g}" for name, x in metrics.items()))
         print(f"figures: {path}   samples: {path.parent}/samples")
 

@@ -1,26 +1,28 @@
-"""Checkpoints that are whole or absent, a log of metrics that goes on where a run resumes, and runs
-that save when they are told to stop.
+"""Runs that save whole checkpoints, or none, go on with their log of metrics where they resume, and
+save when they are told to stop.
 """
 
-import hashlib
 import json
-import os
 import shutil
 import signal
 import threading
-import warnings
-from dataclasses import MISSING, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import rotate_checkpoints
 
-from trainer.config import StageConfig
+from trainer.run_directory import METRICS, MODEL, SAVING, publish, write_whole
+from trainer.stopping import RunStoppedError
 
-METRICS, CONFIG, MANIFEST = "metrics.jsonl", "config.json", "manifest.json"
+
+class SavingError(RunStoppedError):
+    """A checkpoint or the student could not be written."""
 
 
 class DurableTrainer(Trainer):
@@ -33,21 +35,40 @@ class DurableTrainer(Trainer):
         self.interruption = _Interruption(self)
         self.add_callback(self.interruption)
 
+    def _run_epoch(self, **options: Any) -> None:
+        """Not after the last step, from whose checkpoint Trainer would make one more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**options)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:  # what a kill left half written
-            shutil.rmtree(run / ".saving", ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.args.output_dir = f"{run}/.saving"
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.output_dir = str(run)
-        self.save_more(run / ".saving" / name)
-        self.accelerator.wait_for_everyone()
+        with self._saving(name):
+            self.args.output_dir = f"{run}/{SAVING}"
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = str(run)
+            self.save_more(run / SAVING / name)
         if self.args.should_save:
-            publish(run / ".saving" / name, run / name)
             rotate_checkpoints(str(run), self.args.save_total_limit)
+
+    @contextmanager
+    def _saving(self, name: str) -> Iterator[None]:
+        """All ranks write a directory aside; then it is there under its name, or SavingError."""
+        run = Path(self.args.output_dir)
+        if self.args.should_save:  # what a kill left half written
+            shutil.rmtree(run / SAVING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            yield
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(run / SAVING / name, run / name)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch has its own for each
+            shutil.rmtree(run / SAVING, ignore_errors=True)
+            raise SavingError(
+                f"{run}/{name} could not be saved, what was saved before is whole: {error}"
+            ) from error
 
     def save_more(self, checkpoint: Path) -> None:
         """For what every rank of a subclass keeps beside the student, before it is published."""
@@ -62,18 +83,22 @@ class DurableTrainer(Trainer):
     def save_student(self) -> Path:
         """The student alone, as model/; when the run is over."""
         run = Path(self.args.output_dir)
-        self.save_model(f"{run}/.saving/model")
-        if self.is_world_process_zero():
-            publish(run / ".saving/model", run / "model")
-        return run / "model"
+        with self._saving(MODEL):
+            self.save_model(f"{run}/{SAVING}/{MODEL}")
+        return run / MODEL
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Log to metrics.jsonl too; a resumed run first drops what its checkpoint did not see."""
         super().log(logs, start_time)
         if self.is_world_process_zero():
+            path = Path(self.args.output_dir) / METRICS
             lines = self.state.log_history[-1:] if self._logged else self.state.log_history
-            with (Path(self.args.output_dir) / METRICS).open("a" if self._logged else "w") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            if self._logged:
+                with path.open("a") as file:
+                    file.write(text)
+            else:
+                write_whole(path, text)
         self._logged = True
 
 
@@ -104,73 +129,3 @@ class _Interruption(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-
-
-def publish(staged: Path, final: Path) -> None:
-    """Move a directory out of the one where it was made, with a manifest, once it is on the disk:
-    it is seen whole or not at all.
-    """
-    manifest = {}
-    for path in sorted(filter(Path.is_file, staged.rglob("*"))):
-        with path.open("rb") as file:
-            manifest[str(path.relative_to(staged))] = _digest(file)
-            os.fsync(file.fileno())
-    with (staged / MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    if final.exists():
-        os.replace(final, staged.with_suffix(".old"))
-    os.replace(staged, final)
-    shutil.rmtree(staged.parent, ignore_errors=True)
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What differs from the checkpoint's manifest, or None if it is as it was written."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        for name, expected in manifest.items():
-            with (checkpoint / name).open("rb") as file:
-                if _digest(file) != expected:
-                    return f"{name} has changed"
-    except (OSError, ValueError) as error:
-        return str(error)
-    return None
-
-
-def _digest(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def claim_output_directory(config: StageConfig) -> str | None:
-    """Make the run's directory, or return its newest whole checkpoint, to resume from."""
-    run = Path(config.output_dir)
-    steps = [int(p.name[11:]) for p in run.glob("checkpoint-*") if p.name[11:].isdigit()]
-    checkpoint = None
-    if config.resume_from_checkpoint:
-        for step in sorted(steps, reverse=True):
-            if (reason := damage(run / f"checkpoint-{step}")) is None:
-                checkpoint = str(run / f"checkpoint-{step}")
-                break
-            warnings.warn(f"{run}/checkpoint-{step} is passed over: {reason}", stacklevel=2)
-        else:
-            whole = "whole " if steps else ""
-            reason = f"{run} has no {whole}checkpoint; leave it out"
-            raise ValueError(f"resume_from_checkpoint: {reason}")
-    elif steps or (run / METRICS).exists():
-        remedy = ", or --resume_from_checkpoint auto" if steps else ""
-        raise ValueError(f"output_dir: {run} holds another run; choose another one{remedy}")
-    run.mkdir(parents=True, exist_ok=True)
-    (run / CONFIG).write_text(json.dumps(recipe_of(config), indent=1))
-    return checkpoint
-
-
-def recipe_of(config: StageConfig) -> dict[str, Any]:
-    """The keys whose values are not the defaults; tokens of hubs are masked."""
-    values = config.to_dict()
-    default = {f.name: f.default if f.default_factory is MISSING else f.default_factory()
-               for f in fields(config)}  # fmt: skip
-    return {name: values[name] for name in default if values.get(name) != default[name]}

@@ -62,6 +62,8 @@ class StageConfig(TrainingArguments):
     micro_batch_size: Count = 8  # completions that are learned from at a time, ...
     micro_batch_tokens: Count | None = None  # ... and their tokens, with contexts and padding
     aggregation: Literal["token", "sequence"] = "token"  # what has the same weight
+    # That many steps in a row may have no finite gradient, which are left out, before a run stops.
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 20
     skip_truncated: bool = False  # no loss on completions that did not end
     eval_completions_per_prompt: Count = 1  # above 1, scores come with pass@k
     eval_greedy: bool = False  # held-out completions are the likeliest, not samples
@@ -75,7 +77,8 @@ class StageConfig(TrainingArguments):
     eval_on_start: bool = True
     preflight: bool = True  # tell before training whether it fits and has something to learn
     use_cache: bool = True  # of the saved student
-    resume_from_checkpoint: Literal["auto"] | None = None  # from output_dir's newest checkpoint
+    # From output_dir's newest whole checkpoint; from the start where there is none yet.
+    resume_from_checkpoint: Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self), include_extras=True)

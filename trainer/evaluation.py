@@ -20,6 +20,7 @@ from trainer.diagnostics import Sums
 from trainer.models import Model, eval_mode, reshard
 from trainer.privileged import across_contexts
 from trainer.rollout import Completion, Sampler
+from trainer.run_directory import write_whole
 from trainer.scoring import load_scorer
 from trainer.teacher import LocalTeacher, Teacher, side_by_side, token_ids
 
@@ -211,7 +212,7 @@ class Evaluation:
             columns["score"] = self.score(first)
         path = Path(self.config.output_dir) / SAMPLES.format(step)
         path.parent.mkdir(exist_ok=True, parents=True)
-        pandas.DataFrame(columns).to_json(path, orient="records", lines=True)
+        write_whole(path, pandas.DataFrame(columns).to_json(orient="records", lines=True))
 
     def save_references(self, path: Path) -> None:
         """The references, if they were sampled: a resumed run's teacher may have moved."""

@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 
-from trainer.checkpoint import METRICS
 from trainer.evaluation import SAMPLES
+from trainer.run_directory import CONFIG, METRICS
 
 PANELS = {
     "loss per token (nats)": ["loss"],
@@ -45,7 +45,7 @@ class Run:
     def __post_init__(self) -> None:
         if not (self.path / METRICS).exists():
             raise ValueError(f"{self.path}: it has no {METRICS}; expected a recipe's output_dir")
-        config = self.path / "config.json"
+        config = self.path / CONFIG
         self.config = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
         self.figures: dict[str, list[tuple[int, float]]] = defaultdict(list)  # steps and values
         self.alarms: dict[str, list[int]] = defaultdict(list)  # what is wrong, at which steps

@@ -11,6 +11,7 @@ from opd_kernels.integrations.transformers import causal_lm_of
 from trainer.config import StageConfig
 from trainer.data import Prompt
 from trainer.models import Model, Tokenizer, eval_mode, is_fsdp
+from trainer.stopping import limits_memory
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Sampler:
         heads = [causal_lm_of(model).get_output_embeddings().weight.shape[0] for model in models]
         temperature = config.sampling_temperature or config.temperature
         sampling = {"temperature": temperature, "top_p": config.top_p, "top_k": 0}
+        # A broken model's NaN would end the program; so the step's loss shows it, and is left out.
+        sampling["remove_invalid_values"] = True
         ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": sorted(self.eos_ids)}
         ends["suppress_tokens"] = list(range(min(heads), max(heads))) or None
         length = config.max_completion_length
@@ -73,7 +76,9 @@ class Sampler:
             batch = order[first : first + self.batch_size]
             batch_seed = np.random.SeedSequence([*seed, first]).generate_state(1, np.uint64)[0]
             options = self.greedy_options if greedy else self.options
-            answers = self._generate(model, [contexts[i] for i in batch], options, int(batch_seed))
+            own = [contexts[i] for i in batch]
+            with limits_memory("rollout_batch_size, max_completion_length"):
+                answers = self._generate(model, own, options, int(batch_seed))
             rows.update(zip(batch, answers, strict=True))
         return [self.cut_after_eos(p, rows[i]) for i, p in enumerate(prompts)]
 

@@ -2,16 +2,18 @@
 log-probabilities of the prompt, as vLLM's does (`prompt_logprobs`).
 """
 
+import json
 import os
 import random
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import httpx2
 import openai
 import torch
 
@@ -26,6 +28,7 @@ _PROBE = "What is 6 x 7? It's 42: def f(x): return x**2  # \u00e7a va, \u65e5\u6
 _TRANSIENT = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)
 _TRANSIENT_STATUS = (408, 409)
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError, IndexError)
+_ANSWER_BYTES, _LOG_PROB_BYTES = 1 << 20, 256  # several times of what an answer and a log-prob take
 _Row = list[tuple[int, float]]  # a position's token ids and log-probabilities, the best first
 T = TypeVar("T")
 
@@ -41,12 +44,18 @@ class ServedTeacher:
         self, url: str, config: TeacherConfig, tokenizer: Tokenizer, vocab_size: int, name: str = ""
     ) -> None:
         self.url, self.k, self.vocab_size, self.device = url, config.k, vocab_size, config.device
-        self.patience, self.warned = config.teacher_patience, False
+        self.patience, self.timeout = config.teacher_patience, config.teacher_timeout
+        self.warned = False
         self.key_name = f"{KEY}_{name.upper()}" if name else KEY
         self.key = os.environ.get(self.key_name, "").strip() or "none"
-        self.client = openai.OpenAI(
-            base_url=url, api_key=self.key, timeout=config.teacher_timeout, max_retries=0
+        # Without compression, which a small answer could hide a large one in.
+        http_client = openai.DefaultHttpxClient(
+            headers={"Accept-Encoding": "identity"}, event_hooks={"response": [self._limit]}
         )
+        self.client = openai.OpenAI(
+            base_url=url, api_key=self.key, timeout=config.teacher_timeout, max_retries=0,
+            http_client=http_client,
+        )  # fmt: skip
         self.pool = ThreadPoolExecutor(config.teacher_concurrency)
         self.answers: dict[tuple[tuple[int, ...], tuple[int, ...]], Future[list[_Row]]] = {}
         models = list(self._patiently(self.client.models.list, lambda answer: answer.data))
@@ -113,6 +122,15 @@ class ServedTeacher:
             model=self.model, prompt=prompt, max_tokens=1, extra_body=body
         )
 
+    def _limit(self, response: httpx2.Response) -> None:
+        """Before its body is read: no more of it than a right one could have, and no longer."""
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise httpx2.DecodingError("expected an answer without compression")
+        prompt = json.loads(response.request.content or "{}").get("prompt", "")
+        most = _ANSWER_BYTES + _LOG_PROB_BYTES * (self.k + 2) * len(prompt)
+        assert isinstance(response.stream, httpx2.SyncByteStream)
+        response.stream = _LimitedStream(response.stream, most, self.timeout)
+
     def _rows(self, answer: Any, prompt: Sequence[int], completion: Sequence[int]) -> list[_Row]:
         rows = _prompt_log_probs(answer)[len(prompt) :]
         if len(rows) != len(completion):
@@ -166,7 +184,28 @@ class ServedTeacher:
             wait = min(2 * wait, 10.0)
 
     def _without_key(self, error: Exception) -> str:
-        return f"{type(error).__name__}: {error}".replace(self.key, "***")[:300]
+        causes = f" ({error.__cause__})" if error.__cause__ else ""
+        return f"{type(error).__name__}: {error}{causes}".replace(self.key, "***")[:300]
+
+
+class _LimitedStream(httpx2.SyncByteStream):
+    """A body of so many bytes at most, within so many seconds."""
+
+    def __init__(self, stream: httpx2.SyncByteStream, most: int, seconds: float) -> None:
+        self.stream, self.left, self.seconds = stream, most, seconds
+        self.end = time.monotonic() + seconds
+
+    def __iter__(self) -> Iterator[bytes]:
+        for part in self.stream:
+            self.left -= len(part)
+            if self.left < 0:
+                raise httpx2.ReadError("the answer is larger than any right one")
+            if time.monotonic() > self.end:
+                raise httpx2.ReadTimeout(f"the answer takes longer than {self.seconds} s")
+            yield part
+
+    def close(self) -> None:
+        self.stream.close()
 
 
 def _key(completion: Completion) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -12,6 +12,7 @@ from trainer.config import SFTConfig
 from trainer.data import Prompt
 from trainer.evaluation import Evaluation
 from trainer.rollout import Completion
+from trainer.run_directory import write_whole
 from trainer.teacher import on_students, token_ids
 from trainer.training import CompletionTrainer, Part
 
@@ -66,5 +67,5 @@ def generate(config: SFTConfig, prompts: list[Prompt], evaluation: Evaluation) -
     if config.should_save:
         text = evaluation.sampler.text
         rows = [{"prompt": c.prompt.text, "completion": text(c), "ids": c.ids} for c in result]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
     return [replace(c.prompt, reference_ids=c.ids) for c in result]

@@ -14,12 +14,13 @@ from opd_kernels.parallel import is_dtensor, plain
 from trainer.config import StageConfig
 from trainer.models import Model, context_length, eval_mode, load_model, reshard
 from trainer.rollout import Completion
+from trainer.stopping import RunStoppedError
 
 T = TypeVar("T")
 
 
-class TeacherError(ValueError):
-    """A teacher cannot go on; the message says what to do."""
+class TeacherError(RunStoppedError):
+    """A teacher cannot go on."""
 
 
 class Teacher(Protocol):

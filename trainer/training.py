@@ -24,6 +24,7 @@ from trainer.diagnostics import Sums, alarms
 from trainer.evaluation import Evaluation
 from trainer.models import eval_mode, is_fsdp, reshard
 from trainer.rollout import Completion
+from trainer.stopping import RunStoppedError, limits_memory
 from trainer.teacher import on_students, token_ids
 
 REFERENCES, ROLLOUT = "held_out_completions.json", "rollout-{}.json"  # in a checkpoint
@@ -63,6 +64,7 @@ class CompletionTrainer(DurableTrainer):
         self.evaluation, self.sampler = evaluation, evaluation.sampler
         self.sums = Sums()  # of the steps since the last log line
         self.rollout: list[Completion] = []  # what the next steps learn from too
+        self.skipped_in_a_row = 0
         self.repeated = _RepeatedBatches(self) if args.steps_per_rollout > 1 else None
 
     def complete(self, prompts: list[Prompt]) -> list[Completion]:
@@ -87,7 +89,16 @@ class CompletionTrainer(DurableTrainer):
         loss = self.learn(model, self.rollout)
         gradients = [plain(p.grad) for p in model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients).to(self.args.device)
-        if not torch.isfinite(self.accelerator.reduce(norm, "sum")):  # a rank may have parts alone
+        # A rank may have parts alone.
+        is_finite = bool(torch.isfinite(self.accelerator.reduce(norm, "sum")))
+        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
+        if not is_finite:
+            if self.skipped_in_a_row > self.args.max_skipped_steps:
+                raise RunStoppedError(
+                    f"max_skipped_steps: {self.skipped_in_a_row} steps in a row had no finite "
+                    "gradient; lower learning_rate or max_grad_norm and start from a checkpoint "
+                    "before them"
+                )
             self.sums.add(skipped_steps=float(self.is_world_process_zero()))
             loss = torch.zeros_like(loss)  # or every mean to come would be NaN
             # NaN would poison the optimiser's state; under float16 the scaler sees to it.
@@ -110,7 +121,8 @@ class CompletionTrainer(DurableTrainer):
         if is_fsdp(model):
             batches += self._idle_batches(batches[-1], len(batches))
         for number, (part, batch, weights, denominator) in enumerate(batches, start=1):
-            with nullcontext() if number == len(batches) else self._no_sync(model):
+            sync = nullcontext() if number == len(batches) else self._no_sync(model)
+            with sync, limits_memory("micro_batch_size, micro_batch_tokens"):
                 with self.accelerator.autocast():
                     loss = part.coefficient * part.loss(model, batch, weights, denominator)
                 # DDP and FSDP average the gradient over the ranks that have prompts of their own.
