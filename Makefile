@@ -46,6 +46,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet --severity-level medium --configfile pyproject.toml --recursive opd_kernels trainer paper benchmarks setup.py
 
 # The C++ backend under the address and undefined-behaviour sanitizers, built apart from the installed one. Python itself is not
 # built with them, so their runtime is loaded first, and libstdc++ with it for its exceptions.

@@ -82,7 +82,7 @@ class Inputs:
     @classmethod
     def load(cls, problem: Problem, path: Path) -> "Inputs":
         """The tensors that were saved at path, mapped: on a CPU processes share their memory."""
-        tensors = torch.load(path, mmap=True)
+        tensors = torch.load(path, mmap=True, weights_only=True)
         for tensor in tensors.values():
             tensor.sum()  # every page is there before anything is measured
         return cls.of(problem, tensors)

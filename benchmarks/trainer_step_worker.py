@@ -68,7 +68,7 @@ class StepWorker(Worker):
 
     def first_step(self) -> tuple[float, dict[str, Tensor]]:
         """Its loss, and its gradient by parameter."""
-        return self._loss, torch.load(self._gradient, mmap=True)
+        return self._loss, torch.load(self._gradient, mmap=True, weights_only=True)
 
 
 class OnCommand(TrainerCallback):

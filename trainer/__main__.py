@@ -118,9 +118,10 @@ def prepare(config: StageConfig) -> tuple[CompletionTrainer, str | None]:
 
 def load(config: StageConfig) -> tuple[Model, Evaluation, PromptReader]:
     """The student, its held-out evaluation with the teachers, and what reads more prompts."""
-    tokenizer = models.load_tokenizer(config.model)
-    split = config.distributed_config
-    student = models.with_lora(models.load_model(config.model, config.dtype, split), config)
+    split, trusted = config.distributed_config, config.trust_remote_code
+    tokenizer = models.load_tokenizer(config.model, trusted)
+    student = models.load_model(config.model, config.dtype, split, trusted)
+    student = models.with_lora(student, config)
     if not split:
         student.to(config.device)
     teachers: dict[str, Teacher] = {}
@@ -138,7 +139,7 @@ def load(config: StageConfig) -> tuple[Model, Evaluation, PromptReader]:
                 rate = config.teacher_update_rate if moves else 0.0
                 teachers[name] = self_teacher(config, student, config.teacher_dtype, rate)
             else:
-                _tell(config, models.compare_tokenizers(tokenizer, model))
+                _tell(config, models.compare_tokenizers(tokenizer, model, trusted))
                 dtype = config.teacher_dtype or config.dtype
                 teachers[name] = load_teacher(model, dtype, config)
     contexts = {name: teacher.context for name, teacher in teachers.items()}

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from trainer.run_directory import METRICS, MODEL, SAVING, publish, write_whole
@@ -63,6 +64,8 @@ class DurableTrainer(Trainer):
             yield
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                # A pickle, which nobody reads and which would have the recipe's secrets.
+                (run / SAVING / name / TRAINING_ARGS_NAME).unlink(missing_ok=True)
                 publish(run / SAVING / name, run / name)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch has its own for each
             shutil.rmtree(run / SAVING, ignore_errors=True)

@@ -45,6 +45,7 @@ class StageConfig(TrainingArguments):
     answer_pattern: str | None = None  # what is scored: its last match's group, else everything
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     dtype: Dtype = "float32"
+    trust_remote_code: bool = False  # run the Python code that a model comes with
     # How all models are split over the ranks, as transformers' DistributedConfig: {fsdp_size: 8},
     # {tp_size: 2, fsdp_size: 4}, ...; default each rank has them whole (DDP).
     distributed_config: dict[str, Any] | None = None
@@ -134,6 +135,9 @@ class StageConfig(TrainingArguments):
             (self.eval_greedy and self.eval_completions_per_prompt > 1,
              "eval_completions_per_prompt: expected 1 with eval_greedy, whose completions are all "
              "the same"),
+            (bool(self.hub_token),
+             "hub_token: expected none, as recipes are kept with the run; set HF_TOKEN in the "
+             "environment"),
             (self.label_smoothing_factor > 0 or self.torch_compile,
              "label_smoothing_factor, torch_compile: not supported; leave them out"),
             (bool(best), "metric_for_best_model: not supported; pick a checkpoint by its step"),

@@ -114,7 +114,8 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *models: nn.Module | None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *models)
         if self.averages:
-            saved = load_model(f"{resume_from_checkpoint}/{TEACHER}", "float32")
+            path = f"{resume_from_checkpoint}/{TEACHER}"
+            saved = load_model(path, "float32", trust_remote_code=self.args.trust_remote_code)
             self.averages.model.load_state_dict(saved.state_dict())
 
 

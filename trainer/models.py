@@ -22,7 +22,9 @@ from trainer.config import StageConfig
 BASE = "base"  # in a run whose student is adapters on others that became part of the weights
 
 
-def load_model(name: str, dtype: str, split: dict[str, Any] | None = None) -> Model:
+def load_model(
+    name: str, dtype: str, split: dict[str, Any] | None = None, trust_remote_code: bool = False
+) -> Model:
     """The causal language model of that name, see `locate`; GGUF weights are dequantised, and LoRA
     adapters become part of the weights.
 
@@ -30,6 +32,7 @@ def load_model(name: str, dtype: str, split: dict[str, Any] | None = None) -> Mo
         name: of the model.
         dtype: of its weights.
         split: over the ranks, by these options of a DistributedConfig; a collective.
+        trust_remote_code: whether to run code that comes with the model.
     """
     source, gguf = locate(name)
     if split and (gguf or is_adapter(source)):
@@ -38,9 +41,11 @@ def load_model(name: str, dtype: str, split: dict[str, Any] | None = None) -> Mo
             "GGUF and adapters cannot be split as they load: save them as a model first"
         )
     if is_adapter(source):
-        adapted = AutoPeftModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+        adapted = AutoPeftModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+        )
         return adapted.merge_and_unload().requires_grad_()  # PEFT freezes the base
-    options: dict[str, Any] = dict(gguf)
+    options: dict[str, Any] = gguf | {"trust_remote_code": trust_remote_code}
     if gguf:
         options["quantization_config"] = GgufConfig(dequantize=True)
     if split:
@@ -48,10 +53,10 @@ def load_model(name: str, dtype: str, split: dict[str, Any] | None = None) -> Mo
     return AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of that model."""
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Tokenizer:
+    """The tokenizer of that model, see `load_model`."""
     source, gguf = locate(name)
-    tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **gguf)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model: the tokenizer of {name} has no EOS token to end a completion")
     if tokenizer.pad_token_id is None:
@@ -125,13 +130,13 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
     return str(path) if path.exists() else name, {}
 
 
-def compare_tokenizers(ours: Tokenizer, teacher: str) -> list[str]:
+def compare_tokenizers(ours: Tokenizer, teacher: str, trust_remote_code: bool = False) -> list[str]:
     """What differs from the teacher's tokenizer but may work, a sentence each.
 
     Raises:
         ValueError: a token has another id there, where the student's ids are scored.
     """
-    theirs, found = load_tokenizer(teacher), []
+    theirs, found = load_tokenizer(teacher, trust_remote_code), []
     vocab = theirs.get_vocab()
     differing = [token for token, i in ours.get_vocab().items() if vocab.get(token) != i]
     if differing:

@@ -144,7 +144,7 @@ def _digest(file: BinaryIO) -> str:
 
 
 def recipe_of(config: StageConfig) -> dict[str, Any]:
-    """The keys whose values are not the defaults; tokens of hubs are masked."""
+    """The keys whose values are not the defaults."""
     values = config.to_dict()
     default = {f.name: f.default if f.default_factory is MISSING else f.default_factory()
                for f in fields(config)}  # fmt: skip

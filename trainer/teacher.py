@@ -94,8 +94,9 @@ def self_teacher(
 
 def load_teacher(name: str, dtype: str, config: StageConfig) -> LocalTeacher:
     """A frozen model of its own, where the recipe has its models."""
-    model = load_model(name, dtype, config.distributed_config).requires_grad_(False)
-    return LocalTeacher(model if config.distributed_config else model.to(config.device))
+    split = config.distributed_config
+    model = load_model(name, dtype, split, config.trust_remote_code).requires_grad_(False)
+    return LocalTeacher(model if split else model.to(config.device))
 
 
 def on_completions(
