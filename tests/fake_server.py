@@ -1,5 +1,6 @@
 """A teacher's server on loopback, which fails when it is told to."""
 
+import gzip
 import json
 import socket
 import threading
@@ -34,13 +35,23 @@ class FakeServer:
                 super().setup()
                 outer.connections.append(self.connection)
 
-            def _send(self, status, body, length=None):
+            def _send(self, status, body, length=None, encoding="identity"):
                 body = body if isinstance(body, bytes) else json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Encoding", encoding)
                 self.send_header("Content-Length", str(length or len(body)))
                 self.end_headers()
                 self.wfile.write(body)
+
+            def _send_on(self, size):
+                """White space, of which JSON may have any; for as long as somebody reads it."""
+                self._send(200, b"", length=1 << 40)
+                with suppress(OSError):
+                    while True:
+                        self.wfile.write(b" " * size)
+                        outer.sent += size
+                        time.sleep(0.01)
 
             def _refused(self):
                 if self.headers.get("Authorization") == f"Bearer {KEY}":
@@ -87,9 +98,14 @@ class FakeServer:
                     self.connection.close()
                     self.close_connection = True
                     return None
+                if fault == "gzip":
+                    body = gzip.compress(b" " * (1 << 26))
+                    return self._send(200, body, encoding="gzip")
                 if fault == "slow":
                     time.sleep(1.5)
                 rows = outer.rows(request["prompt"], request["prompt_logprobs"])
+                if fault in ("flood", "drip"):
+                    return self._send_on(1 << 20 if fault == "flood" else 1)
                 if outer.blind:
                     return self._send(200, {"choices": [{"index": 0, "text": ""}]})
                 if fault == "malformed":
@@ -110,7 +126,7 @@ class FakeServer:
                 choice = {"index": 0, "text": "", "prompt_logprobs": rows}
                 return self._send(200, {"id": "1", "model": "tiny", "choices": [choice]})
 
-        self.handler, self.connections, self.port = Handler, [], 0
+        self.handler, self.connections, self.port, self.sent = Handler, [], 0, 0
         self.start()
         self.url = f"http://127.0.0.1:{self.port}/v1"
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,7 +220,7 @@ def test_the_prefix_probe_counts_what_the_teacher_turns(tmp_path):
     assert len(seen) == 15
 
 
-def test_the_preflight_tells_what_is_bad_before_training(tmp_path, capsys):
+def test_the_preflight_tells_what_is_bad_before_training(tmp_path, capsys, monkeypatch):
     main(["distill", str(write_recipe(tmp_path, max_steps=1, tail=None))])
     output = capsys.readouterr().out
     assert "preflight: memory: 0.0 GiB of weights" in output
@@ -238,6 +239,12 @@ def test_the_preflight_tells_what_is_bad_before_training(tmp_path, capsys):
     output = capsys.readouterr().out
     assert f"chat template: that of {other} is another" in output
     assert trainer.teachers
+    make_trainer(tmp_path / "saves", save_strategy="steps")
+    assert re.search(r"preflight: disk: 0\.0 GiB for a checkpoint; \d+\.\d GiB are free\n",
+                     capsys.readouterr().out)  # fmt: skip
+    monkeypatch.setattr("psutil.disk_usage", lambda path: SimpleNamespace(free=60_000))
+    make_trainer(tmp_path / "full", save_strategy="steps")
+    assert "that is too little for two: make room" in capsys.readouterr().out
     make_trainer(tmp_path / "quiet", preflight=False)
     assert "preflight" not in capsys.readouterr().out
     assert load_config(RLVRConfig, _rlvr(tmp_path), []).preflight

@@ -22,7 +22,7 @@ def preflight(
 ) -> list[str]:
     """A sentence for each finding; what is bad says what to do. Others are models in memory too."""
     local = [teacher.model for teacher in evaluation.local.values()]
-    found = [_memory(config, student, *local, *others)]
+    found = [_memory(config, student, *local, *others), *_disk(config, student)]
     if isinstance(config, DistillationConfig):
         found += _gap(config, student, evaluation, prompts)
     return found
@@ -43,6 +43,18 @@ def _memory(config: StageConfig, *models: Model) -> str:
     )
     bad = "; it does not fit: set lora_r, or a smaller model or teacher_dtype"
     return text + bad * (weights + states > free)
+
+
+def _disk(config: StageConfig, student: Model) -> list[str]:
+    if config.save_strategy == "no":
+        return []
+    learned = [p for p in student.parameters() if p.requires_grad]
+    size = sum(p.nbytes + 8 * p.numel() for p in learned)  # with AdamW's state
+    free = psutil.disk_usage(config.output_dir).free
+    text = f"disk: {size / _GIB:.1f} GiB for a checkpoint; {free / _GIB:.1f} GiB are free"
+    # The next one is whole before the last one goes.
+    few = "; that is too little for two: make room, or choose another output_dir"
+    return [text + few * (2 * size > free)]
 
 
 def _gap(
