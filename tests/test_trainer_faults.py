@@ -173,7 +173,9 @@ def test_a_disk_that_is_full_costs_nothing_that_was_saved(tmp_path, start, size,
 
 def test_a_rollout_that_does_not_fit_into_memory_names_the_key_and_goes_on(tmp_path, start):
     launch, expected, _ = start("reuse")
-    _stopped(launch(partial(exhaust_memory, 6)), "rollout_batch_size, .*: it does not fit .*; then")
+    _stopped(
+        launch(partial(exhaust_memory, 6)), "rollout_batch_size, .*: it does not fit .*; go on with"
+    )
     assert 0 < _check_what_is_there(tmp_path / "run", 0) < 8
     _ended(launch())
     _assert_same(tmp_path / "run", expected)

@@ -165,7 +165,9 @@ def _sampler(config: StageConfig) -> type[Sampler]:
 
 def train(trainer: CompletionTrainer, checkpoint: str | None) -> None:
     """Train; then save the student and what there is to look at."""
-    go_on, folder = "go on with --resume_from_checkpoint auto", Path(trainer.args.output_dir)
+    folder = Path(trainer.args.output_dir)
+    resumes = not trainer.args.distributed_config
+    go_on = "; go on with --resume_from_checkpoint auto" if resumes else ""
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         if not trainer.interruption.stopped:
@@ -173,12 +175,11 @@ def train(trainer: CompletionTrainer, checkpoint: str | None) -> None:
     except (RunStoppedError, OSError) as error:
         with suppress(SavingError):  # for which there was no room before
             trainer.save_last_step()
-        sys.exit(f"error: {error}; then {go_on}")
+        sys.exit(f"error: {error}{go_on}")
     state = trainer.state
     if trainer.interruption.stopped:
-        if trainer.args.distributed_config:
-            go_on = f"the student as it is: {folder}/checkpoint-{state.global_step}"
-        print(f"stopped at step {state.global_step}; {go_on}")
+        kept = f"; the student as it is: {folder}/checkpoint-{state.global_step}"
+        print(f"stopped at step {state.global_step}{go_on or kept}")
         sys.exit(130)
     measured = [line["step"] for line in state.log_history if "eval_truncated" in line]
     if state.global_step not in measured:

@@ -54,22 +54,25 @@ def _steps(run: Path) -> list[int]:
 
 def _newest_whole(run: Path, sets_aside: bool) -> str | None:
     """What is newer is damaged: it gives up its name, or it would count as the newest still."""
-    steps = _steps(run)
-    for step in steps:
+    damaged: list[Path] = []
+    for step in _steps(run):
         checkpoint = run / f"{_CHECKPOINT}{step}"
         if (reason := damage(checkpoint)) is None:
-            return str(checkpoint)
-        aside = run / f"damaged-{checkpoint.name}"
-        warnings.warn(f"{checkpoint} is passed over: {reason}; see {aside}", stacklevel=3)
-        if sets_aside:
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(checkpoint, aside)
-    if steps:
-        raise ValueError(
-            f"resume_from_checkpoint: {run} has no whole checkpoint, only damaged ones; "
-            "choose another output_dir"
-        )
-    return None
+            break
+        warnings.warn(f"{checkpoint} is passed over: {reason}", stacklevel=3)
+        damaged.append(checkpoint)
+    else:
+        if damaged:
+            raise ValueError(
+                f"resume_from_checkpoint: {run} has no whole checkpoint, only damaged ones; choose "
+                "another output_dir"
+            )
+        return None
+    for path in damaged if sets_aside else []:
+        aside = run / f"damaged-{path.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+    return str(checkpoint)
 
 
 def _lock(run: Path) -> None:
