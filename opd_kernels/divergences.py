@@ -140,11 +140,10 @@ def _bins(student: SparseLogits, teacher: SparseLogits, tail: Tail) -> _Bins:
     if tail == "bucket":
         log_p = torch.cat([log_p, student.log_tail[..., None]], dim=-1)
         log_q = torch.cat([log_q, teacher.log_tail[..., None]], dim=-1)
-    return _masked(log_p, log_q)
+    return _masked(log_p, log_q, (log_p != -torch.inf) | (log_q != -torch.inf))
 
 
-def _masked(log_p: Tensor, log_q: Tensor) -> _Bins:
-    live = (log_p != -torch.inf) | (log_q != -torch.inf)
+def _masked(log_p: Tensor, log_q: Tensor, live: Tensor) -> _Bins:
     return _Bins(log_p.masked_fill(~live, 0.0), log_q.masked_fill(~live, 0.0), live)
 
 
@@ -161,9 +160,8 @@ def _renormalized(values_p: Tensor, values_q: Tensor) -> _Bins:
     live &= both | (values_p.isnan() | values_q.isnan()).any(-1, keepdim=True)  # NaN stays NaN
     # Other rows get zeros before the logsumexp, whose gradient at all -inf is NaN.
     enough = live.any(-1, keepdim=True)
-    log_p = values_p.masked_fill(~enough, 0.0).log_softmax(-1)
-    log_q = values_q.masked_fill(~enough, 0.0).log_softmax(-1)
-    return _Bins(log_p.masked_fill(~live, 0.0), log_q.masked_fill(~live, 0.0), live)
+    log_p, log_q = (x.masked_fill(~enough, 0.0).log_softmax(-1) for x in (values_p, values_q))
+    return _masked(log_p, log_q, live)
 
 
 def check_same_distribution(student: Any, teacher: SparseLogits) -> None:

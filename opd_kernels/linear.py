@@ -102,7 +102,7 @@ def linear_backward(
     ids = canonical_ids(ids, vocab_size)
     dhidden = torch.zeros_like(hidden, dtype=values.dtype) if needs_dhidden else None
     dweight = lazy_zeros_like(weight, weight.dtype) if needs_dweight else None
-    dbias = torch.zeros_like(bias) if needs_dbias and bias is not None else None
+    dbias = torch.zeros_like(bias, dtype=values.dtype) if needs_dbias and bias is not None else None
     with torch.autocast(hidden.device.type, enabled=False):
         if dvalues is None:
             dvalues = torch.zeros_like(values)
@@ -123,18 +123,15 @@ def linear_backward(
             )
         else:
             # A 16-bit sum over tokens would round at every addition.
-            dweight_sum = None if dweight is None else dweight.to(values.dtype)
-            dbias_sum = None if dbias is None else dbias.to(values.dtype)
-            sums = (dhidden, dweight_sum, dbias_sum)
+            dweight = None if dweight is None else dweight.to(values.dtype)
+            sums = (dhidden, dweight, dbias)
             operand = hidden.to(values.dtype)
             sparse_gradients(operand, head, ids, values, dvalues, *sums, epilogues)
-            dweight = None if dweight_sum is None else dweight_sum.to(weight.dtype)
-            dbias = None if dbias_sum is None or bias is None else dbias_sum.to(bias.dtype)
     nothing = hidden.new_empty(0)
     return (
         nothing if dhidden is None else dhidden.to(hidden.dtype),
-        nothing.clone() if dweight is None else dweight,
-        nothing.clone() if dbias is None else dbias,
+        nothing.clone() if dweight is None else dweight.to(weight.dtype),
+        nothing.clone() if dbias is None or bias is None else dbias.to(bias.dtype),
     )
 
 
@@ -194,7 +191,7 @@ def _save_topk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 def _backward_topk(ctx: Any, dvalues: Any, dids: Any, dtail: Any, dentropy: Any) -> tuple[Any, ...]:
-    return (*_gradients(ctx, dvalues, dtail), *[None] * 8)
+    return _gradients(ctx, dvalues, dtail)
 
 
 def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -220,16 +217,14 @@ def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _backward_gather(ctx: Any, dvalues: Any, dtail: Any, dentropy: Any) -> tuple[Any, ...]:
-    return (*_gradients(ctx, dvalues, dtail), *[None] * 9)
+    return _gradients(ctx, dvalues, dtail)
 
 
-def _gradients(ctx: Any, dvalues: Tensor | None, dtail: Tensor | None) -> tuple[Any, Any, Any]:
+def _gradients(ctx: Any, dvalues: Tensor | None, dtail: Tensor | None) -> tuple[Any, ...]:
     hidden, weight, bias, ids, values, tail = ctx.saved_tensors
-    if dvalues is None and dtail is None:
-        return None, None, None
-    if tail.numel() == 0 and values.shape[0] > 0:
+    if tail.numel() == 0:
         dtail = None  # gather(tail=False) has no tail to go through
-    needs = tuple(ctx.needs_input_grad[:3])
+    needs, options = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:]
     gradients = linear_backward(
         dvalues,
         dtail,
@@ -243,10 +238,8 @@ def _gradients(ctx: Any, dvalues: Tensor | None, dtail: Tensor | None) -> tuple[
         *needs,
         *ctx.execution,
     )
-    dhidden, dweight, dbias = (
-        g if need else None for g, need in zip(gradients, needs, strict=True)
-    )
-    return dhidden, dweight, dbias
+    wanted = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    return (*wanted, *[None] * len(options))
 
 
 linear_topk.register_autograd(_backward_topk, setup_context=_save_topk)

@@ -248,6 +248,58 @@ def test_bucket_gradient_at_a_tiny_tail(tail_mass):
             assert_close(actual.double(), expected, rtol=1e-4, atol=0)
 
 
+ROWS = {  # values of student and teacher
+    "plain": ([1.0, 0.5, -1.0], [0.2, 0.1, 2.0]),
+    "one slot": ([1.0, -torch.inf, -torch.inf], [0.3, -torch.inf, -torch.inf]),
+    "no slot": ([-torch.inf] * 3, [-torch.inf] * 3),
+    "no student": ([-torch.inf] * 3, [0.1, 0.2, 0.3]),
+    "no teacher": ([0.1, 0.2, 0.3], [-torch.inf] * 3),
+    "NaN and no student": ([-torch.inf] * 3, [0.1, torch.nan, 0.3]),
+}
+
+
+@pytest.mark.parametrize("objective", [reverse_kl, forward_kl, jsd])
+@pytest.mark.parametrize("tail", ["drop", "bucket", "renormalize"])
+def test_no_row_changes_another(objective, tail):
+    """Neither its loss nor its gradient, whatever is in it."""
+
+    def run(rows):
+        values = [torch.tensor(x, dtype=torch.float64) for x in zip(*rows, strict=True)]
+        values[0].requires_grad_()
+        ids = torch.arange(3).expand(len(rows), 3)
+        tail_logits = torch.full((len(rows),), 0.5, dtype=torch.float64)
+        pair = (SparseLogits(v, ids, tail_logits, 9) for v in values)
+        loss = objective(*pair, tail=tail)
+        return loss.detach(), torch.autograd.grad(loss.sum(), values[0])[0]
+
+    together = run(list(ROWS.values()))
+    for number, row in enumerate(ROWS.values()):
+        for alone, actual in zip(run([row]), together, strict=True):
+            assert_close(actual[number], alone[0], rtol=1e-12, atol=0, equal_nan=True)
+
+
+def test_a_token_without_mass_in_the_weighing_model_is_as_good_as_off_the_support():
+    """Though its log-ratio is infinite: 0 times it is 0, in the loss and in the gradient."""
+    z, zt, ids = problem()
+    absent = torch.zeros_like(zt, dtype=torch.bool).scatter(-1, ids[:, 1:2], True)
+    fewer = ids.masked_fill(torch.arange(K) == 1, -1)
+    for objective, p, q in (
+        (reverse_kl, z.masked_fill(absent, -torch.inf), zt),
+        (forward_kl, z, zt.masked_fill(absent, -torch.inf)),
+    ):
+        loss, expected = (objective(sparse(p, x), sparse(q, x)) for x in (ids, fewer))
+        assert_close(loss, expected, rtol=1e-12, atol=1e-13)
+        actual, reference = (gradient(objective, p, q, x) for x in (ids, fewer))
+        assert_close(actual, reference, rtol=1e-10, atol=1e-15)
+
+
+def test_policy_gradient_of_several_rows_is_that_of_each():
+    z, zt, _ = problem()
+    ids = torch.arange(6)[:, None]
+    actual, v = gradient(policy_gradient, z, zt, ids), Letters(z, zt, ids)
+    assert_close(actual, v.c.gather(-1, ids) * (v.on - v.p), rtol=1e-12, atol=1e-14)
+
+
 def test_policy_gradient_wants_one_sampled_token():
     z, zt, ids = problem(2)
     with pytest.raises(
@@ -281,3 +333,18 @@ def test_other_ids_or_shapes_raise():
         reverse_kl(sparse(z, ids), sparse(zt, ids), tail="x")
     with pytest.raises(ValueError, match="beta: expected 0"):
         jsd(sparse(z, ids), sparse(zt, ids), beta=1.5)
+
+
+def test_equal_ids_are_compared_only_where_they_could_differ(monkeypatch):
+    """The host waits for the device there, and a graph would break."""
+    z, zt, ids = problem()
+    s, t, other = sparse(z, ids), sparse(zt, ids), sparse(zt, ids.clone())
+    expected = reverse_kl(s, other)
+    whole = torch.compile(reverse_kl, backend="eager", fullgraph=True)
+    assert_close(whole(s, other), expected)
+
+    def refuse(*args):
+        raise AssertionError("the ids were compared")
+
+    monkeypatch.setattr(torch, "equal", refuse)
+    assert torch.allclose(reverse_kl(s, t), expected, rtol=1e-12)

@@ -6,7 +6,7 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 from opd_kernels import LazyLogits
-from opd_kernels.linear import linear_gather, linear_topk
+from opd_kernels.linear import linear_backward, linear_gather, linear_topk
 from tests.device import DEVICE
 from tests.reference import (
     OPTIONS,
@@ -131,7 +131,28 @@ def test_opcheck(dtype, with_bias):
     torch.library.opcheck(linear_topk, (*head, 4, *scalars, False, 64, "torch"))
     ids = random_ids(logits, 4)
     torch.library.opcheck(linear_gather, (*head, ids, *scalars, True, True, None, "torch"))
+    torch.library.opcheck(linear_gather, (*head, ids, *scalars, True, False, None, "torch"))
     torch.library.opcheck(linear_gather, (*head, ids, *scalars, False, False, None, "torch"))
+
+
+@pytest.mark.parametrize("operand", [0, 1, 2])
+@pytest.mark.parametrize("with_tail", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_backward_computes_what_is_needed_only(with_bias, with_tail, operand):
+    logits = make_logits(tokens=5, dim=3, vocab=13, with_bias=with_bias, requires_grad=False)
+    head = (logits.hidden, logits.weight, logits.bias)
+    scalars = (logits.softcap, logits.scale, logits.temperature, logits.vocab_size)
+    ids = random_ids(logits, 4)
+    values, tail, _ = linear_gather(*head, ids, *scalars, with_tail, False, None, "torch")
+    upstream = (torch.randn_like(values), torch.randn_like(tail) if with_tail else None)
+    results = []
+    for needs in ((True, True, True), [number == operand for number in range(3)]):
+        arguments = (*upstream, *head, ids, values, tail, *scalars, *needs, None, "torch")
+        torch.library.opcheck(linear_backward, arguments)
+        results.append(linear_backward(*arguments))
+    for number, (everything, one) in enumerate(zip(*results, strict=True)):
+        there = number == operand and (with_bias or number < 2)
+        assert torch.equal(one, everything if there else torch.empty(0).double())
 
 
 @pytest.mark.parametrize("tail", [True, False])
@@ -162,6 +183,9 @@ def test_leading_dimensions_and_no_tokens(backend):
         assert torch.equal(getattr(s, name).reshape(getattr(f, name).shape), getattr(f, name))
     one_row = logits[0, 1].topk(4, backend=backend)
     exact(one_row.values, s.values[0, 1])
+    expected = outside_lse(full_logits(logits)[0, 1], one_row.ids)
+    for a, e in zip(gradients(one_row.tail, logits), gradients(expected, logits), strict=True):
+        exact(a, e)
     empty = logits[:, :0]
     e = empty.topk(4, entropy=True, backend=backend)
     assert e.values.shape == (2, 0, 4)
@@ -253,13 +277,15 @@ def test_a_double_backward_raises(backend):
 def test_a_loss_without_tail_makes_no_pass_over_the_vocabulary(backend, monkeypatch):
     logits = make_logits()
     s = logits.topk(5, backend=backend)
+    given = logits.gather(s.ids, backend=backend)
     expected = gradients(full_logits(logits).gather(-1, s.ids).sum(), logits)
 
     def refuse(*args, **kwargs):
         raise AssertionError("the vocabulary was walked")
 
     monkeypatch.setattr("opd_kernels.linear.backpropagate", refuse)
-    for actual, e in zip(gradients(s.values.sum(), logits), expected, strict=True):
-        exact(actual, e)
+    for values in (s.values, given.values):
+        for actual, e in zip(gradients(values.sum(), logits), expected, strict=True):
+            exact(actual, e)
     monkeypatch.setattr("opd_kernels.linear.reduce_logits", refuse)
     assert logits.gather(s.ids, tail=False, backend=backend).tail is None

@@ -22,23 +22,26 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS[:4])
-def test_error_is_at_most_twice_that_of_same_dtype_pytorch(backend, dtype, options):
+@pytest.mark.parametrize("with_tail", [True, False])
+def test_error_is_at_most_twice_that_of_same_dtype_pytorch(backend, with_tail, dtype, options):
     """STYLE's tolerance rule, at fixed ids; the loss weighs every output."""
-    tokens = rows_for(backend, 64)
+    # Without a tail no kernel walks the vocabulary, and the maximum of a few rows is noise.
+    tokens = rows_for(backend, 64) if with_tail else 64
     logits = make_logits(tokens=tokens, dim=96, vocab=1500, dtype=dtype, **options)
     ids = sorted_by_logit(full_logits(logits), 20)
     weights = torch.randn(tokens, 20, dtype=torch.float64)
 
-    def loss_of(values, tail):
-        return (values * weights.to(values.dtype)).sum() + tail.sum()
+    def with_gradients(values, tail, inputs):
+        outputs = [values, tail] if with_tail else [values]
+        loss = (values * weights.to(values.dtype)).sum() + sum(x.sum() for x in outputs[1:])
+        return [*outputs, *gradients(loss, inputs)]
 
-    s = logits.gather(ids, backend=backend)
-    ours = [s.values, s.tail, *gradients(loss_of(s.values, s.tail), logits)]
+    s = logits.gather(ids, tail=with_tail, backend=backend)
+    ours = with_gradients(s.values, s.tail, logits)
 
     def eager(inputs, compute_dtype):
         z = full_logits(inputs, compute_dtype)
-        values, tail = z.gather(-1, ids), outside_lse(z, ids)
-        return [values, tail, *gradients(loss_of(values, tail), inputs)]
+        return with_gradients(z.gather(-1, ids), outside_lse(z, ids), inputs)
 
     reference = eager(in_float64(logits), torch.float64)
     for actual, same_dtype, expected in zip(ours, eager(logits, dtype), reference, strict=True):
