@@ -150,6 +150,9 @@ def update(problem: Problem, on_gpu: bool) -> Call:
         none = Head(torch.empty(0, 1), None, None, 1.0, 1.0, seen.shape[1])
         own = replace(state, ids=state.ids if selects else torch.full_like(state.ids, -1))
         definition.update(seen, 0, none, own)
+    if problem.ids == "repeated":  # no driver's: whatever the numbers are
+        state.values[torch.rand(state.values.shape) < 0.3] = torch.nan
+        state = replace(state, ids=problem.support())
     parts = {n: getattr(state, n) for n in ("values", "ids", "max", "sum", "moment")}
     parts = {n: None if x is None else placed(x) for n, x in parts.items()}
     arguments = {"chunk": chunk, "first_id": problem.first_id, **head}

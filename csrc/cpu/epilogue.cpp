@@ -39,8 +39,10 @@ class TopK {
   }
 
   void store(T* values, int64_t* ids) {
-    // Unlike std::sort it stays in its range where a NaN, which a closed state holds, has no order.
-    std::sort_heap(heap_.begin(), heap_.end(), better<T>);
+    // A NaN, which a closed state holds, comes last: without an order std::sort may leave its range.
+    std::sort(heap_.begin(), heap_.end(), [](const Candidate<T>& a, const Candidate<T>& b) {
+      return better(a, b) || (b.value != b.value && a.value == a.value);
+    });
     for (size_t i = 0; i < heap_.size(); ++i) {
       values[i] = heap_[i].value;
       ids[i] = heap_[i].id;
