@@ -48,8 +48,8 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/bandit --quiet --severity-level medium --configfile pyproject.toml --recursive opd_kernels trainer paper benchmarks setup.py
 
-# The C++ backend under the address and undefined-behaviour sanitizers, built apart from the installed one. Python itself is not
-# built with them, so their runtime is loaded first, and libstdc++ with it for its exceptions.
+# The C++ backend, and the emulated CUDA kernels, under the address and undefined-behaviour sanitizers, built apart from the installed
+# one. Python itself is not built with them, so their runtime is loaded first, and libstdc++ with it for its exceptions.
 SANITIZED := build/sanitize
 CXX ?= c++
 sanitize: $(VENV)/installed
@@ -58,11 +58,11 @@ sanitize: $(VENV)/installed
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		$(BIN)/pytest --import-mode=append -o pythonpath=$(SANITIZED)/lib -p no:cacheprovider \
 		tests/test_build.py::test_the_sanitizers_watch_the_extension tests/test_linear.py tests/test_linear_numbers.py \
-		tests/test_distill.py tests/test_distill_numbers.py tests/test_gradient_filter.py
+		tests/test_distill.py tests/test_distill_numbers.py tests/test_gradient_filter.py tests/test_bindings.py
 
-# The properties of tests/test_properties.py on 2,400 new problems.
+# The properties of tests/test_properties.py on 2,400 new problems, and the bindings on 5,400 new calls.
 fuzz: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_properties.py --hypothesis-profile fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_properties.py tests/test_bindings.py --hypothesis-profile fuzz
 
 # Runs that are killed 66 times, that find no room or memory, or whose teacher is away for a minute; four minutes.
 faults: $(VENV)/installed

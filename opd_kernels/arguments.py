@@ -5,6 +5,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from opd_kernels.checks import check_device, check_number, got
 from opd_kernels.divergences import check_same_distribution
 from opd_kernels.lazy_logits import LazyLogits
 from opd_kernels.objective import Objective, jsd_beta
@@ -36,7 +37,9 @@ def check_arguments(
             f"{objective!r}; pass reverse_kl, or a functools.partial of it"
         )
     leading = student.hidden.shape[:-1]
-    theirs = (teacher.hidden if isinstance(teacher, LazyLogits) else teacher.values).shape[:-1]
+    rows = teacher.hidden if isinstance(teacher, LazyLogits) else teacher.values
+    check_device("teacher", rows, "student", student.hidden.device)
+    theirs = rows.shape[:-1]
     if theirs != leading:
         raise ValueError(
             f"teacher: expected the student's leading shape {tuple(leading)}, got "
@@ -47,7 +50,7 @@ def check_arguments(
                "method": (method, ("auto", "one_pass", "recompute")),
                "missing": (missing, get_args(Missing))}  # fmt: skip
     if not isinstance(support, (str, Tensor)):
-        raise TypeError(f"support: expected a name or a tensor of ids, got {type(support)}")
+        raise TypeError(f"support: expected a name or a tensor of ids, got {got(support)}")
     if isinstance(support, str):
         choices["support"] = (support, get_args(Support))
     for name, (value, allowed) in choices.items():
@@ -67,17 +70,16 @@ def check_arguments(
         _check_answer(student, teacher)
     if token_weights is not None:
         if not isinstance(token_weights, Tensor) or token_weights.is_complex():
-            raise TypeError("token_weights: expected a real tensor, one weight for each token")
+            raise TypeError(
+                "token_weights: expected a real tensor, one weight for each token, got "
+                f"{got(token_weights)}"
+            )
         if token_weights.shape != leading:
             raise ValueError(
                 f"token_weights: expected the leading shape {tuple(leading)}, got "
                 f"{tuple(token_weights.shape)}"
             )
-        if token_weights.device != student.hidden.device:
-            raise ValueError(
-                f"token_weights: expected device {student.hidden.device}, got "
-                f"{token_weights.device}; move them"
-            )
+        check_device("token_weights", token_weights, "student", student.hidden.device)
 
 
 def check_gradient_filter(
@@ -128,22 +130,19 @@ def check_shards(
 
 
 def _check_answer(student: LazyLogits, teacher: SparseLogits) -> None:
-    """Raise unless a server's answer is well formed and of the student's distribution."""
-    if not teacher.values.is_floating_point() or teacher.ids.dtype != torch.int64:
+    """Raise unless a server's answer is of the student's distribution."""
+    if teacher.ids.dtype != torch.int64:
         raise TypeError(
-            f"teacher: expected floating values and int64 ids, got {teacher.values.dtype} and "
-            f"{teacher.ids.dtype}; make it by SparseLogits.from_log_probs"
-        )
-    if teacher.ids.shape != teacher.values.shape:
-        raise ValueError(
-            f"teacher: expected ids of the shape of values, {tuple(teacher.values.shape)}, got "
-            f"{tuple(teacher.ids.shape)}; make it by SparseLogits.from_log_probs"
+            f"teacher: expected int64 ids, got {teacher.ids.dtype}; make it by "
+            "SparseLogits.from_log_probs"
         )
     check_same_distribution(student, teacher)
 
 
 def check_denominator(denominator: float | Tensor | None, reduction: str) -> None:
-    """Raise unless the denominator is one number, for a mean."""
+    """Raise unless the denominator is one number that is not negative, for a mean. A tensor's is
+    not looked at; of 0 the mean is 0.
+    """
     if denominator is None:
         return
     if reduction != "mean":
@@ -156,5 +155,16 @@ def check_denominator(denominator: float | Tensor | None, reduction: str) -> Non
                 f"denominator: expected one number, got shape {tuple(denominator.shape)}; weights "
                 "of tokens are token_weights"
             )
-    elif not isinstance(denominator, (int, float)) or denominator != denominator:
+        if denominator.is_complex() or denominator.is_meta:
+            raise TypeError(
+                f"denominator: expected a real number, got {denominator.dtype} on "
+                f"{denominator.device}"
+            )
+        return
+    if not isinstance(denominator, (int, float)) or isinstance(denominator, bool):
         raise TypeError(f"denominator: expected a number or a tensor, got {denominator!r}")
+    check_number("denominator", denominator)
+    if denominator < 0:
+        raise ValueError(
+            f"denominator: expected a number of tokens, or 0 for a mean of 0, got {denominator}"
+        )

@@ -11,6 +11,7 @@ from opd_kernels.arguments import (
     check_gradient_filter,
     check_shards,
 )
+from opd_kernels.checks import check_execution, check_flags
 from opd_kernels.divergences import reverse_kl
 from opd_kernels.head import accumulator_dtype
 from opd_kernels.lazy_logits import LazyLogits
@@ -84,6 +85,8 @@ def distillation_loss(
     """
     check_arguments(student, teacher, support, objective, token_weights, reduction, method, missing)
     check_denominator(denominator, reduction)
+    check_flags(entropy=entropy, compact=compact)
+    check_execution(chunk_bytes, backend)
     check_gradient_filter(gradient_filter, support, reduction, method)
     check_shards(student, teacher, support, objective)
     student, teacher = _same_vocabulary(student, teacher)

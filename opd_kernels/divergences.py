@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from opd_kernels.checks import check_beta, check_device, check_flags, got
 from opd_kernels.sparse_logits import SparseLogits
 
 Tail = Literal["drop", "bucket", "renormalize"]
@@ -43,6 +44,7 @@ def reverse_kl(
     Raises:
         ValueError: the two do not match, tail is unknown, or tail="renormalize" with K = 1.
     """
+    check_flags(stop_gradient=stop_gradient)
     bins = _bins(student, teacher, tail)
     log_p = bins.log_p.detach() if stop_gradient else bins.log_p
     return bins.sum(_expectation(bins.log_p, log_p - bins.log_q))
@@ -72,8 +74,7 @@ def jsd(
 
     Other arguments, Returns and Raises as in reverse_kl; beta outside [0, 1] raises ValueError.
     """
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta: expected 0 (forward KL) to 1 (reverse KL), got {beta}")
+    check_beta("beta", beta)
     if beta == 0.0:
         return forward_kl(student, teacher, tail=tail)
     if beta == 1.0:
@@ -102,7 +103,7 @@ def policy_gradient(student: SparseLogits, teacher: SparseLogits) -> Tensor:
     Raises:
         ValueError: K is not 1, or the two do not match.
     """
-    if student.values.shape[-1] != 1:
+    if isinstance(student, SparseLogits) and student.values.shape[-1] != 1:
         raise ValueError(
             "student: expected K = 1, the sampled token of each row, got K = "
             f"{student.values.shape[-1]}; pass the sampled ids as support"
@@ -176,6 +177,13 @@ def check_same_distribution(student: Any, teacher: SparseLogits) -> None:
 
 
 def _check_pair(student: SparseLogits, teacher: SparseLogits) -> None:
+    for name, model in (("student", student), ("teacher", teacher)):
+        if not isinstance(model, SparseLogits):
+            raise TypeError(
+                f"{name}: expected SparseLogits, got {got(model)}; call topk or gather of "
+                "LazyLogits, or distillation_loss with both"
+            )
+    check_device("teacher", teacher.values, "student", student.values.device)
     check_same_distribution(student, teacher)
     if student.values.shape != teacher.values.shape:
         raise ValueError(

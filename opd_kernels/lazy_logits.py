@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from opd_kernels.checks import check_execution, check_flags, check_int, got
 from opd_kernels.head import Head, accumulator_dtype
 from opd_kernels.linear import linear_gather, linear_topk
 from opd_kernels.operands import (
@@ -15,6 +16,7 @@ from opd_kernels.operands import (
     check_k,
     check_operands,
     check_scalars,
+    check_targets,
     check_vocab_size,
 )
 from opd_kernels.parallel import VocabShard, is_dtensor, plain, shard_of_dtensor
@@ -61,6 +63,7 @@ class LazyLogits:
     check_finite: InitVar[bool] = False
 
     def __post_init__(self, check_finite: bool) -> None:
+        check_flags(check_finite=check_finite)
         if is_dtensor(self.weight):
             if self.shard is not None:
                 raise ValueError("shard: expected none, as a DTensor weight brings its own")
@@ -71,6 +74,11 @@ class LazyLogits:
         check_operands(self.hidden, self.weight, self.bias)
         rows = self.weight.shape[0]
         if self.shard is not None:
+            if not isinstance(self.shard, VocabShard):
+                raise TypeError(
+                    f"shard: expected a VocabShard or None, got {got(self.shard)}; make it by "
+                    "VocabShard.of(weight, group)"
+                )
             self.shard.check_rows(rows)
             rows = self.shard.starts[-1]
         if self.vocab_size is None:
@@ -93,7 +101,16 @@ class LazyLogits:
 
     def __getitem__(self, index: Any) -> "LazyLogits":
         """Select rows: an index of the leading dimensions, such as a mask of tokens."""
-        return replace(self, hidden=self.hidden[index])
+        parts = index if isinstance(index, tuple) else (index,)
+        rest = () if any(part is Ellipsis for part in parts) else (...,)
+        try:  # hidden's last dimension is none of the logits'
+            hidden = self.hidden[(*parts, *rest, slice(None))]
+        except (IndexError, TypeError) as error:  # the former ends an iteration
+            raise type(error)(
+                f"index: expected one of rows of {tuple(self.hidden.shape[:-1])}, such as a mask "
+                f"of tokens, got one that does not fit ({error})"
+            ) from error
+        return replace(self, hidden=hidden)
 
     def detach(self) -> "LazyLogits":
         """The same logits without gradient, as a teacher's."""
@@ -121,9 +138,12 @@ class LazyLogits:
             backend: "auto", or a name of available_backends().
 
         Raises:
-            ValueError: k is out of range, or the backend is missing.
+            TypeError, ValueError: k is out of range, the backend is missing, or an option is of
+                another type.
         """
         check_k(k, self._vocab)
+        check_flags(entropy=entropy)
+        check_execution(chunk_bytes, backend)
         flat = self.flat().local()
         own = min(k, flat._vocab)
         values, ids, tail, row_entropy = linear_topk(
@@ -163,6 +183,8 @@ class LazyLogits:
             ValueError: ids do not fit hidden or are not integers; entropy without tail.
         """
         check_ids(ids, self.hidden)
+        check_flags(tail=tail, entropy=entropy)
+        check_execution(chunk_bytes, backend)
         if entropy and not tail:
             raise ValueError("entropy: it needs a pass over the vocabulary; gather with tail=True")
         flat = self.flat().local()
@@ -201,11 +223,8 @@ class LazyLogits:
         Raises:
             TypeError, ValueError: targets are not integers, or not one for each row.
         """
-        if targets.shape != self.hidden.shape[:-1]:
-            raise ValueError(
-                f"targets: expected one id a row, {tuple(self.hidden.shape[:-1])}, got "
-                f"{tuple(targets.shape)}; select the same tokens from both"
-            )
+        check_targets(targets, self.hidden)
+        check_int("ignore_index", ignore_index)
         sparse = self.gather(targets[..., None], chunk_bytes=chunk_bytes, backend=backend)
         return sparse.log_probs[..., 0].masked_fill(targets == ignore_index, 0.0)
 

@@ -64,10 +64,10 @@ def linear_gather(
     ids = canonical_ids(ids, vocab_size)
     like = hidden.new_empty(0, dtype=accumulator_dtype(hidden, weight))
     with torch.autocast(hidden.device.type, enabled=False):
+        epilogues = select_backend(backend, hidden.device)
         if not tail:
             return gather_logits(hidden.to(like.dtype), head, ids), like, like.clone()
         state = RowState.for_ids(ids, entropy, like)
-        epilogues = select_backend(backend, hidden.device)
         operand = hidden.to(operand_dtype(hidden, weight))
         reduce_logits(operand, head, state, epilogues, chunk_bytes)
     return state.values, state.tail(), _entropy_or(like, state)

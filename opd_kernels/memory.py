@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from opd_kernels.checks import FLOATING, check_execution, check_int, got
 from opd_kernels.chunking import budget_of, recompute_chunks, rows_within
 from opd_kernels.cost_model import GPUS, Machine, Shape
 
@@ -43,6 +44,15 @@ class Loss:
     device: str = "H100"
     ranks: int = 1
     chunk_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "dim", "vocab", "k", "ranks"):
+            check_int(name, getattr(self, name), 1)
+        if self.dtype not in FLOATING:
+            raise TypeError(f"dtype: expected one of {FLOATING}, got {self.dtype!r}")
+        if self.device not in ("cpu", *GPUS):
+            raise ValueError(f"device: expected one of {('cpu', *GPUS)}, got {self.device!r}")
+        check_execution(self.chunk_bytes, "auto")
 
     @property
     def rows(self) -> int:
@@ -121,6 +131,8 @@ class Loss:
 
 def table(loss: Loss) -> str:
     """Markdown: peaks of eager code and of this package, and what ranks exchange."""
+    if not isinstance(loss, Loss):
+        raise TypeError(f"loss: expected a memory.Loss, got {got(loss)}")
     peaks = {
         "eager, full vocabulary": loss.eager(True),
         "eager, top-K": loss.eager(False),
@@ -156,8 +168,16 @@ def ranks_table(losses: list[Loss]) -> str:
 
 def read_config(path: Path) -> tuple[int, int]:
     """D and V of a model's config.json, or of the directory that holds it."""
+    if not isinstance(path, Path):
+        raise TypeError(f"path: expected a pathlib.Path, got {got(path)}")
     file = path / "config.json" if path.is_dir() else path
-    config = json.loads(file.read_text())
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"path: expected a model's config.json or the directory that holds it, got {path} "
+            f"({error})"
+        ) from error
     config = config.get("text_config", config)
     missing = [name for name in ("hidden_size", "vocab_size") if name not in config]
     if missing:

@@ -51,7 +51,9 @@ def reverse_kl_options(objective: Objective) -> tuple[bool, bool] | None:
     stop_gradient, tail = options.pop("stop_gradient", True), options.pop("tail", "drop")
     if function is not reverse_kl or options or tail not in ("drop", "bucket"):
         return None
-    return bool(stop_gradient), tail == "bucket"
+    if not isinstance(stop_gradient, bool):
+        return None  # the function refuses it
+    return stop_gradient, tail == "bucket"
 
 
 def jsd_beta(objective: Objective) -> float | None:
@@ -62,10 +64,11 @@ def jsd_beta(objective: Objective) -> float | None:
     """
     objective, options = _unpacked(objective)
     tail, beta = options.pop("tail", "drop"), options.pop("beta", 0.5)
-    options.pop("stop_gradient", None)
-    if options or tail not in ("drop", "bucket"):
-        return None
-    if objective is jsd and isinstance(beta, (int, float)) and 0 <= beta <= 1:
+    stop_gradient = options.pop("stop_gradient", True)
+    if options or tail not in ("drop", "bucket") or not isinstance(stop_gradient, bool):
+        return None  # another function's, or what these refuse
+    is_number = isinstance(beta, (int, float)) and not isinstance(beta, bool)
+    if objective is jsd and is_number and 0 <= beta <= 1:
         return float(beta)
     return 1.0 if objective is reverse_kl else 0.0 if objective is forward_kl else None
 

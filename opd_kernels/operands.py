@@ -1,30 +1,27 @@
 """What LazyLogits refuses: operands, the scalars of a head, and supports that do not fit them."""
 
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from opd_kernels.sparse import are_integer
-
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from opd_kernels.checks import (
+    check_device,
+    check_floating,
+    check_number,
+    check_real,
+    check_temperature,
+    check_token_ids,
+    got,
+)
 
 
 def check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise unless these are [..., D], [V, D] and [V] of floating dtypes on one device."""
     operands = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, operand in operands.items():
-        if not isinstance(operand, Tensor) or operand.dtype not in _FLOATING:
-            got = operand.dtype if isinstance(operand, Tensor) else type(operand).__name__
-            raise TypeError(
-                f"{name}: expected a tensor of float16, bfloat16, float32 or float64, got {got}; "
-                "cast or dequantise it first"
-            )
-        if operand.device != hidden.device:
-            raise ValueError(
-                f"{name}: expected device {hidden.device}, as hidden's, got {operand.device}; "
-                "move one of them"
-            )
+        check_floating(name, operand, "cast or dequantise it first")
+        check_device(name, operand, "hidden", hidden.device)
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             "hidden, weight: expected [..., D] and [V, D] with the same D, got "
@@ -42,28 +39,18 @@ def check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def check_scalars(softcap: float | None, scale: float, temperature: float) -> None:
     """Raise for what is no factor of logits."""
-    for name, value in (("softcap", softcap), ("scale", scale), ("temperature", temperature)):
-        optional = name == "softcap" and value is None
-        if isinstance(value, bool) or not (optional or isinstance(value, Real)):
-            raise TypeError(
-                f"{name}: expected a number, got {type(value).__name__}; a tensor would get no "
-                "gradient, pass float(...)"
-            )
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(
-            f"temperature: expected a positive number, got {temperature}; greedy sampling has no "
-            "distribution to distil"
-        )
-    if not abs(scale) < float("inf"):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if softcap is not None:
+        check_real("softcap", softcap)
+        if not 0 < softcap < float("inf"):
+            raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    check_number("scale", scale)
+    check_temperature(temperature)
 
 
 def check_vocab_size(vocab_size: int | None, rows: int) -> None:
     """Raise unless V is a number of the weight's rows, those of all ranks."""
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, Integral):
-        raise TypeError(f"vocab_size: expected an int, got {type(vocab_size).__name__}")
+        raise TypeError(f"vocab_size: expected an int, got {got(vocab_size)}")
     if not 1 <= vocab_size <= rows:
         raise ValueError(
             f"vocab_size: expected 1 to {rows}, the rows of weight, got {vocab_size}; it counts "
@@ -86,23 +73,29 @@ def check_hidden_is_finite(hidden: Tensor) -> None:
 def check_k(k: int, vocab_size: int) -> None:
     """Raise if no support of k ids fits the vocabulary."""
     if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"k: expected an int, got {type(k).__name__}")
+        raise TypeError(f"k: expected an int, got {got(k)}")
     if not 1 <= k <= vocab_size:
         raise ValueError(
             f"k: expected 1 to {vocab_size}, the vocabulary, got {k}; for the exact divergence "
-            "over "
-            'all of it use support="full"'
+            'over all of it use support="full"'
+        )
+
+
+def check_targets(targets: Tensor, hidden: Tensor) -> None:
+    """Raise unless there is one id [...] for each row of hidden [..., D]."""
+    check_token_ids("targets", targets)
+    check_device("targets", targets, "hidden", hidden.device)
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets: expected one id a row, {tuple(hidden.shape[:-1])}, got "
+            f"{tuple(targets.shape)}; select the same tokens from both"
         )
 
 
 def check_ids(ids: Tensor, hidden: Tensor) -> None:
     """Raise if ids [..., K] are no support for hidden [..., D]."""
-    if not are_integer(ids):
-        raise TypeError(f"ids: expected an integer tensor, got {ids.dtype}; token ids are int64")
-    if ids.device != hidden.device:
-        raise ValueError(
-            f"ids: expected device {hidden.device}, as hidden's, got {ids.device}; move them"
-        )
+    check_token_ids("ids", ids)
+    check_device("ids", ids, "hidden", hidden.device)
     if ids.dim() < 1 or ids.shape[:-1] != hidden.shape[:-1] or ids.shape[-1] < 1:
         raise ValueError(
             "ids: expected [..., K] with K >= 1 and the leading shape of hidden, "

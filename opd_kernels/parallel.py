@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from opd_kernels.checks import check_int, got
 from opd_kernels.sparse_logits import SparseLogits
 
 T = TypeVar("T")
@@ -36,6 +37,17 @@ class VocabShard:
     group: dist.ProcessGroup
     starts: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        _check_group(self.group)
+        starts, ranks = self.starts, dist.get_world_size(self.group)
+        is_known = isinstance(starts, tuple) and all(isinstance(start, int) for start in starts)
+        ascends = is_known and starts[:1] == (0,) and all(a <= b for a, b in pairwise(starts))
+        if not ascends or len(starts) != ranks + 1:
+            raise ValueError(
+                f"starts: expected a tuple of {ranks + 1} ascending ints from 0, got {starts!r}; "
+                "make the shard by VocabShard.of(weight, group)"
+            )
+
     @classmethod
     def of(cls, weight: Tensor, group: dist.ProcessGroup | None = None) -> "VocabShard":
         """The shard of weight [V_rank, D], which may differ in V_rank, or have none.
@@ -46,18 +58,24 @@ class VocabShard:
             weight: this rank's rows.
             group: the ranks that hold the others; default all.
         """
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            came = tuple(weight.shape) if isinstance(weight, Tensor) else got(weight)
+            raise TypeError(f"weight: expected this rank's rows, a tensor [V, D], got {came}")
         group = dist.group.WORLD if group is None else group
         if group is None:
             raise ValueError(
                 "group: expected a process group, got none; call torch.distributed."
                 "init_process_group first"
             )
+        _check_group(group)
         own = torch.tensor([weight.shape[0]], device=weight.device)
         counts = _gathered(own, group).flatten().cumsum(0)
         return cls(group, (0, *counts.tolist()))
 
     def is_like(self, other: "VocabShard") -> bool:
         """Whether the other one splits over the same ranks in the same way."""
+        if not isinstance(other, VocabShard):
+            raise TypeError(f"other: expected a VocabShard, got {got(other)}")
         ranks = [dist.get_process_group_ranks(shard.group) for shard in (self, other)]
         return self.starts == other.starts and ranks[0] == ranks[1]
 
@@ -73,6 +91,7 @@ class VocabShard:
 
     def rows(self, vocab_size: int) -> slice:
         """This rank's rows below V; there may be none."""
+        check_int("vocab_size", vocab_size, 0)
         first, last = self.starts[self.rank : self.rank + 2]
         return slice(min(first, vocab_size), min(last, vocab_size))
 
@@ -174,8 +193,13 @@ def shard_of_dtensor(weight: Any) -> VocabShard | None:
     one that is whole on every rank.
 
     Raises:
-        ValueError: it is split otherwise.
+        TypeError, ValueError: it is no DTensor, or it is split otherwise.
     """
+    if not is_dtensor(weight):
+        raise TypeError(
+            f"weight: expected a DTensor, got {got(weight)}; of a rank's own rows make "
+            "VocabShard.of(weight, group)"
+        )
     from torch.distributed.tensor import Replicate, Shard
 
     split = [i for i, p in enumerate(weight.placements) if not isinstance(p, Replicate)]
@@ -217,6 +241,11 @@ def plain(tensor: Any, whole: bool = False) -> Any:
     if not is_dtensor(tensor):
         return tensor
     return tensor.full_tensor() if whole else tensor.to_local()
+
+
+def _check_group(group: Any) -> None:
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: expected a process group, got {got(group)}")
 
 
 class _GatherRows(torch.autograd.Function):

@@ -16,12 +16,6 @@ from opd_kernels.sparse_rows import SparseRows
 _BLOCK_BYTES = 16 << 20
 
 
-def are_integer(ids: Tensor) -> bool:
-    """Whether the dtype is one for token ids; bool is not."""
-    dtype = ids.dtype
-    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
-
-
 def canonical_ids(ids: Tensor, vocab_size: int) -> Tensor:
     """ids [..., K] with -1 for those outside [0, vocab_size) and repeats of earlier ones."""
     ids = ids.to(torch.int64)

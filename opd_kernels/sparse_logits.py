@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from opd_kernels.sparse import are_integer, canonical_ids
+from opd_kernels.checks import (
+    check_device,
+    check_floating,
+    check_int,
+    check_temperature,
+    check_token_ids,
+    got,
+)
+from opd_kernels.sparse import canonical_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +42,25 @@ class SparseLogits:
     temperature: float = 1.0
     entropy: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        check_floating("values", self.values)
+        if self.values.dim() < 1:
+            raise ValueError("values: expected [..., K], got a scalar; add a dimension")
+        _check_ids(self.ids, self.values)
+        leading = self.values.shape[:-1]
+        for name in ("tail", "entropy"):
+            row = getattr(self, name)
+            if row is None:
+                continue
+            check_floating(name, row)
+            check_device(name, row, "values", self.values.device)
+            if row.shape != leading:
+                raise ValueError(
+                    f"{name}: expected one number a row, {tuple(leading)}, got {tuple(row.shape)}"
+                )
+        check_int("vocab_size", self.vocab_size, 1)
+        check_temperature(self.temperature)
+
     @classmethod
     def from_log_probs(
         cls, log_probs: Tensor, ids: Tensor, *, vocab_size: int, temperature: float = 1.0
@@ -52,9 +79,12 @@ class SparseLogits:
             temperature: the temperature at which the log-probabilities hold.
 
         Raises:
-            ValueError: the shapes differ, the ids are not integers, or a row's mass exceeds 1.
+            TypeError, ValueError: the shapes differ, the ids are not integers, or a row's mass
+                exceeds 1.
         """
-        _check_ids(ids, log_probs.shape)
+        check_floating("log_probs", log_probs)
+        _check_ids(ids, log_probs)
+        check_int("vocab_size", vocab_size, 1)
         values = log_probs if log_probs.dtype == torch.float64 else log_probs.float()
         values = values.masked_fill(canonical_ids(ids, vocab_size) < 0, -torch.inf)
         mass = values.detach().double().exp().sum(-1)
@@ -89,6 +119,9 @@ class SparseLogits:
 
     def overlap(self, other: "SparseLogits") -> Tensor:
         """[...] share of this support's live ids that the other's holds, as in overlap@K."""
+        if not isinstance(other, SparseLogits):
+            raise TypeError(f"other: expected SparseLogits, got {got(other)}; call topk or gather")
+        self._check_rows("other", other.ids)
         live = self.values != -torch.inf
         shared = (self._matches(other) >= 0) & live
         return shared.sum(-1) / live.sum(-1).clamp_min(1)
@@ -97,6 +130,8 @@ class SparseLogits:
         """The same rows on other ids [..., K'], -inf where absent; the rest joins the tail. A row
         whose tail is NaN is NaN there: what is absent may be anything.
         """
+        check_token_ids("ids", ids)
+        self._check_rows("ids", ids)
         blank = torch.zeros_like(ids, dtype=self.values.dtype)
         wanted = replace(self, values=blank, ids=canonical_ids(ids, self.vocab_size))
         slot = wanted._matches(self)
@@ -109,6 +144,14 @@ class SparseLogits:
         """The same rows with the slots where mask [..., K] is False moved into the tail; NaN stays,
         so that a loss that reads S alone is NaN too.
         """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected a bool tensor, got {got(mask)}; True keeps a slot")
+        check_device("mask", mask, "values", self.values.device)
+        if mask.shape != self.values.shape:
+            raise ValueError(
+                f"mask: expected the shape of values, {tuple(self.values.shape)}, got "
+                f"{tuple(mask.shape)}; expand it"
+            )
         mask = mask | self.values.isnan()
         dropped = self.values.masked_fill(mask, -torch.inf)
         kept = self.values.masked_fill(~mask, -torch.inf)
@@ -120,6 +163,8 @@ class SparseLogits:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "SparseLogits":
         """Apply a function of the leading dimensions, such as an index, to every tensor."""
+        if not callable(function):
+            raise TypeError(f"function: expected one of a tensor, got {got(function)}")
         return replace(
             self,
             values=function(self.values),
@@ -137,6 +182,16 @@ class SparseLogits:
                 "gather with tail=True, or use an objective that renormalises on S"
             )
         return self.tail
+
+    def _check_rows(self, name: str, ids: Tensor) -> None:
+        """Raise unless ids [..., K'] are of as many rows, with K' >= 1."""
+        check_device(name, ids, "values", self.values.device)
+        leading = self.values.shape[:-1]
+        if ids.dim() < 1 or ids.shape[:-1] != leading or ids.shape[-1] < 1:
+            raise ValueError(
+                f"{name}: expected ids [..., K] of the leading shape {tuple(leading)} with K >= 1, "
+                f"got {tuple(ids.shape)}; select the same tokens from both"
+            )
 
     def _normalized(self) -> tuple[Tensor, Tensor]:
         """log_probs and log_tail, relative to the row's largest: lse rounds at its own size."""
@@ -163,12 +218,10 @@ def _logsumexp(values: Tensor, tail: Tensor) -> Tensor:
     return lse.masked_fill(nothing[..., 0], -torch.inf)
 
 
-def _check_ids(ids: Tensor, shape: torch.Size) -> None:
-    if not are_integer(ids):
+def _check_ids(ids: Tensor, values: Tensor) -> None:
+    check_token_ids("ids", ids)
+    check_device("ids", ids, "values", values.device)
+    if ids.shape != values.shape:
         raise ValueError(
-            f"ids: expected an integer dtype, got {ids.dtype}; pass token ids as int64"
-        )
-    if ids.shape != shape:
-        raise ValueError(
-            f"ids: expected the shape of the values, {tuple(shape)}, got {tuple(ids.shape)}"
+            f"ids: expected the shape of the values, {tuple(values.shape)}, got {tuple(ids.shape)}"
         )

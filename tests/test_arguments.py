@@ -1,4 +1,4 @@
-"""What distillation_loss refuses, and how it says so."""
+"""What distillation_loss refuses in each order; tests/bad_arguments.py has the rest."""
 
 from dataclasses import replace
 from functools import partial
@@ -16,17 +16,10 @@ from tests.reference import make_logits
     ("changes", "message"),
     [
         ({"reduction": "avg"}, r"reduction: expected one of \('mean', 'sum', 'none'\), got 'avg'"),
-        ({"method": "fast"}, "method: expected one of"),
         ({"missing": "fill"}, r"missing: expected one of \('error', 'drop'\), got 'fill'"),
-        ({"support": [1, 2]}, "support: expected a name or a tensor of ids"),
-        ({"objective": "reverse_kl"}, "objective: expected a function"),
         ({"support": "full", "k": None}, "k: expected an int, got NoneType"),
-        ({"support": "top"}, "support: expected one of"),
         ({"reduction": "none", "method": "one_pass"}, "use method='recompute' or 'auto'"),
-        ({"token_weights": [1.0] * 11}, "token_weights: expected a real tensor"),
         ({"denominator": torch.ones(11)}, r"denominator: expected one number, got shape \(11,\)"),
-        ({"denominator": "4"}, "denominator: expected a number or a tensor, got '4'"),
-        ({"denominator": float("nan")}, "denominator: expected a number"),
         ({"denominator": 4, "reduction": "sum"}, "denominator: it belongs to reduction='mean'"),
         ({"support": "full", "k": 0}, "k: expected 1 to 53, the vocabulary, got 0"),
         ({"objective": lambda s, t: s.ids.sum(-1)}, "a floating tensor of shape"),
@@ -41,7 +34,6 @@ from tests.reference import make_logits
         ({"support": torch.zeros(4, 2, dtype=torch.long)}, r"got \(4, 2\)"),
         ({"teacher": make_logits(tokens=4)}, r"leading shape \(11,\), got \(4,\)"),
         ({"teacher": make_logits(temperature=2.0)}, "temperature: expected the same"),
-        ({"teacher": torch.zeros(11, 53)}, "teacher: expected LazyLogits, or SparseLogits"),
     ],
 )
 @pytest.mark.parametrize("method", ["one_pass", "recompute"])
@@ -79,8 +71,9 @@ def test_a_servers_answer_must_be_well_formed():
     student, teacher = pair()
     answer = served(teacher, 9)
     for changes, message in (
-        ({"ids": answer.ids.double()}, "teacher: expected floating values and int64 ids"),
-        ({"ids": answer.ids[:, :4]}, r"ids of the shape of values, \(11, 9\), got \(11, 4\)"),
+        ({"ids": answer.ids.int()}, "teacher: expected int64 ids"),
+        ({"ids": answer.ids.double()}, "ids: expected an integer tensor"),
+        ({"ids": answer.ids[:, :4]}, r"ids: .* shape of the values, \(11, 9\), got \(11, 4\)"),
         ({"vocab_size": VOCAB + 1}, "vocab_size: expected the same of student and teacher"),
         ({"temperature": 7.0}, "temperature: expected the same of student and teacher"),
     ):

@@ -115,7 +115,7 @@ def test_from_log_probs_refuses_what_is_no_distribution():
         SparseLogits.from_log_probs(torch.zeros(1, 2), ids, vocab_size=5)
     with pytest.raises(ValueError, match="sum to at most 1, got nan"):
         SparseLogits.from_log_probs(torch.full((1, 2), torch.nan), ids, vocab_size=5)
-    with pytest.raises(ValueError, match=r"ids: expected an integer dtype, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"ids: expected an integer tensor, got torch\.float32"):
         SparseLogits.from_log_probs(torch.zeros(1, 2), ids.float(), vocab_size=5)
     with pytest.raises(
         ValueError, match=r"ids: expected the shape of the values, \(1, 3\), got \(1, 2\)"

@@ -39,7 +39,10 @@ class TopK {
   }
 
   void store(T* values, int64_t* ids) {
-    std::sort(heap_.begin(), heap_.end(), better<T>);
+    // A NaN, which a closed state holds, comes last: without an order std::sort may leave its range.
+    std::sort(heap_.begin(), heap_.end(), [](const Candidate<T>& a, const Candidate<T>& b) {
+      return better(a, b) || (b.value != b.value && a.value == a.value);
+    });
     for (size_t i = 0; i < heap_.size(); ++i) {
       values[i] = heap_[i].value;
       ids[i] = heap_[i].id;
@@ -70,11 +73,10 @@ class TopK {
 // The chunk's column of an id, or -1 where the slot is empty or the id lies in another chunk.
 template <typename T>
 int64_t column_of(int64_t id, const Chunk<T>& chunk) {
-  const int64_t column = id - chunk.first_id;
-  return id >= 0 && column >= 0 && column < chunk.columns ? column : -1;
+  return id >= chunk.first_id && id - chunk.first_id < chunk.columns ? id - chunk.first_id : -1;
 }
 
-// Columns of S in ascending order, each with its slot.
+// Columns of S in ascending order, each with its slot; of a repeated one the first.
 struct Target {
   int64_t column, slot;
 };
@@ -87,8 +89,11 @@ void load_targets(const int64_t* ids, int64_t k, const Chunk<T>& chunk,
     const int64_t column = column_of(ids[slot], chunk);
     if (column >= 0) targets.push_back({column, slot});
   }
-  std::sort(targets.begin(), targets.end(),
-            [](const Target& a, const Target& b) { return a.column < b.column; });
+  std::sort(targets.begin(), targets.end(), [](const Target& a, const Target& b) {
+    return a.column < b.column || (a.column == b.column && a.slot < b.slot);
+  });
+  const auto is_repeated = [](const Target& a, const Target& b) { return a.column == b.column; };
+  targets.erase(std::unique(targets.begin(), targets.end(), is_repeated), targets.end());
 }
 
 // Takes a block of logits into the sum; their first moment, for the entropy, only where asked for.

@@ -1,9 +1,10 @@
 // Python's door to the launchers: checks every tensor, then passes raw pointers and PyTorch's
 // current stream, which comes as an integer. The tests build it for the CPU, see tests/cuda_emulator.
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/utils/pybind.h>
+
+#include <utility>
 
 #include "../checks.h"
 #include "epilogue.h"
@@ -17,9 +18,10 @@
 
 namespace {
 
-using opd::check;
+using opd::Arguments;
 using opd::OptionalTensor;
 using opd::Tensor;
+using opd::Use;
 
 OpdDtype dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
@@ -40,25 +42,50 @@ at::ScalarType accumulator_of(const Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-OpdMatrix matrix_of(const Tensor& tensor, const char* name) {
-  TORCH_CHECK_TYPE(tensor.device().type() == OPD_DEVICE, name, ": expected a tensor on ",
-                   OPD_DEVICE, ", got one on ", tensor.device());
-  opd::check_rows(tensor, name);
-  TORCH_CHECK_VALUE(tensor.size(1) < INT32_MAX, name, ": expected fewer than 2^31 columns");
-  return {tensor.data_ptr(), dtype_of(tensor, name), tensor.size(0), tensor.size(1),
-          tensor.stride(0)};
+OpdMatrix add_matrix(Arguments& arguments, const Tensor& tensor, const char* name,
+                     Use use = Use::kRead) {
+  arguments.add_matrix(tensor, name, use);
+  const OpdDtype dtype = dtype_of(tensor, name);
+  TORCH_CHECK_VALUE(tensor.size(0) <= INT32_MAX && tensor.size(1) <= OPD_MAX_COLUMNS, name,
+                    ": expected at most ", INT32_MAX, " rows and ", OPD_MAX_COLUMNS,
+                    " columns, got ", tensor.sizes());
+  return {tensor.data_ptr(), dtype, tensor.size(0), tensor.size(1), tensor.stride(0)};
 }
 
-OpdHead head_of(const Tensor& chunk, const OptionalTensor& bias, bool capped, double inner,
-                double outer) {
-  if (bias) check(*bias, "bias", chunk.device(), accumulator_of(chunk), {chunk.size(1)});
+// A chunk and the gradient of it, which may take its place.
+std::pair<OpdMatrix, OpdMatrix> add_gradient_of(Arguments& arguments, const Tensor& chunk,
+                                                const Tensor& out, bool is_written) {
+  const bool in_place = out.is_same(chunk);
+  const Use use = is_written ? Use::kWritten : Use::kRead;
+  const OpdMatrix matrix = add_matrix(arguments, chunk, "chunk", in_place ? use : Use::kRead);
+  if (in_place) return {matrix, matrix};
+  const OpdMatrix result = add_matrix(arguments, out, "out", use);
+  const bool is_narrowed = matrix.dtype == OPD_FLOAT32 && out.element_size() == 2;
+  TORCH_CHECK_TYPE(result.dtype == matrix.dtype || is_narrowed, "out: expected ",
+                   chunk.scalar_type(), ", as the chunk's, or 16 bits for float32, got ",
+                   out.scalar_type());
+  TORCH_CHECK_VALUE(out.sizes() == chunk.sizes(), "out: expected ", chunk.sizes(), ", got ",
+                    out.sizes());
+  return {matrix, result};
+}
+
+void check_first_id(const Tensor& chunk, int64_t first_id) {
+  const int64_t last = OPD_MAX_COLUMNS - chunk.size(1);
+  TORCH_CHECK_VALUE(first_id >= 0 && first_id <= last, "first_id: expected 0 to ", last, ", got ",
+                    first_id);
+}
+
+OpdHead add_head(Arguments& arguments, const Tensor& chunk, const OptionalTensor& bias,
+                 const char* name, bool capped, double inner, double outer) {
+  if (bias) arguments.add(*bias, name, accumulator_of(chunk), {chunk.size(1)});
   return {bias ? bias->data_ptr() : nullptr, capped, inner, outer};
 }
 
-int64_t slots_of(const Tensor& ids, int64_t rows, int64_t most) {
+int64_t slots_of(const Tensor& ids, int64_t rows, int64_t least, int64_t most) {
   const int64_t k = ids.dim() == 2 ? ids.size(1) : -1;
-  TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(0) == rows && k <= most, "ids: expected [", rows,
-                    ", K] with K <= ", most, ", got ", ids.sizes());
+  TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(0) == rows && k >= least && k <= most,
+                    "ids: expected [", rows, ", K] with K from ", least, " to ", most, ", got ",
+                    ids.sizes());
   return k;
 }
 
@@ -72,35 +99,36 @@ void update(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias, b
             double inner, double outer, const Tensor& values, const Tensor& ids, bool selects,
             const Tensor& max, const Tensor& sum, const OptionalTensor& moment, bool block_per_row,
             int64_t stream) {
-  const OpdMatrix matrix = matrix_of(chunk, "chunk");
+  Arguments arguments(OPD_DEVICE);
+  const OpdMatrix matrix = add_matrix(arguments, chunk, "chunk");
+  check_first_id(chunk, first_id);
+  const OpdHead head = add_head(arguments, chunk, bias, "bias", capped, inner, outer);
   const int64_t rows = chunk.size(0);
-  const int64_t k = slots_of(ids, rows, selects ? OPD_MAX_SELECTED : OPD_MAX_GIVEN);
+  const int64_t k = slots_of(ids, rows, selects, selects ? OPD_MAX_SELECTED : OPD_MAX_GIVEN);
   const auto dtype = accumulator_of(chunk);
-  check(ids, "ids", chunk.device(), at::kLong, {rows, k});
-  check(values, "values", chunk.device(), dtype, {rows, k});
-  check(max, "max", chunk.device(), dtype, {rows});
-  check(sum, "sum", chunk.device(), dtype, {rows});
-  if (moment) check(*moment, "moment", chunk.device(), dtype, {rows});
+  arguments.add(ids, "ids", at::kLong, {rows, k}, selects ? Use::kWritten : Use::kRead);
+  arguments.add(values, "values", dtype, {rows, k}, Use::kWritten);
+  arguments.add(max, "max", dtype, {rows}, Use::kWritten);
+  arguments.add(sum, "sum", dtype, {rows}, Use::kWritten);
+  if (moment) arguments.add(*moment, "moment", dtype, {rows}, Use::kWritten);
   const OpdState state{values.data_ptr(), ids.data_ptr<int64_t>(), k, selects, max.data_ptr(),
                        sum.data_ptr(),    moment ? moment->data_ptr() : nullptr};
-  const OpdHead head = head_of(chunk, bias, capped, inner, outer);
   check_launch(opd_update(matrix, first_id, head, state, block_per_row, pointer(stream)), "update");
 }
 
 void gradient(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias, bool capped,
               double inner, double outer, const Tensor& ids, const Tensor& dvalues,
               const Tensor& tail, const Tensor& dtail, const Tensor& out, int64_t stream) {
-  const OpdMatrix matrix = matrix_of(chunk, "chunk"), result = matrix_of(out, "out");
-  TORCH_CHECK_VALUE(out.sizes() == chunk.sizes(), "out: expected ", chunk.sizes(), ", got ",
-                    out.sizes());
-  at::assert_no_partial_overlap(out, chunk);
-  const int64_t rows = chunk.size(0), k = slots_of(ids, rows, OPD_MAX_GIVEN);
+  Arguments arguments(OPD_DEVICE);
+  const auto [matrix, result] = add_gradient_of(arguments, chunk, out, true);
+  check_first_id(chunk, first_id);
+  const OpdHead head = add_head(arguments, chunk, bias, "bias", capped, inner, outer);
+  const int64_t rows = chunk.size(0), k = slots_of(ids, rows, 0, OPD_MAX_GIVEN);
   const auto dtype = accumulator_of(chunk);
-  check(ids, "ids", chunk.device(), at::kLong, {rows, k});
-  check(dvalues, "dvalues", chunk.device(), dtype, {rows, k});
-  check(tail, "tail", chunk.device(), dtype, {rows});
-  check(dtail, "dtail", chunk.device(), dtype, {rows});
-  const OpdHead head = head_of(chunk, bias, capped, inner, outer);
+  arguments.add(ids, "ids", at::kLong, {rows, k});
+  arguments.add(dvalues, "dvalues", dtype, {rows, k});
+  arguments.add(tail, "tail", dtype, {rows});
+  arguments.add(dtail, "dtail", dtype, {rows});
   check_launch(opd_gradient(matrix, first_id, head, ids.data_ptr<int64_t>(), dvalues.data_ptr(), k,
                             tail.data_ptr(), dtail.data_ptr(), result, pointer(stream)),
                "gradient");
@@ -111,35 +139,50 @@ void divergence(const Tensor& chunk, const OptionalTensor& bias, bool capped, do
                 bool teacher_capped, double teacher_inner, double teacher_outer, double beta,
                 const OptionalTensor& upstream, const Tensor& loss, const Tensor& out,
                 int64_t stream) {
-  const OpdMatrix student = matrix_of(chunk, "chunk"), other = matrix_of(teacher, "teacher");
-  const OpdMatrix result = matrix_of(out, "out");
-  TORCH_CHECK_VALUE(teacher.sizes() == chunk.sizes() && out.sizes() == chunk.sizes() &&
-                        teacher.scalar_type() == chunk.scalar_type() && chunk.size(1) >= 1,
-                    "teacher and out: expected the student's shape [n, V] and the teacher in its "
-                    "dtype, ", chunk.sizes(), " of ", chunk.scalar_type(), ", got ",
-                    teacher.sizes(), " of ", teacher.scalar_type(), " and ", out.sizes());
+  Arguments arguments(OPD_DEVICE);
+  const auto [student, result] = add_gradient_of(arguments, chunk, out, upstream.has_value());
+  const OpdMatrix other = add_matrix(arguments, teacher, "teacher");
+  TORCH_CHECK_VALUE(teacher.sizes() == chunk.sizes() && other.dtype == student.dtype &&
+                        chunk.size(1) >= 1,
+                    "teacher: expected the student's shape [n, V] and dtype, ", chunk.sizes(),
+                    " of ", chunk.scalar_type(), ", got ", teacher.sizes(), " of ",
+                    teacher.scalar_type());
   TORCH_CHECK_VALUE(beta >= 0 && beta <= 1, "beta: expected 0 to 1, got ", beta);
-  at::assert_no_partial_overlap(out, chunk);
+  const OpdHead head = add_head(arguments, chunk, bias, "bias", capped, inner, outer);
+  const OpdHead teacher_head = add_head(arguments, teacher, teacher_bias, "teacher_bias",
+                                        teacher_capped, teacher_inner, teacher_outer);
   const auto dtype = accumulator_of(chunk);
-  check(loss, "loss", chunk.device(), dtype, {chunk.size(0)});
-  if (upstream) check(*upstream, "upstream", chunk.device(), dtype, {chunk.size(0)});
-  const OpdHead head = head_of(chunk, bias, capped, inner, outer);
-  const OpdHead teacher_head =
-      head_of(teacher, teacher_bias, teacher_capped, teacher_inner, teacher_outer);
+  if (upstream) arguments.add(*upstream, "upstream", dtype, {chunk.size(0)});
+  arguments.add(loss, "loss", dtype, {chunk.size(0)}, Use::kWritten);
   check_launch(opd_divergence(student, head, other, teacher_head, beta,
                               upstream ? upstream->data_ptr() : nullptr, loss.data_ptr(), result,
                               pointer(stream)),
                "divergence");
 }
 
+// The operands of a product with a sparse matrix, dense [n, D] and the sums [rows, D].
+std::pair<OpdMatrix, OpdMatrix> add_product(Arguments& arguments, const Tensor& dense,
+                                            const Tensor& sums) {
+  const OpdMatrix matrix = add_matrix(arguments, dense, "dense");
+  TORCH_CHECK_VALUE(dense.size(1) <= OPD_MAX_DIM, "dense: expected at most ", OPD_MAX_DIM,
+                    " columns, got ", dense.sizes());
+  const OpdMatrix result = add_matrix(arguments, sums, "sums", Use::kWritten);
+  TORCH_CHECK_TYPE(sums.scalar_type() == accumulator_of(dense), "sums: expected ",
+                   accumulator_of(dense), ", got ", sums.scalar_type());
+  TORCH_CHECK_VALUE(sums.size(1) == dense.size(1) && sums.is_contiguous(),
+                    "sums: expected a contiguous tensor of ", dense.size(1), " columns, got ",
+                    sums.sizes(), " with strides ", sums.strides());
+  return {matrix, result};
+}
+
 // sums [n, D] += coefficients [n, K] at ids [n, K] of an [n, V] matrix @ dense [V, D].
 void sparse_product(const Tensor& ids, const Tensor& coefficients, const Tensor& dense,
                     const Tensor& sums, int64_t stream) {
-  const OpdMatrix matrix = matrix_of(dense, "dense"), result = matrix_of(sums, "sums");
-  const int64_t rows = sums.size(0), k = slots_of(ids, rows, INT64_MAX);
-  check(ids, "ids", dense.device(), at::kLong, {rows, k});
-  check(coefficients, "coefficients", dense.device(), accumulator_of(dense), {rows, k});
-  check(sums, "sums", dense.device(), accumulator_of(dense), {rows, dense.size(1)});
+  Arguments arguments(OPD_DEVICE);
+  const auto [matrix, result] = add_product(arguments, dense, sums);
+  const int64_t rows = sums.size(0), k = slots_of(ids, rows, 0, INT32_MAX);
+  arguments.add(ids, "ids", at::kLong, {rows, k});
+  arguments.add(coefficients, "coefficients", accumulator_of(dense), {rows, k});
   check_launch(opd_sparse_product(ids.data_ptr<int64_t>(), coefficients.data_ptr(), k, matrix,
                                   result, pointer(stream)),
                "sparse_product");
@@ -148,12 +191,13 @@ void sparse_product(const Tensor& ids, const Tensor& coefficients, const Tensor&
 // sums [V, D] += the transposed matrix @ dense [n, D], its entries [E] in the order of their ids.
 void sparse_scatter(const Tensor& ids, const Tensor& rows, const Tensor& coefficients,
                     const Tensor& dense, const Tensor& sums, int64_t stream) {
-  const OpdMatrix matrix = matrix_of(dense, "dense"), result = matrix_of(sums, "sums");
-  const int64_t entries = ids.numel();
-  check(ids, "ids", dense.device(), at::kLong, {entries});
-  check(rows, "rows", dense.device(), at::kLong, {entries});
-  check(coefficients, "coefficients", dense.device(), accumulator_of(dense), {entries});
-  check(sums, "sums", dense.device(), accumulator_of(dense), {sums.size(0), dense.size(1)});
+  Arguments arguments(OPD_DEVICE);
+  const auto [matrix, result] = add_product(arguments, dense, sums);
+  const int64_t entries = ids.numel(), most = int64_t(OPD_PIECE) * INT32_MAX;
+  TORCH_CHECK_VALUE(entries <= most, "ids: expected at most ", most, " entries, got ", entries);
+  arguments.add(ids, "ids", at::kLong, {entries});
+  arguments.add(rows, "rows", at::kLong, {entries});
+  arguments.add(coefficients, "coefficients", accumulator_of(dense), {entries});
   const int64_t pieces = (entries + OPD_PIECE - 1) / OPD_PIECE;
   const Tensor partials = at::empty({pieces, dense.size(1)}, coefficients.options());
   check_launch(opd_sparse_scatter(ids.data_ptr<int64_t>(), rows.data_ptr<int64_t>(),
@@ -169,9 +213,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("MAX_GIVEN") = OPD_MAX_GIVEN;
   m.attr("PIECE") = OPD_PIECE;
   m.attr("LEAST_CAPABILITY") = OPD_LEAST_CAPABILITY;
-  m.def("update", &update);
-  m.def("gradient", &gradient);
-  m.def("divergence", &divergence);
-  m.def("sparse_product", &sparse_product);
-  m.def("sparse_scatter", &sparse_scatter);
+  using pybind11::arg;  // the names are for messages
+  m.def("update", &update, arg("chunk"), arg("first_id"), arg("bias"), arg("capped").noconvert(),
+        arg("inner"), arg("outer"), arg("values"), arg("ids"), arg("selects").noconvert(),
+        arg("max"), arg("sum"), arg("moment"), arg("block_per_row").noconvert(), arg("stream"));
+  m.def("gradient", &gradient, arg("chunk"), arg("first_id"), arg("bias"),
+        arg("capped").noconvert(), arg("inner"), arg("outer"), arg("ids"), arg("dvalues"),
+        arg("tail"), arg("dtail"), arg("out"), arg("stream"));
+  m.def("divergence", &divergence, arg("chunk"), arg("bias"), arg("capped").noconvert(),
+        arg("inner"), arg("outer"), arg("teacher"), arg("teacher_bias"),
+        arg("teacher_capped").noconvert(), arg("teacher_inner"), arg("teacher_outer"), arg("beta"),
+        arg("upstream"), arg("loss"), arg("out"), arg("stream"));
+  m.def("sparse_product", &sparse_product, arg("ids"), arg("coefficients"), arg("dense"),
+        arg("sums"), arg("stream"));
+  m.def("sparse_scatter", &sparse_scatter, arg("ids"), arg("rows"), arg("coefficients"),
+        arg("dense"), arg("sums"), arg("stream"));
 }

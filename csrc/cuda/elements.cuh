@@ -111,6 +111,11 @@ __device__ __forceinline__ void write_columns(const A* from, int first, int colu
   }
 }
 
+// Whether a matrix of so many rows has one of that index.
+__device__ __forceinline__ bool has_row(int64_t rows, int64_t index) {
+  return uint64_t(index) < uint64_t(rows);
+}
+
 // Calls function(T{}) with the type of a dtype's elements.
 template <typename Function>
 int for_dtype(OpdDtype dtype, const Function& function) {
@@ -145,6 +150,7 @@ int for_dtypes(OpdDtype chunk, OpdDtype out, const Function& function) {
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* stream,
            Arguments... arguments) {
+  if (grid.x == 0 || grid.y == 0) return cudaSuccess;  // nothing to do, which CUDA refuses
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);

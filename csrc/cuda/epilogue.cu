@@ -51,8 +51,7 @@ struct Chunk {
 
   // An id's column, or -1 where the slot is empty or the id lies in another chunk.
   __device__ __forceinline__ int column_of(int64_t id) const {
-    const int64_t column = id - first_id;
-    return id >= 0 && column >= 0 && column < columns ? int(column) : -1;
+    return id >= first_id && id - first_id < columns ? int(id - first_id) : -1;
   }
 };
 

@@ -1,7 +1,7 @@
 // The launchers as plain C: pointers, sizes, strides and a stream, so that neither PyTorch nor CUDA
 // has to be known to both sides. Each returns a cudaError_t, 0 for success, and only queues its work.
 //
-// All tensors but chunks, `out` and the dense operands of opd_sparse_backward are contiguous. The
+// All tensors but chunks, `out` and the dense operands of the sparse products are contiguous. The
 // accumulator dtype is float64 for float64 chunks, else float32.
 #pragma once
 
@@ -10,6 +10,10 @@
 #define OPD_MAX_SELECTED 256  // K of a state that selects
 #define OPD_MAX_GIVEN 512     // K of given ids
 #define OPD_PIECE 64          // entries of a sparse matrix that share a row of partial sums
+
+// Columns are counted in int, and a grid has 65,535 blocks for their spans.
+#define OPD_MAX_COLUMNS (1 << 28)  // of a chunk, and ids of a vocabulary
+#define OPD_MAX_DIM (1 << 22)      // columns of a dense operand
 
 #ifdef __cplusplus
 extern "C" {
@@ -58,12 +62,14 @@ int opd_divergence(struct OpdMatrix student, struct OpdHead head, struct OpdMatr
                    struct OpdHead teacher_head, double beta, const void* upstream, void* losses,
                    struct OpdMatrix out, void* stream);
 
-// sums [n, D] += coefficients [n, k] at ids [n, k] of an [n, V] matrix @ dense [V, D].
+// sums [n, D] += coefficients [n, k] at ids [n, k] of an [n, V] matrix @ dense [V, D]. A slot whose id
+// is outside [0, V) is empty.
 int opd_sparse_product(const int64_t* ids, const void* coefficients, int64_t k,
                        struct OpdMatrix dense, struct OpdMatrix sums, void* stream);
 
 // sums [V, D] += the transposed matrix @ dense [n, D], given its entries in the order of their ids:
-// ids, rows and coefficients, each [entries]. partials has a row [D] for every OPD_PIECE of them.
+// ids, rows and coefficients, each [entries]; one outside of the matrix is left out. partials has a
+// row [D] for every OPD_PIECE of them.
 int opd_sparse_scatter(const int64_t* ids, const int64_t* rows, const void* coefficients,
                        int64_t entries, struct OpdMatrix dense, struct OpdMatrix sums,
                        void* partials, void* stream);

@@ -30,7 +30,8 @@ __device__ __forceinline__ void add(A* sums, const A* terms) {
 template <typename T, int kColumns>
 __global__ void __launch_bounds__(kThreads)
     product_kernel(const int64_t* ids, const Accumulator<T>* coefficients, int k, const T* dense,
-                   int64_t dense_stride, int columns, Accumulator<T>* sums, int64_t sums_stride) {
+                   int64_t dense_rows, int64_t dense_stride, int columns, Accumulator<T>* sums,
+                   int64_t sums_stride) {
   using A = Accumulator<T>;
   const int64_t row = blockIdx.x;
   const int first = (blockIdx.y * kThreads + threadIdx.x) * kColumns;
@@ -38,7 +39,7 @@ __global__ void __launch_bounds__(kThreads)
   A total[kColumns] = {};
   for (int slot = 0; slot < k; ++slot) {
     const int64_t id = ids[row * k + slot];
-    if (id < 0) continue;
+    if (!has_row(dense_rows, id)) continue;
     const A coefficient = coefficients[row * k + slot];
     A terms[kColumns];
     read<T, kColumns>(dense + id * dense_stride + first, terms);
@@ -51,8 +52,9 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, int kColumns>
 __global__ void __launch_bounds__(kThreads)
     scatter_kernel(const int64_t* ids, const int64_t* rows, const Accumulator<T>* coefficients,
-                   int64_t entries, const T* dense, int64_t dense_stride, int columns,
-                   Accumulator<T>* sums, int64_t sums_stride, Accumulator<T>* partials) {
+                   int64_t entries, const T* dense, int64_t dense_rows, int64_t dense_stride,
+                   int columns, Accumulator<T>* sums, int64_t sums_rows, int64_t sums_stride,
+                   Accumulator<T>* partials) {
   using A = Accumulator<T>;
   const int64_t begin = int64_t(blockIdx.x) * OPD_PIECE;
   const int64_t end = min(begin + OPD_PIECE, entries);
@@ -62,7 +64,8 @@ __global__ void __launch_bounds__(kThreads)
   A total[kColumns] = {};
   for (int64_t entry = begin; entry < end; ++entry) {
     const int64_t id = ids[entry];
-    if (id >= 0) {
+    const bool is_row = has_row(sums_rows, id);
+    if (is_row && has_row(dense_rows, rows[entry])) {
       A terms[kColumns];
       read<T, kColumns>(dense + rows[entry] * dense_stride + first, terms);
 #pragma unroll
@@ -70,9 +73,9 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (entry + 1 < end && ids[entry + 1] == id) continue;
     A* partial = partials + blockIdx.x * int64_t(columns) + first;
-    if (id >= 0 && is_owner) {
+    if (is_row && is_owner) {
       add<kColumns>(sums + id * sums_stride + first, total);
-    } else if (id >= 0) {
+    } else if (is_row) {
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) partial[i] = total[i];
     }
@@ -86,13 +89,13 @@ __global__ void __launch_bounds__(kThreads)
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const int64_t* ids, int64_t entries, const A* partials, int columns, A* sums,
-                   int64_t sums_stride) {
+                   int64_t sums_rows, int64_t sums_stride) {
   const int64_t begin = int64_t(blockIdx.x) * OPD_PIECE, next = begin + OPD_PIECE;
   const int column = blockIdx.y * kThreads + threadIdx.x;
   if (next >= entries || column >= columns) return;
   const int64_t id = ids[next - 1];
   const bool starts_here = begin == 0 || ids[begin] != id || ids[begin - 1] != id;
-  if (id < 0 || ids[next] != id || !starts_here) return;
+  if (!has_row(sums_rows, id) || ids[next] != id || !starts_here) return;
   A total = 0;
   for (int64_t piece = next; piece < entries && ids[piece] == id; piece += OPD_PIECE)
     total += partials[piece / OPD_PIECE * columns + column];
@@ -115,7 +118,7 @@ int product(const int64_t* ids, const void* coefficients, int64_t k, const OpdMa
   const dim3 grid(unsigned(sums.rows), ceiling(sums.columns, kThreads * kColumns));
   return launch(product_kernel<T, kColumns>, grid, kThreads, stream, ids,
                 static_cast<const A*>(coefficients), k, static_cast<const T*>(dense.data),
-                dense.stride, dense.columns, static_cast<A*>(sums.data), sums.stride);
+                dense.rows, dense.stride, dense.columns, static_cast<A*>(sums.data), sums.stride);
 }
 
 template <typename T, int kColumns>
@@ -126,13 +129,14 @@ int scatter(const int64_t* ids, const int64_t* rows, const void* coefficients, i
   const dim3 grid(pieces, ceiling(sums.columns, kThreads * kColumns));
   const int error = launch(
       scatter_kernel<T, kColumns>, grid, kThreads, stream, ids, rows,
-      static_cast<const A*>(coefficients), entries, static_cast<const T*>(dense.data), dense.stride,
-      dense.columns, static_cast<A*>(sums.data), sums.stride, static_cast<A*>(partials));
+      static_cast<const A*>(coefficients), entries, static_cast<const T*>(dense.data), dense.rows,
+      dense.stride, dense.columns, static_cast<A*>(sums.data), sums.rows, sums.stride,
+      static_cast<A*>(partials));
   if (error != cudaSuccess) return error;
   const dim3 combine_grid(pieces, ceiling(sums.columns, kThreads));
   return launch(combine_kernel<A>, combine_grid, kThreads, stream, ids, entries,
                 static_cast<const A*>(partials), dense.columns, static_cast<A*>(sums.data),
-                sums.stride);
+                sums.rows, sums.stride);
 }
 
 }  // namespace

@@ -152,19 +152,25 @@ def select_backend(name: str, device: device_type) -> Epilogues:
     device.
 
     Raises:
+        TypeError: the device is none.
         ValueError: no backend of that name is installed.
     """
+    if not isinstance(device, device_type):
+        raise TypeError(
+            f"device: expected a torch.device, got {device!r}; pass the device of a tensor"
+        )
     if name == "auto":
         name = os.environ.get("OPD_BACKEND", "auto")
     backends = _backends()
     if name == "auto":
         names = (n for n in _FASTEST.get(device.type, ()) if n in backends and reaches(n, device))
         name = next(names, "torch")
-    if name in backends and not reaches(name, device):
+    is_known = isinstance(name, str) and name in backends
+    if is_known and not reaches(name, device):
         raise ValueError(
             f"backend: {name!r} does not reach tensors on {device}; 'torch' works on any device"
         )
-    if name not in backends:
+    if not is_known:
         raise ValueError(
             f"backend: expected 'auto' or one of {available_backends()}, got {name!r} for tensors "
             f"on {device}; choose an installed backend, or unset OPD_BACKEND"

@@ -37,17 +37,15 @@ class CudaEpilogues:
     """Epilogues that an extension with the interface of csrc/cuda/bindings.cpp computes."""
 
     def __init__(self, extension: Any, long_row: int = _LONG_ROW) -> None:
-        self._extension = extension
+        self.extension = extension
         self._long_row = long_row
 
     def update(self, chunk: Tensor, first_id: int, head: Head, state: RowState) -> None:
         """As in backends/torch.py."""
-        (rows, columns), k = chunk.shape, state.ids.shape[1]
-        extension = self._extension
+        k, columns = state.ids.shape[1], chunk.shape[1]
+        extension = self.extension
         if k > (extension.MAX_SELECTED if state.selects else extension.MAX_GIVEN):
             return definition.update(chunk, first_id, head, state)
-        if rows == 0:
-            return
         with device_of(chunk):
             extension.update(
                 chunk, first_id, *_head(chunk, first_id, head), state.values, state.ids,
@@ -67,13 +65,11 @@ class CudaEpilogues:
         out: Tensor,
     ) -> None:
         """As in backends/torch.py."""
-        if ids.shape[1] > self._extension.MAX_GIVEN or not _writes(chunk, out):
+        if ids.shape[1] > self.extension.MAX_GIVEN or not _writes(chunk, out):
             return definition.gradient(chunk, first_id, head, ids, dvalues, tail, dtail, out)
-        if chunk.numel() == 0:
-            return
         rows = (t.contiguous() for t in (ids, dvalues, tail, dtail))
         with device_of(chunk):
-            self._extension.gradient(
+            self.extension.gradient(
                 chunk, first_id, *_head(chunk, first_id, head), *rows, out, _stream(chunk)
             )
 
@@ -97,17 +93,17 @@ class CudaEpilogues:
             stream = _stream(ids)
             if dhidden is not None:
                 with _contiguous(dhidden) as sums:
-                    self._extension.sparse_product(ids, coefficients, weight, sums, stream)
+                    self.extension.sparse_product(ids, coefficients, weight, sums, stream)
             if dweight is not None:
                 # Stable, so that every row of dweight is summed in the order of the tokens.
                 in_order, order = ids.flatten().sort(stable=True)
                 entries = (in_order, order // ids.shape[1], coefficients.flatten()[order])
                 # A call keeps a row of partial sums for so many entries.
                 rows = max(1, _PARTIAL_BYTES // (hidden.shape[1] * coefficients.element_size()))
-                parts = (t.split(rows * self._extension.PIECE) for t in entries)
+                parts = (t.split(rows * self.extension.PIECE) for t in entries)
                 with _contiguous(dweight) as sums:
                     for part in zip(*parts, strict=True):
-                        self._extension.sparse_scatter(*part, hidden, sums, stream)
+                        self.extension.sparse_scatter(*part, hidden, sums, stream)
 
     def divergence(
         self,
@@ -124,12 +120,10 @@ class CudaEpilogues:
             pair = (chunk, head, teacher_chunk, teacher_head)
             return definition.divergence(*pair, beta, upstream, out)
         loss = chunk.new_empty(chunk.shape[0], dtype=accumulator_dtype(chunk))
-        if chunk.shape[0] == 0:
-            return loss
         upstream = None if upstream is None else upstream.contiguous()
         heads = _head(chunk, 0, head), _head(teacher_chunk, 0, teacher_head)
         with device_of(chunk):
-            self._extension.divergence(
+            self.extension.divergence(
                 chunk, *heads[0], teacher_chunk, *heads[1], beta, upstream, loss, out,
                 _stream(chunk),
             )  # fmt: skip

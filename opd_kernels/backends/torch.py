@@ -81,8 +81,10 @@ def filtered_gradient(
         dlogits = (softmax * dtail[rows, None]).scatter_(1, columns, dvalues[rows])
         kept.scatter_(1, columns, True)
         row, column = kept[:, :-1].nonzero(as_tuple=True)
-        derivative = torch.broadcast_to(torch.as_tensor(head.derivative(scores)), scores.shape)
-        values = dlogits[row, column] * derivative[row, column]
+        derivative = head.derivative(scores)
+        if isinstance(derivative, Tensor):
+            derivative = derivative[row, column]
+        values = dlogits[row, column] * derivative
         pieces.append((row + rows.start, column, values))
     row_ids, columns, values = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     return SparseRows(row_ids, columns, values), torch.cat(shares)
@@ -113,8 +115,8 @@ def divergence(
         if upstream is None:
             continue
         dlogits = pair_gradient(log_p, log_q, beta, w, mean) * upstream[rows, None]
-        dlogits.masked_fill_((upstream[rows] == 0)[:, None], 0.0)
         torch.mul(dlogits, head.derivative(scores), out=out[rows])
+        out[rows].masked_fill_((upstream[rows] == 0)[:, None], 0.0)  # not 0 * NaN
     return torch.cat(losses)
 
 

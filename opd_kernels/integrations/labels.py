@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from opd_kernels.checks import got
 from opd_kernels.integrations.transformers import forward_without_head
 
 # Of all logits and labels as they come: Git gives its own, cut and shifted.
@@ -33,6 +34,7 @@ def patch(model: PreTrainedModel) -> PreTrainedModel:
         The same model.
 
     Raises:
+        TypeError: model is not one of transformers.
         ValueError: the class's loss is another one; and at the call, as lazy_logits.
     """
     _check_labels_loss(model)
@@ -90,6 +92,11 @@ def _forward_of_labels(bare_forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _check_labels_loss(model: PreTrainedModel) -> None:
     """Raise unless the class's loss of labels is the shifted cross-entropy and what is known."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model: expected a causal language model of transformers, got {got(model)}; patch it "
+            "before it is wrapped"
+        )
     code = inspect.getsource(type(model).forward)
     reason = None
     if not _SHIFTED_LOSS.search(code) or model.loss_function is not ForCausalLMLoss:

@@ -13,6 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opd_kernels.checks import (
+    check_beta,
+    check_flags,
+    check_int,
+    check_number,
+    check_temperature,
+    check_token_ids,
+)
 from opd_kernels.distill import distillation_loss
 from opd_kernels.divergences import jsd
 from opd_kernels.lazy_logits import LazyLogits
@@ -45,6 +53,12 @@ class LigerFusedLinearJSDLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        check_number("weight_hard_loss", weight_hard_loss)
+        check_number("weight_soft_loss", weight_soft_loss)
+        check_beta("beta", beta)
+        check_int("ignore_index", ignore_index)
+        check_temperature(temperature)
+        check_flags(return_soft_hard_loss=return_soft_hard_loss)
         self.weights = weight_hard_loss, weight_soft_loss
         self.ignore_index, self.temperature = ignore_index, temperature
         self.returns_parts = return_soft_hard_loss
@@ -62,13 +76,19 @@ class LigerFusedLinearJSDLoss(nn.Module):
         teacher_bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """The loss of student_input [N, D] against teacher_input [N, D'], with labels [N]."""
-        student = LazyLogits(student_input, student_weight, student_bias)
-        teacher = LazyLogits(teacher_input, teacher_weight, teacher_bias)
-        counted = true_labels != self.ignore_index
+        student = _lazy("student", student_input, student_weight, student_bias)
+        teacher = _lazy("teacher", teacher_input, teacher_weight, teacher_bias)
+        check_token_ids("true_labels", true_labels)
+        _check_rows(student, teacher, "true_labels", true_labels)
+        return self.loss_of(student, teacher, true_labels)
+
+    def loss_of(self, student: LazyLogits, teacher: LazyLogits, labels: Tensor) -> Any:
+        """As forward, of operands that are checked."""
+        counted = labels != self.ignore_index
         count = counted.sum().clamp_min(1)
         pair = (replace(x, temperature=self.temperature) for x in (student, teacher))
         every = self.options | {"token_weights": counted.float(), "denominator": count}
-        loss = student_input.new_zeros((), dtype=torch.float32)
+        loss = student.hidden.new_zeros((), dtype=torch.float32)
         parts = {}
         for name, weight in zip(("hard", "soft"), self.weights, strict=True):
             if weight == 0 and not self.returns_parts:
@@ -77,7 +97,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
                 if name == "soft":
                     parts[name] = distillation_loss(*pair, **every).loss
                 else:
-                    log_probs = student.log_prob(true_labels, ignore_index=self.ignore_index)
+                    log_probs = student.log_prob(labels, ignore_index=self.ignore_index)
                     parts[name] = -log_probs.sum() / count
             if weight != 0:
                 loss = loss + weight * parts[name]
@@ -103,6 +123,7 @@ class LigerFusedLinearJSD(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        check_beta("jsd_beta", jsd_beta)
         self.ignore_index = ignore_index
         self.loss = LigerFusedLinearJSDLoss(
             weight_hard_loss=0.0,
@@ -122,7 +143,35 @@ class LigerFusedLinearJSD(nn.Module):
         shift_labels: Tensor | None = None,
     ) -> Tensor:
         """The loss of student_input [N, D] against teacher_input [N, D'], labels [N] or none."""
+        student = _lazy("student", student_input, student_weight, None)
+        teacher = _lazy("teacher", teacher_input, teacher_weight, None)
+        _check_rows(student, teacher, "shift_labels", shift_labels)
         if shift_labels is None:
             shape = student_input.shape[:-1]
             shift_labels = student_input.new_full(shape, self.ignore_index + 1, dtype=torch.long)
-        return self.loss(student_input, student_weight, teacher_input, teacher_weight, shift_labels)
+        return self.loss.loss_of(student, teacher, shift_labels)
+
+
+def _lazy(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LazyLogits:
+    """LazyLogits whose messages name this module's arguments."""
+    try:
+        return LazyLogits(hidden, weight, bias)
+    except (TypeError, ValueError) as error:
+        names = f"{model}_input, {model}_weight, {model}_bias"
+        raise type(error)(f"{names}: as hidden, weight and bias: {error}") from error
+
+
+def _check_rows(student: LazyLogits, teacher: LazyLogits, name: str, labels: Tensor | None) -> None:
+    """Raise unless teacher and labels are of the student's tokens."""
+    hidden = student.hidden
+    leading, device = tuple(hidden.shape[:-1]), hidden.device
+    rows = {"teacher_input": teacher.hidden[..., 0]}
+    if labels is not None:
+        check_token_ids(name, labels)
+        rows[name] = labels
+    for other, tensor in rows.items():
+        if tensor.shape != leading or tensor.device != device:
+            raise ValueError(
+                f"{other}, student_input: expected the same tokens, {leading} on {device}, got "
+                f"{tuple(tensor.shape)} on {tensor.device}"
+            )

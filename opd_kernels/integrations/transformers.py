@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from opd_kernels.checks import check_token_ids, got
 from opd_kernels.lazy_logits import LazyLogits
 from opd_kernels.parallel import is_dtensor, plain
 
@@ -54,9 +55,10 @@ def lazy_logits(
         it.
 
     Raises:
-        TypeError: model is not a causal language model of transformers.
-        ValueError: the head is not a plain weight, or the model does more to its logits than scale
-            and cap them.
+        TypeError: model is not a causal language model of transformers, or input_ids and
+            attention_mask are not what they should be.
+        ValueError: their shapes do not fit; or the head is not a plain weight, or the model does
+            more to its logits than scale and cap them.
     """
     return call_with_lazy_logits(
         model,
@@ -90,6 +92,9 @@ def call_with_lazy_logits(
         What function returned.
     """
     causal_lm = causal_lm_of(model)
+    if not callable(function):
+        raise TypeError(f"function: expected one of LazyLogits, got {got(function)}")
+    _check_tokens(input_ids, attention_mask)
     bare_forward = causal_lm.forward
 
     def forward(*args: Any, **kwargs: Any) -> T:
@@ -128,13 +133,59 @@ def pad_completions(
         the right, so that positions start at 0; the masks come from lengths, since a pad id is
         often EOS.
     """
-    rows = [torch.tensor([*p, *c]) for p, c in zip(prompts, completions, strict=True)]
+    device = _checked_device(device)
+    before, after = _checked_ids("prompts", prompts, 1), _checked_ids("completions", completions, 0)
+    if len(before) != len(after) or not before:
+        raise ValueError(
+            "prompts, completions: expected as many of one as of the other, and at least one, got "
+            f"{len(before)} and {len(after)}"
+        )
+    rows = [torch.cat(row) for row in zip(before, after, strict=True)]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    start = torch.tensor([len(p) for p in prompts])[:, None]
+    start = torch.tensor([len(p) for p in before])[:, None]
     end = torch.tensor([len(row) for row in rows])[:, None]
     position = torch.arange(ids.shape[1])
     predicts = (position >= start - 1) & (position < end - 1)
     return ids.to(device), (position < end).long().to(device), predicts.to(device)
+
+
+def _checked_ids(name: str, rows: Sequence[list[int]], least: int) -> list[Tensor]:
+    """Token ids [T] of each row, at least so many."""
+    try:
+        tensors = [torch.tensor([*row]) for row in rows]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected lists of token ids, got others ({error})") from error
+    for number, (row, tensor) in enumerate(zip(rows, tensors, strict=True)):
+        if len(tensor) < least or (len(tensor) and tensor.dtype != torch.int64):
+            raise ValueError(
+                f"{name}: expected lists of at least {least} token ids, got {row!r} in row {number}"
+            )
+    return [tensor.long() for tensor in tensors]
+
+
+def _checked_device(device: Any) -> torch.device:
+    try:
+        return torch.device(device)
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"device: expected a torch.device, got {device!r}") from error
+
+
+def _check_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Raise unless these are [B, T]. Masks of four dimensions, of packed rows, are the model's."""
+    check_token_ids("input_ids", input_ids)
+    if input_ids.dim() != 2:
+        raise ValueError(
+            f"input_ids: expected [B, T], got {tuple(input_ids.shape)}; add a dimension for one row"
+        )
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, Tensor) or attention_mask.is_complex():
+        raise TypeError(f"attention_mask: expected a real tensor, got {got(attention_mask)}")
+    if attention_mask.dim() != 4 and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: expected the shape of input_ids, {tuple(input_ids.shape)}, got "
+            f"{tuple(attention_mask.shape)}; it has 1 for tokens, 0 for padding"
+        )
 
 
 @dataclass

@@ -14,6 +14,7 @@ from torch import Tensor
 from trl import DistillationTrainer
 from trl.trainer import distillation_trainer
 
+from opd_kernels.checks import got
 from opd_kernels.distill import distillation_loss
 from opd_kernels.divergences import jsd
 from opd_kernels.lazy_logits import LazyLogits
@@ -34,8 +35,11 @@ def distil_with(trainer: DistillationTrainer, **options: Any) -> DistillationTra
         The same trainer.
 
     Raises:
+        TypeError: trainer is none of TRL's for distillation.
         RuntimeError: this TRL computes its loss elsewhere.
     """
+    if not isinstance(trainer, DistillationTrainer):
+        raise TypeError(f"trainer: expected TRL's DistillationTrainer, got {got(trainer)}")
     if not hasattr(distillation_trainer, _LOSS):
         raise RuntimeError(
             f"trl: expected trl.trainer.distillation_trainer to have {_LOSS}, as TRL 1.16 does; "

@@ -25,7 +25,10 @@ BUILDS = HERE.parents[1] / "build" / "cuda_emulator"
 NAME = "opd_cuda_emulated"
 COMPILER = os.environ.get("CXX", "c++")
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
-ADDRESS = ["-fsanitize=address", "-fsanitize-sections=opd_shared", "-fno-omit-frame-pointer"]
+SANITIZED = [
+    "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
+    "-fsanitize-sections=opd_shared", "-fno-omit-frame-pointer",
+]  # fmt: skip
 
 Edit = Callable[[str, str], str]  # a source's name and text to its new text
 
@@ -39,7 +42,7 @@ def build(sanitize: bool = False, edit: Edit | None = None) -> Path:
     """The extension, from the sources as they are or edited; built once for the same sources."""
     sources = {p.name: p.read_text() for p in sorted((CSRC / "cuda").glob("*.*h*"))}
     kernels = {p.name: p.read_text() for p in sorted((CSRC / "cuda").glob("*.cu"))}
-    flags = [*FLAGS, *(ADDRESS if sanitize else [])]
+    flags = [*FLAGS, *(SANITIZED if sanitize else [])]
     if edit is not None:
         sources, kernels = (
             {name: edit(name, text) for name, text in texts.items()} for texts in (sources, kernels)
@@ -58,7 +61,7 @@ def build(sanitize: bool = False, edit: Edit | None = None) -> Path:
             torch_library = f"-L{Path(torch.__file__).parent / 'lib'}"
             libraries = [torch_library, "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
             partial = library.with_suffix(".partial")
-            link = ADDRESS if sanitize else []
+            link = SANITIZED if sanitize else []
             _run("-shared", *link, *objects, *libraries, "-o", partial)
             partial.rename(library)
     return library

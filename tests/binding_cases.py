@@ -1,0 +1,334 @@
+"""Arguments for the compiled bindings: those that fit, and ways in which one of them does not.
+
+Every tensor lies in the midst of memory of its own, so that a read or a write beside it shows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from opd_kernels.backends import RowState
+from opd_kernels.backends import torch as definition
+from opd_kernels.head import Head
+from opd_kernels.sparse import canonical_ids
+
+_GUARD = 64  # elements on either side of a tensor
+_INT64 = torch.iinfo(torch.int64)
+_SLOTS = (64, 65, 256, 257, 512, 513, 1025)  # K about what kernels have room for
+_FLOATING = (torch.float32, torch.float64)
+_BLOCKS = (1, 2, 7, 33, 130, 511, 513, 1100)  # columns about the sizes of vectors, tiles and blocks
+
+
+def placed(values: Tensor, strides: tuple[int, ...] | None = None) -> Tensor:
+    """The same numbers in the midst of memory that is NaN, or -1."""
+    strides = strides or torch.empty(values.shape, device="meta").stride()
+    extent = sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True)) + 1
+    blank = torch.nan if values.is_floating_point() else -1
+    memory = torch.full((2 * _GUARD + extent,), blank, dtype=values.dtype)
+    return memory.as_strided(values.shape, strides, _GUARD).copy_(values)
+
+
+def bytes_around(tensor: Tensor, is_written: bool) -> Tensor:
+    """What must not change: a tensor's memory, without itself if it is written."""
+    memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    if not is_written:
+        return memory.clone()
+    items = memory.view(-1, tensor.itemsize)
+    outside = torch.ones(len(items), dtype=torch.bool)
+    outside.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(False)
+    return items[outside]
+
+
+@dataclass(repr=False)  # to show a tensor whose memory is freed ends the process
+class Call:
+    """Arguments in the order of a binding's, and what the definition makes of them."""
+
+    arguments: dict[str, Any]
+    written: tuple[str, ...]
+    defined: Callable[[], dict[str, Tensor]]  # by the name of what is written or returned
+    refused: str | None = None  # the argument that does not fit, if one does not
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {n: x for n, x in self.arguments.items() if isinstance(x, Tensor)}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes and kinds of what a binding is given, made from a seed so that it can be shown."""
+
+    seed: int
+    rows: int
+    columns: int
+    k: int
+    gap: int  # between rows of matrices
+    dtype: torch.dtype
+    first_id: int
+    ids: str
+    logits: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).to(dtype or self.accumulator)
+
+    def vector(self) -> Tensor:
+        return placed(self.random(self.rows))
+
+    def matrix(self, columns: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        columns = self.columns if columns is None else columns
+        values = self.random(self.rows, columns, dtype=dtype or self.dtype) * 3
+        return placed(values, (columns + self.gap, 1))
+
+    def chunk(self) -> Tensor:
+        chunk = self.matrix()
+        number = {"nan": torch.nan, "inf": torch.inf, "masked": -torch.inf}.get(self.logits)
+        if number is not None:
+            chunk[torch.rand(chunk.shape) < 0.1] = number
+        return chunk
+
+    def support(self) -> Tensor:
+        """Ids [n, K] in and around the chunk, or as far from it as int64 goes."""
+        near = torch.randint(-4, self.columns + 4, (self.rows, self.k))
+        ids = torch.where(near < -2, -1, near + self.first_id)
+        if self.ids == "far":
+            far = torch.tensor([_INT64.min, _INT64.min + 1, _INT64.max, -self.first_id - 1])
+            is_far = torch.rand(ids.shape) < 0.5
+            ids = torch.where(is_far, far[torch.randint(len(far), ids.shape)], ids)
+        if self.ids != "repeated":
+            ids = self._distinct(ids)
+        return placed(ids)
+
+    def _distinct(self, ids: Tensor) -> Tensor:
+        """As the driver gives them: what repeats in a row is an empty slot."""
+        first = torch.ones_like(ids, dtype=torch.bool)
+        if ids.numel():
+            same = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(-1)
+            first = ~same
+        return ids.masked_fill(~first, -1)
+
+    def head(self, on_gpu: bool) -> tuple[dict[str, Any], Head]:
+        """A head's arguments, and the head of scores, to which its bias is added."""
+        cap, scale, temperature = (self.options[n] for n in ("softcap", "scale", "temperature"))
+        bias = placed(self.random(self.columns)) if self.options["bias"] else None
+        head = Head(torch.empty(0, 1), None, cap, scale, temperature, self.columns)
+        if on_gpu:
+            inner, outer = head.factors
+            return {"bias": bias, "capped": cap is not None, "inner": inner, "outer": outer}, head
+        options = {"bias": bias, "softcap": cap, "scale": scale, "temperature": temperature}
+        return options, head
+
+
+def _scores(chunk: Tensor, head: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    scores = chunk.to(dtype, copy=True)
+    return scores if head["bias"] is None else scores.add_(head["bias"])
+
+
+def _columns_of(ids: Tensor, problem: Problem) -> Tensor:
+    """Ids as columns of the chunk, -1 outside it, without an overflow."""
+    first, last = problem.first_id, problem.first_id + problem.columns
+    inside = (ids >= first) & (ids < last)
+    return torch.where(inside, ids - first, -1)
+
+
+def update(problem: Problem, on_gpu: bool) -> Call:
+    chunk, (head, plain) = problem.chunk(), problem.head(on_gpu)
+    selects, entropy = problem.options["selects"], problem.options["entropy"]
+    like = torch.empty(0, dtype=problem.accumulator)
+    if selects:
+        state = RowState.for_topk(problem.rows, problem.k, entropy, like)
+    else:
+        state = RowState.for_ids(problem.support(), entropy, like)
+    if problem.options["before"] and problem.first_id and problem.k:
+        seen = problem.random(problem.rows, problem.options["before"])
+        none = Head(torch.empty(0, 1), None, None, 1.0, 1.0, seen.shape[1])
+        own = replace(state, ids=state.ids if selects else torch.full_like(state.ids, -1))
+        definition.update(seen, 0, none, own)
+    if problem.ids == "repeated":  # no driver's: whatever the numbers are
+        state.values[torch.rand(state.values.shape) < 0.3] = torch.nan
+        state = replace(state, ids=problem.support())
+    parts = {n: getattr(state, n) for n in ("values", "ids", "max", "sum", "moment")}
+    parts = {n: None if x is None else placed(x) for n, x in parts.items()}
+    arguments = {"chunk": chunk, "first_id": problem.first_id, **head}
+    arguments |= {"values": parts["values"], "ids": parts["ids"], "selects": selects}
+    arguments |= {"max": parts["max"], "sum": parts["sum"], "moment": parts["moment"]}
+    if on_gpu:
+        arguments |= {"block_per_row": problem.options["block_per_row"], "stream": 0}
+
+    def defined() -> dict[str, Tensor]:
+        ids = state.ids if selects else _columns_of(state.ids, problem)
+        own = replace(state, ids=ids.clone())
+        if problem.rows and problem.columns:
+            # What was seen has lower ids: they come first among equals, as they are.
+            shift = problem.first_id if selects else 0
+            definition.update(_scores(chunk, head, problem.accumulator), shift, plain, own)
+        names = ("values", "max", "sum", "moment") + (("ids",) if selects else ())
+        return {n: getattr(own, n) for n in names}
+
+    written = ("values", "max", "sum") + (("moment",) if entropy else ())
+    least, most = (int(selects), 256 if selects else 512) if on_gpu else (1, problem.k)
+    refused = None if least <= problem.k <= most else "ids"
+    return Call(arguments, written + (("ids",) if selects else ()), defined, refused)
+
+
+def gradient(problem: Problem, on_gpu: bool, threshold: bool = False) -> Call:
+    chunk, (head, plain) = problem.chunk(), problem.head(on_gpu)
+    ids = problem.support()
+    rows = {"ids": ids, "dvalues": placed(problem.random(*ids.shape)), "tail": problem.vector(),
+            "dtail": problem.vector()}  # fmt: skip
+    rows["tail"] += 10  # no softmax above what 16 bits hold
+    if problem.logits == "inf":
+        rows["tail"].fill_(-torch.inf)
+    arguments = {"chunk": chunk} | ({} if threshold else {"first_id": problem.first_id}) | head
+    arguments |= rows
+    if threshold:
+        arguments["threshold"] = placed(torch.full((problem.rows,), 0.123, dtype=problem.dtype))
+    if on_gpu:
+        narrow = problem.options["out"] if problem.dtype == torch.float32 else None
+        out = chunk if narrow is None else problem.matrix(dtype=narrow)
+        arguments |= {"out": out, "stream": 0}
+    original = chunk.clone()
+
+    def on_columns() -> tuple[Tensor, ...]:
+        columns = _columns_of(ids, problem)
+        return columns, rows["dvalues"], rows["tail"], rows["dtail"]
+
+    def defined() -> dict[str, Tensor]:
+        scores = _scores(original, head, problem.accumulator)
+        if threshold:
+            sparse, kept = definition.filtered_gradient(
+                scores, plain, *on_columns(), arguments["threshold"]
+            )
+            parts = {"rows": sparse.rows, "columns": sparse.columns, "entries": sparse.values}
+            return parts | {"kept": kept}
+        if problem.rows and problem.columns:
+            definition.gradient(scores, 0, plain, *on_columns(), scores)
+        return {"out" if on_gpu else "chunk": scores}
+
+    written = () if threshold else ("out" if on_gpu else "chunk",)
+    if on_gpu and arguments["out"] is chunk:
+        written = ("chunk", "out")
+    refused = "ids" if on_gpu and problem.k > 512 else None
+    return Call(arguments, written, defined, refused)
+
+
+def filtered_gradient(problem: Problem, on_gpu: bool) -> Call:
+    return gradient(replace(problem, first_id=0), on_gpu, threshold=True)
+
+
+def divergence(problem: Problem, on_gpu: bool) -> Call:
+    chunk, (head, plain) = problem.chunk(), problem.head(on_gpu)
+    other = replace(problem, options=problem.options | {"bias": not problem.options["bias"]})
+    teacher, (theirs, teacher_plain) = other.matrix(), other.head(on_gpu)
+    beta, upstream = problem.options["beta"], None
+    if problem.options["upstream"]:
+        upstream = problem.vector()
+        upstream[::3] = 0.0
+    loss = placed(torch.zeros(problem.rows, dtype=problem.accumulator))
+    arguments = {"chunk": chunk, **head, "teacher": teacher}
+    arguments |= {f"teacher_{name}": value for name, value in theirs.items()}
+    arguments |= {"beta": beta, "upstream": upstream, "loss": loss}
+    if on_gpu:
+        narrow = problem.options["out"] if problem.dtype == torch.float32 else None
+        out = chunk if narrow is None else problem.matrix(dtype=narrow)
+        arguments |= {"out": out, "stream": 0}
+    original = chunk.clone()
+    result = "out" if on_gpu else "chunk"
+
+    def defined() -> dict[str, Tensor]:
+        dtype = problem.accumulator
+        scores, other_scores = _scores(original, head, dtype), _scores(teacher, theirs, dtype)
+        pair = (scores, plain, other_scores, teacher_plain)
+        losses = definition.divergence(*pair, beta, upstream, scores)
+        return {"loss": losses} | ({} if upstream is None else {result: scores})
+
+    written = ("loss",) if upstream is None else ("loss", result)
+    if on_gpu and upstream is not None and arguments["out"] is chunk:
+        written = ("loss", "out", "chunk")
+    return Call(arguments, written, defined, "teacher" if problem.columns == 0 else None)
+
+
+def sparse_product(problem: Problem, on_gpu: bool) -> Call:
+    """Here a chunk's columns are D, and V is a few rows."""
+    vocab = 9
+    ids = placed(canonical_ids(torch.randint(-2, vocab, (problem.rows, problem.k)), vocab))
+    if problem.ids == "far" and ids.numel():
+        ids[torch.rand(ids.shape) < 0.3] = (_INT64.min, _INT64.max, vocab)[problem.seed % 3]
+    coefficients = placed(problem.random(problem.rows, problem.k))
+    dense = replace(problem, rows=vocab).matrix()
+    sums = placed(problem.random(problem.rows, problem.columns))
+    start = sums.clone()
+
+    def defined() -> dict[str, Tensor]:
+        total = start.clone()
+        live = ids.masked_fill((ids < 0) | (ids >= vocab), -1)
+        wide = (dense.to(problem.accumulator),) * 2
+        definition.sparse_backward(live, coefficients, wide[1], wide[0], total, None)
+        return {"sums": total}
+
+    arguments = {"ids": ids, "coefficients": coefficients, "dense": dense, "sums": sums}
+    return Call(arguments | {"stream": 0}, ("sums",), defined)
+
+
+def sparse_scatter(problem: Problem, on_gpu: bool) -> Call:
+    """Here a chunk's columns are D, its rows are tokens, and V is a few rows."""
+    vocab, entries = 5, problem.k * 3
+    ids = torch.randint(-2, vocab, (entries,)) if problem.rows else torch.full((entries,), -1)
+    rows = torch.randint(0, max(1, problem.rows), (entries,))
+    if problem.ids == "far" and entries:
+        ids[torch.rand(entries) < 0.3] = (_INT64.min, _INT64.max, vocab)[problem.seed % 3]
+        rows[torch.rand(entries) < 0.3] = (_INT64.min, _INT64.max, problem.rows)[problem.seed % 3]
+    ids = placed(ids.sort().values)
+    rows, coefficients = placed(rows), placed(problem.random(entries))
+    dense, sums = problem.matrix(), placed(problem.random(vocab, problem.columns))
+    start = sums.clone()
+
+    def defined() -> dict[str, Tensor]:
+        live = (ids >= 0) & (ids < vocab) & (rows >= 0) & (rows < problem.rows)
+        terms = dense.to(problem.accumulator)[rows[live]] * coefficients[live, None]
+        return {"sums": start.index_add(0, ids[live], terms)}
+
+    arguments = {"ids": ids, "rows": rows, "coefficients": coefficients, "dense": dense}
+    return Call(arguments | {"sums": sums, "stream": 0}, ("sums",), defined)
+
+
+CPU = {"update": update, "gradient_": gradient, "filtered_gradient": filtered_gradient,
+       "divergence_": divergence}  # fmt: skip
+CUDA = {"update": update, "gradient": gradient, "divergence": divergence,
+        "sparse_product": sparse_product, "sparse_scatter": sparse_scatter}  # fmt: skip
+
+
+@st.composite
+def problems(draw, on_gpu: bool, least: int = 0) -> Problem:
+    """Of at least so many rows, columns and slots."""
+    dtypes = (*_FLOATING, torch.bfloat16, torch.float16) if on_gpu else _FLOATING
+    options = {
+        "softcap": draw(st.sampled_from([None, None, 3.0])),
+        "scale": draw(st.sampled_from([1.0, -0.7])),
+        "temperature": draw(st.sampled_from([1.0, 0.5])),
+        "beta": draw(st.sampled_from([0.0, 0.3, 1.0])),
+        "before": draw(st.sampled_from([0, 1, 40])),
+        "out": draw(st.sampled_from([None, torch.bfloat16, torch.float16])),
+    }
+    for name in ("bias", "entropy", "selects", "upstream", "block_per_row"):
+        options[name] = draw(st.booleans())
+    columns = draw(st.integers(least, 40) | st.sampled_from([n for n in _BLOCKS if n >= least]))
+    last = 1 << 28 if on_gpu else _INT64.max
+    return Problem(
+        seed=draw(st.integers(0, 2**31)),
+        rows=draw(st.integers(least, 4)),
+        columns=columns,
+        k=draw(st.integers(least, 8) | st.sampled_from([64, 65, 256] if least else _SLOTS)),
+        gap=draw(st.integers(0, 9)),
+        dtype=draw(st.sampled_from(dtypes)),
+        first_id=draw(st.sampled_from([0, 40, 100_000, last - columns])),
+        ids=draw(st.sampled_from(["near", "near", "far", "repeated"])),
+        logits=draw(st.sampled_from(["plain", "plain", "plain", "nan", "inf", "masked"])),
+        options=options,
+    )

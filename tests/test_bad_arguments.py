@@ -1,0 +1,86 @@
+"""Every parameter of every public function, method and constructor refuses what it cannot take, in
+a message of one form: the argument, what was expected, what came.
+"""
+
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+from torch import distributed
+
+from tests import bad_arguments, bad_integration_arguments
+from tests.bad_arguments import Told
+
+DOORS = bad_arguments.DOORS | bad_integration_arguments.DOORS
+DOCS = Path(__file__).parents[1] / "docs"
+FORM = re.compile(r"(\w+(?:, \w+)*): .*\bexpected\b.*\bgot\b", re.DOTALL)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank():
+    """For what is of a group of ranks."""
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def rows():
+    for path, door in DOORS.items():
+        for parameter, values in door.bad.items():
+            for number, value in enumerate(values):
+                yield pytest.param(path, parameter, value, id=f"{path}-{parameter}-{number}")
+
+
+@pytest.mark.parametrize(("path", "parameter", "value"), rows())
+def test_a_wrong_value_is_refused_by_its_name(path, parameter, value):
+    door = DOORS[path]
+    by, value = (value.by, value.value) if isinstance(value, Told) else (parameter, value)
+    # A row outside of the leading shape is an IndexError, which ends an iteration.
+    errors = (
+        (TypeError, ValueError, IndexError) if parameter == "index" else (TypeError, ValueError)
+    )
+    with pytest.raises(errors) as error:
+        door.call(**door.good() | {parameter: value})
+    said = FORM.match(str(error.value))
+    assert said, str(error.value)
+    assert by in said[1].split(", "), str(error.value)
+
+
+@pytest.mark.parametrize("path", DOORS)
+def test_right_values_are_taken(path):
+    DOORS[path].call(**DOORS[path].good())
+
+
+def public():
+    """What the reference lists, by path in the package; a class's members behind it."""
+    pattern = r"^::: opd_kernels\.([\w.]+)\n((?:    .*\n)*)"
+    for page in ("api.md", "integrations.md"):
+        for path, options in re.findall(pattern, (DOCS / page).read_text() + "\n", re.MULTILINE):
+            owner = pkgutil.resolve_name(f"opd_kernels.{path}")
+            if not inspect.ismodule(owner):
+                yield path
+            members = re.search(r"members: \[(.*)\]", options)
+            for name in members[1].split(", ") if members else []:
+                member = inspect.getattr_static(owner, name)
+                if not isinstance(member, property) and hasattr(owner, name):
+                    yield f"{path}.{name}"
+    yield "backends.select_backend"
+
+
+def test_every_public_parameter_has_a_row():
+    paths = set(public())
+    for path in list(paths):
+        owner = pkgutil.resolve_name(f"opd_kernels.{path}")
+        if inspect.isclass(owner) and "forward" in vars(owner):
+            paths.add(f"{path}.forward")
+    assert paths == set(DOORS)
+    for path in paths:
+        function = pkgutil.resolve_name(f"opd_kernels.{path}")
+        parameters = set(inspect.signature(function).parameters) - {"self"}
+        door = DOORS[path]
+        assert parameters == {*door.bad, *door.right}, path
+        assert not door.bad.keys() & door.right.keys(), path
+        assert all(door.bad.values()), path
