@@ -1,30 +1,20 @@
 """What a recipe may say: one flat dataclass for each stage."""
 
-from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
-from transformers import TrainingArguments
+from pydantic import Field
 from transformers.distributed import DistributedConfig
 
+from trainer.arguments import Count, Messages, NotNegative, Positive, Share, Steps, StrictArguments
 
-def _without_nulls(message: Any) -> Any:  # which a table has for keys that other rows use
-    return {k: v for k, v in message.items() if v is not None} if message else message
-
-
-Message = Annotated[dict[Literal["role", "content"], str], Field(min_length=2)]
-Messages = list[Annotated[Message, BeforeValidator(_without_nulls)]]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Refusals = list[tuple[bool, str]]
 OBJECTIVES = ("reverse_kl", "forward_kl", "jsd", "policy_gradient")
 
 
 @dataclass
-class StageConfig(TrainingArguments):
+class StageConfig(StrictArguments):
     """What every stage has, beside everything in TrainingArguments.
 
     A batch of the dataloader, `per_device_train_batch_size` prompts, is one optimiser step of a
@@ -71,7 +61,7 @@ class StageConfig(TrainingArguments):
     per_device_train_batch_size: Count = 16
     per_device_eval_batch_size: Count = 16
     learning_rate: NotNegative = 1e-5
-    logging_steps: Positive = 1
+    logging_steps: Steps = 1
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool | None = False
     dataloader_pin_memory: bool = False
@@ -82,24 +72,9 @@ class StageConfig(TrainingArguments):
     resume_from_checkpoint: Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self), include_extras=True)
-        own = {n for c in type(self).__mro__ if issubclass(c, StageConfig)
-               for n in c.__annotations__}  # fmt: skip
-        for f in [f for f in fields(self) if f.init]:
-            value = getattr(self, f.name)
-            if f.name.endswith("_strategy") and value is False:  # as YAML reads a bare no
-                value = "no"
-            if f.name not in own and value == f.default:
-                continue
-            # YAML reads 3e-5 as a string, which is a number where the field is one.
-            try:
-                setattr(self, f.name, TypeAdapter(hints[f.name]).validate_python(value))
-            except ValidationError as error:
-                reason = error.errors()[0]["msg"].lower()
-                raise ValueError(f"{f.name}: {reason}, got {value!r}") from None
+        super().__post_init__()
         # transformers cannot save the optimiser of models that are split as they load.
         self.save_only_model |= bool(self.distributed_config)
-        super().__post_init__()
         for wrong, message in self._refusals():
             if wrong:
                 raise ValueError(message)
@@ -117,12 +92,11 @@ class StageConfig(TrainingArguments):
         except (TypeError, ValueError) as error:
             raise ValueError(
                 "distributed_config: expected options of transformers' DistributedConfig, such as "
-                f"fsdp_size and tp_size; {error}"
+                f"fsdp_size and tp_size, got {self.distributed_config}: {error}"
             ) from None
 
     def _refusals(self) -> Refusals:
         """What does not go together, or would teach nothing, and why."""
-        best = self.load_best_model_at_end or self.metric_for_best_model
         split = self._split
         ranks = split.tp_size * split.dp_size * split.pp_size
         return [
@@ -138,9 +112,11 @@ class StageConfig(TrainingArguments):
             (bool(self.hub_token),
              "hub_token: expected none, as recipes are kept with the run; set HF_TOKEN in the "
              "environment"),
-            (self.label_smoothing_factor > 0 or self.torch_compile,
-             "label_smoothing_factor, torch_compile: not supported; leave them out"),
-            (bool(best), "metric_for_best_model: not supported; pick a checkpoint by its step"),
+            (self.save_strategy == "best",
+             "save_strategy: expected no, steps or epoch; pick a checkpoint by its step"),
+            (self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
+             "lr_scheduler_type: expected one that does not follow a metric, which stages have "
+             f"several of, got {self.lr_scheduler_type.value}"),
             (bool(self.distributed_config) and ranks != self.world_size,
              f"distributed_config: expected sizes whose product is {self.world_size}, as there are "
              f"processes, got {ranks}; start as many by torchrun --nproc-per-node"),

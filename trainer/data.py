@@ -12,7 +12,8 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, ValidationError
 
-from trainer.config import EvaluationConfig, Messages, StageConfig, TeacherConfig
+from trainer.arguments import Messages
+from trainer.config import EvaluationConfig, StageConfig, TeacherConfig
 from trainer.models import Tokenizer
 
 
