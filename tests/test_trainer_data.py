@@ -107,7 +107,6 @@ def test_parquet(load):
         ([{"question": "a"}], {}, "row 1, prompt: field required, got {'question': 'a'}"),
         ([{"prompt": "a"}, {"prompt": 3}], {}, "row 2, prompt: .*got {'prompt': 3}"),
         ([{"prompt": [{"role": 1}]}], {}, "row 1, prompt: "),
-        ("", {}, "line 1: malformed JSON"),
         ([{"prompt": [{"content": "a"}]}], {}, "row 1, prompt: "),
         ([{"prompt": "a"}], {"privileged_context": None}, "row 1, privileged_context: missing"),
         (

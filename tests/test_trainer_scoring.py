@@ -71,7 +71,7 @@ def test_reasoning_gym_makes_the_data_and_scores_it(tmp_path):
     ("source", "message"),
     [
         ("reasoning_gym:no_such_task", "reasoning_gym:no_such_task: "),
-        ("reasoning_gym:chain_sum?colour=3", "reasoning_gym:chain_sum: .*colour"),
+        ("reasoning_gym:chain_sum?colour=3", r"reasoning_gym:chain_sum\?colour=3: .*colour"),
     ],
 )
 def test_a_wrong_task_is_named(source, message):

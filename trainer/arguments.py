@@ -15,11 +15,13 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
+    with_config,
 )
 from transformers import TrainingArguments
 from transformers.debug_utils import DebugOption
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_pt_utils import AcceleratorConfig
+from typing_extensions import TypedDict  # pydantic's below Python 3.12
 
 
 def _without_nulls(message: Any) -> Any:  # which a table has for keys that other rows use
@@ -27,7 +29,14 @@ def _without_nulls(message: Any) -> Any:  # which a table has for keys that othe
     return kept or message
 
 
-Message = Annotated[dict[Literal["role", "content"], str], Field(min_length=2)]
+@with_config(ConfigDict(extra="forbid"))
+class Message(TypedDict):
+    """A turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str
+
+
 Messages = list[Annotated[Message, BeforeValidator(_without_nulls)]]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -110,10 +119,7 @@ class StrictArguments(TrainingArguments):
             adapter = _adapters(type(self))[name]  # type: ignore[arg-type]
             checked = adapter.validate_python(value)
         except ValidationError as error:
-            reasons = (e["msg"].removeprefix("Value error, ") for e in error.errors())
-            reason = " or ".join(dict.fromkeys(x[0].lower() + x[1:] for x in reasons))
-            reason = reason.replace(" or input should be ", " or ")
-            raise ValueError(f"{name}: {reason}, got {value!r:.80}") from None
+            raise ValueError(f"{name}: {reason(error)}, got {value!r:.80}") from None
         if isinstance(value, bool) > isinstance(checked, bool):
             raise ValueError(f"{name}: input should be a number, got {value}")
         return checked
@@ -131,3 +137,10 @@ def _adapters(arguments: type[Any]) -> dict[str, TypeAdapter[Any]]:
             kind = _one_of([*f.metadata["choices"], f.default])
         adapters[f.name] = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
     return adapters
+
+
+def reason(error: ValidationError) -> str:
+    """What was expected; of several types, what was of each."""
+    reasons = (e["msg"].removeprefix("Value error, ") for e in error.errors())
+    joined = " or ".join(dict.fromkeys(x[0].lower() + x[1:] for x in reasons))
+    return joined.replace(" or input should be ", " or ")

@@ -4,15 +4,15 @@ import json
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from datasets import Dataset, load_dataset
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from trainer.arguments import Messages
+from trainer.arguments import Message, Messages, reason
 from trainer.config import EvaluationConfig, StageConfig, TeacherConfig
 from trainer.models import Tokenizer
 
@@ -20,7 +20,7 @@ from trainer.models import Tokenizer
 class Row(BaseModel):
     """What a row of the data may hold; a scorer sees the other columns too."""
 
-    prompt: str | Messages
+    prompt: Annotated[str, Field(min_length=1)] | Annotated[Messages, Field(min_length=1)]
     privileged_context: str | Messages | None = None  # instead of the recipe's
     teacher: str | None = None  # which of the recipe's, where there are several
     completion: str | None = None  # to learn from in SFT and by sft_coef
@@ -54,10 +54,10 @@ class PromptReader:
             try:
                 prompts.append(self._prompt(Row.model_validate(raw), raw))
             except ValidationError as error:
-                column, reason = [*error.errors()[0]["loc"], "row"][0], error.errors()[0]["msg"]
-                reason = f"row {number}, {column}: {reason.lower()}, got {raw!r:.80}"
-                raise ValueError(f"{source}, {reason}") from None
-            except (ValueError, TemplateError) as error:
+                column = [*error.errors()[0]["loc"], "row"][0]
+                wrong = f"row {number}, {column}: {reason(error)}, got {raw!r:.80}"
+                raise ValueError(f"{source}, {wrong}") from None
+            except (TypeError, ValueError, TemplateError) as error:  # those of a chat template too
                 raise ValueError(f"{source}, row {number}, {error}") from None
         if not prompts:
             raise ValueError(f"{source}: expected at least one prompt, got none")
@@ -85,8 +85,8 @@ class PromptReader:
         for model, ids, context, reserved in models:
             room = context - reserved
             if not 0 < len(ids) <= room:
-                reason = f"{model}'s context of {context} without max_completion_length"
-                raise ValueError(f"prompt: expected 1 to {room} tokens, {reason}, got {len(ids)}")
+                why = f"{model}'s context of {context} without max_completion_length"
+                raise ValueError(f"prompt: expected 1 to {room} tokens, {why}, got {len(ids)}")
         text = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
         reference = self._completion(row.completion) if self.config.uses_references else None
         return Prompt(text, ours, theirs, name, reference, raw)
@@ -97,9 +97,9 @@ class PromptReader:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         most = self.config.max_completion_length - 1
         if len(ids) > most:
-            reason = "max_completion_length without EOS"
             raise ValueError(
-                f"completion: expected at most {most} tokens, {reason}, got {len(ids)}"
+                f"completion: expected at most {most} tokens, max_completion_length without EOS, "
+                f"got {len(ids)}"
             )
         return [*ids, self.tokenizer.eos_token_id]
 
@@ -130,8 +130,10 @@ def _filled(context: str | Messages | None, row: dict[str, Any]) -> str | Messag
     try:
         if context is None or isinstance(context, str):
             return context and _template(context).render(row)
-        return [m | {"content": _template(m["content"]).render(row)} for m in context]
-    except TemplateError as error:
+        return [
+            Message(role=m["role"], content=_template(m["content"]).render(row)) for m in context
+        ]
+    except Exception as error:  # of its expressions too
         expected = f"expected a template of the columns {', '.join(row)}"
         raise ValueError(f"privileged_context: {expected}; {error}") from None
 
@@ -140,29 +142,40 @@ def load_rows(source: str) -> Dataset | list[dict[str, Any]]:
     """The rows of a .jsonl or .parquet file, of a dataset on the hub, NAME?split=test&name=main, or
     of reasoning_gym:TASK?OPTION=VALUE&... with the task's own options.
     """
-    path, rows = Path(source), []
     name, _, rest = source.partition("?")
-    pairs = [option.partition("=")[::2] for option in rest.split("&") if option]
-    options = {key: yaml.safe_load(value) for key, value in pairs}
-    if name.startswith("reasoning_gym:"):
-        return _reasoning_rows(name.removeprefix("reasoning_gym:"), options)
-    if path.suffix == ".parquet":
-        return load_dataset("parquet", data_files=source, split="train")
-    if path.suffix != ".jsonl":
+    if source.endswith(".jsonl"):
+        return _json_lines(Path(source))
+    try:
+        pairs = [option.partition("=")[::2] for option in rest.split("&") if option]
+        options = {key: yaml.safe_load(value) for key, value in pairs}
+        if name.startswith("reasoning_gym:"):
+            return _reasoning_rows(name.removeprefix("reasoning_gym:"), options)
+        if source.endswith(".parquet"):
+            return load_dataset("parquet", data_files=source, split="train")
         return load_dataset(name, **{"split": "train"} | options)
-    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip().split("\n"), start=1):
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # whatever the libraries have for what is wrong there
+        raise ValueError(
+            f"{source}: {error}; expected a .jsonl or .parquet file, a dataset of the hub or "
+            "reasoning_gym:TASK"
+        ) from None
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_bytes().rstrip().splitlines(), start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: malformed JSON: {error.msg}") from None
+            rows.append(json.loads(line.decode("utf-8-sig")))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path}, line {number}: malformed JSON: {getattr(error, 'msg', error)}"
+            ) from None
     return rows
 
 
 def _reasoning_rows(task: str, options: dict[str, Any]) -> list[dict[str, Any]]:
     import reasoning_gym
 
-    try:
-        entries = reasoning_gym.create_dataset(task, **options)
-    except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"reasoning_gym:{task}: {error}") from None
+    entries = reasoning_gym.create_dataset(task, **options)
     return [{"prompt": entry["question"], **entry} for entry in entries]

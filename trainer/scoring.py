@@ -42,7 +42,7 @@ def _score(
 
 
 def _column(row: dict[str, Any], name: str) -> Any:
-    if row.get(name) is None:
+    if row.get(name) is None or row[name] != row[name]:  # NaN is a table's word for it
         raise ValueError(f"scorer: it needs a column {name}, got {row!r:.200}")
     return row[name]
 
