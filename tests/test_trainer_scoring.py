@@ -7,6 +7,7 @@ from trainer.config import RLVRConfig
 from trainer.data import PromptReader, load_rows
 from trainer.recipe import load_config
 from trainer.scoring import load_scorer
+from trainer.stopping import RunStoppedError
 
 BASE = NO_TEACHER | {"completions_per_prompt": 2}
 
@@ -47,7 +48,7 @@ def test_the_last_match_of_the_pattern_is_scored(tmp_path):
         _scorer(tmp_path, "exact_match", answer_pattern="x")
     with pytest.raises(ValueError, match=r"answer_pattern: missing \), .* in '\('"):
         _scorer(tmp_path, "exact_match", answer_pattern="(")
-    with pytest.raises(ValueError, match="scorer: it needs a column answer"):
+    with pytest.raises(RunStoppedError, match="scorer: .* it needs a column answer"):
         scorer("None", {"answer": None})
 
 
@@ -87,10 +88,12 @@ def test_functions_by_file_and_module(tmp_path):
         with pytest.raises(ValueError, match="scorer: "):
             _scorer(tmp_path, reference)
     (tmp_path / "bad.py").write_text("def f(text, row):\n    return float('nan')\n")
-    with pytest.raises(ValueError, match="scorer: expected a finite number, got nan of 'abc'"):
+    message = "scorer: expected a finite number of 'abc'; got nan"
+    with pytest.raises(RunStoppedError, match=message):
         _scorer(tmp_path, f"{tmp_path}/bad.py:f")("abc", {})
 
 
 def test_a_missing_answer_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"scorer: it needs a column answer, got .*'prompt'"):
+    message = r"scorer: .* it needs a column answer, got .*'prompt'"
+    with pytest.raises(RunStoppedError, match=message):
         _scorer(tmp_path, "exact_match")("4", {"prompt": "x"})

@@ -6,8 +6,6 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from yaml import YAMLError
-
 from trainer import models
 from trainer.checkpoint import SavingError
 from trainer.config import (
@@ -74,10 +72,12 @@ def main(argv: list[str] | None = None) -> None:
         if error.name not in EXTRAS:
             raise
         sys.exit(f"error: {error}; pip install {EXTRAS[error.name]}")
+    except RunStoppedError as error:  # by the last measurement
+        sys.exit(f"error: {error}")
     except (OSError, ValueError) as error:
         if arguments.stage != "report":
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def run(stage: type[StageConfig], recipe: Path, overrides: list[str]) -> None:
@@ -87,8 +87,8 @@ def run(stage: type[StageConfig], recipe: Path, overrides: list[str]) -> None:
         if isinstance(config, EvaluationConfig):
             return evaluate(config)
         prepared = prepare(config)
-    except (OSError, ValueError, YAMLError, RunStoppedError) as error:
-        sys.exit(f"error: {error}")
+    except (OSError, ValueError, RunStoppedError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
     train(*prepared)
 
 

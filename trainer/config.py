@@ -10,6 +10,8 @@ from trainer.arguments import Count, Messages, NotNegative, Positive, Share, Ste
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Refusals = list[tuple[bool, str]]
+_OF_TOKENIZER = {"tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+                 "return_assistant_tokens_mask", "tokenizer_kwargs"}  # fmt: skip
 OBJECTIVES = ("reverse_kl", "forward_kl", "jsd", "policy_gradient")
 
 
@@ -109,6 +111,8 @@ class StageConfig(StrictArguments):
             (self.eval_greedy and self.eval_completions_per_prompt > 1,
              "eval_completions_per_prompt: expected 1 with eval_greedy, whose completions are all "
              "the same"),
+            (bool(ours := _OF_TOKENIZER & self.chat_template_kwargs.keys()),
+             f"chat_template_kwargs: expected what the template has, got {', '.join(ours)}"),
             (bool(self.hub_token),
              "hub_token: expected none, as recipes are kept with the run; set HF_TOKEN in the "
              "environment"),

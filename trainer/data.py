@@ -8,13 +8,16 @@ from typing import Annotated, Any
 
 import yaml
 from datasets import Dataset, load_dataset
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, Field, ValidationError
 
 from trainer.arguments import Message, Messages, reason
 from trainer.config import EvaluationConfig, StageConfig, TeacherConfig
+from trainer.functions import explained
 from trainer.models import Tokenizer
+
+_UNREADABLE = "{}: expected a .jsonl or .parquet file, a dataset of the hub or reasoning_gym:TASK"
 
 
 class Row(BaseModel):
@@ -57,7 +60,7 @@ class PromptReader:
                 column = [*error.errors()[0]["loc"], "row"][0]
                 wrong = f"row {number}, {column}: {reason(error)}, got {raw!r:.80}"
                 raise ValueError(f"{source}, {wrong}") from None
-            except (TypeError, ValueError, TemplateError) as error:  # those of a chat template too
+            except ValueError as error:
                 raise ValueError(f"{source}, row {number}, {error}") from None
         if not prompts:
             raise ValueError(f"{source}: expected at least one prompt, got none")
@@ -119,7 +122,8 @@ class PromptReader:
             messages = [{"role": "system", "content": both}, *messages[2:]]
         options = {"add_generation_prompt": True, "return_dict": False}
         options |= self.config.chat_template_kwargs
-        return self.tokenizer.apply_chat_template(messages, **options)
+        with explained("prompt: expected what the chat template takes, with chat_template_kwargs"):
+            return self.tokenizer.apply_chat_template(messages, **options)
 
 
 _template = cache(SandboxedEnvironment(undefined=StrictUndefined).from_string)
@@ -127,15 +131,12 @@ _template = cache(SandboxedEnvironment(undefined=StrictUndefined).from_string)
 
 def _filled(context: str | Messages | None, row: dict[str, Any]) -> str | Messages | None:
     """The recipe's context as a Jinja template, whose {{ column }} is the row's."""
-    try:
+    with explained(f"privileged_context: expected a template of the columns {', '.join(row)}"):
         if context is None or isinstance(context, str):
             return context and _template(context).render(row)
         return [
             Message(role=m["role"], content=_template(m["content"]).render(row)) for m in context
         ]
-    except Exception as error:  # of its expressions too
-        expected = f"expected a template of the columns {', '.join(row)}"
-        raise ValueError(f"privileged_context: {expected}; {error}") from None
 
 
 def load_rows(source: str) -> Dataset | list[dict[str, Any]]:
@@ -145,21 +146,17 @@ def load_rows(source: str) -> Dataset | list[dict[str, Any]]:
     name, _, rest = source.partition("?")
     if source.endswith(".jsonl"):
         return _json_lines(Path(source))
-    try:
+    if name.startswith("reasoning_gym:"):
+        import reasoning_gym
+    with explained(_UNREADABLE.format(source)):
         pairs = [option.partition("=")[::2] for option in rest.split("&") if option]
         options = {key: yaml.safe_load(value) for key, value in pairs}
         if name.startswith("reasoning_gym:"):
-            return _reasoning_rows(name.removeprefix("reasoning_gym:"), options)
+            task = reasoning_gym.create_dataset(name.removeprefix("reasoning_gym:"), **options)
+            return [{"prompt": entry["question"], **entry} for entry in task]
         if source.endswith(".parquet"):
             return load_dataset("parquet", data_files=source, split="train")
         return load_dataset(name, **{"split": "train"} | options)
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # whatever the libraries have for what is wrong there
-        raise ValueError(
-            f"{source}: {error}; expected a .jsonl or .parquet file, a dataset of the hub or "
-            "reasoning_gym:TASK"
-        ) from None
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -172,10 +169,3 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
                 f"{path}, line {number}: malformed JSON: {getattr(error, 'msg', error)}"
             ) from None
     return rows
-
-
-def _reasoning_rows(task: str, options: dict[str, Any]) -> list[dict[str, Any]]:
-    import reasoning_gym
-
-    entries = reasoning_gym.create_dataset(task, **options)
-    return [{"prompt": entry["question"], **entry} for entry in entries]

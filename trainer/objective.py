@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from opd_kernels import (
     DistillationOutput,
+    LazyLogits,
     SparseLogits,
     distillation_loss,
     forward_kl,
@@ -18,7 +20,8 @@ from opd_kernels import (
 )
 from opd_kernels.objective import Objective
 from trainer.config import DistillationConfig
-from trainer.functions import load_function
+from trainer.functions import explained, load_function
+from trainer.stopping import RunStoppedError
 
 OFF_POLICY = (
     "Completions are sampled at another temperature than the loss's, or with top_p below 1, so the "
@@ -47,7 +50,17 @@ def build_loss(config: DistillationConfig) -> Callable[..., DistillationOutput]:
     # A step puts its samples in the place of "sampled".
     support = "student" if config.support == "sampled" else config.support
     loss = partial(distillation_loss, k=config.k, support=support, missing=config.missing)
-    return partial(loss, objective=objective, entropy=True)
+    loss = partial(loss, objective=objective, entropy=True)
+    return loss if config.objective in objectives else partial(_stopping, config.objective, loss)
+
+
+def _stopping(
+    name: str, loss: Callable[..., DistillationOutput], *logits: LazyLogits, **options: Any
+) -> DistillationOutput:
+    """The loss of a recipe's own function, where that cannot be used the run stops."""
+    expected = f"objective: expected a loss per token of (student, teacher) from {name}"
+    with explained(expected, RunStoppedError):
+        return loss(*logits, **options)
 
 
 @dataclass(frozen=True)

@@ -3,26 +3,41 @@
 import difflib
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
 from trainer.config import StageConfig
+from trainer.functions import explained
 
 Stage = TypeVar("Stage", bound=StageConfig)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, where YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} is there twice, last{node.end_mark}")
+        return super().construct_mapping(node, deep)
+
+
 def load_config(stage: type[Stage], recipe: Path, overrides: list[str]) -> Stage:
     """The config of a recipe file with `--key value` pairs on top; a bad key raises ValueError."""
-    values = yaml.safe_load(recipe.read_text())
+    with explained(f"recipe: expected `key: value` lines in {recipe}"):
+        values = _Loader(recipe.read_text(encoding="utf-8")).get_single_data()
     if not isinstance(values, dict):
         raise ValueError(f"recipe: expected `key: value` lines in {recipe}, got {values!r:.80}")
     if len(overrides) % 2 or not all(key.startswith("--") for key in overrides[::2]):
         raise ValueError(f"expected `--key value` pairs after the recipe, got {overrides}")
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
-        values[key.removeprefix("--").replace("-", "_")] = yaml.safe_load(value)
+        key = key.removeprefix("--").replace("-", "_")
+        with explained(f"{key}: expected a value as in YAML, got {value!r}"):
+            values[key] = yaml.safe_load(value)
     known = {f.name for f in fields(stage) if f.init}
-    for key in sorted(values.keys() - known):
+    for key in sorted(str(key) for key in values.keys() - known):
         close = difflib.get_close_matches(key, known, n=1)
         raise ValueError(f"{key}: unknown key; did you mean {close[0] if close else 'another'!r}?")
     for key in stage.REQUIRED:

@@ -18,6 +18,7 @@ from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 
 from trainer.evaluation import SAMPLES
+from trainer.functions import explained
 from trainer.run_directory import CONFIG, METRICS
 
 PANELS = {
@@ -44,7 +45,7 @@ class Run:
 
     def __post_init__(self) -> None:
         if not (self.path / METRICS).exists():
-            raise ValueError(f"{self.path}: it has no {METRICS}; expected a recipe's output_dir")
+            raise ValueError(f"it has no {METRICS}")
         config = self.path / CONFIG
         self.config = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
         self.figures: dict[str, list[tuple[int, float]]] = defaultdict(list)  # steps and values
@@ -109,10 +110,13 @@ def write_report(runs: list[Path], output: Path) -> None:
     """
     # Hues a golden section apart differ, however many there are.
     colors = (to_hex(hsv_to_rgb(((0.58 + 0.382 * i) % 1, 0.75, 0.82))) for i in count())
-    loaded = [Run(*arguments) for arguments in zip(dict.fromkeys(runs), colors, strict=False)]
+    loaded, samples = [], []
+    for path, color in zip(dict.fromkeys(runs), colors, strict=False):
+        with explained(f"{path}: expected a recipe's output_dir"):
+            loaded.append(run := Run(path, color))
+            samples.append((run, run.samples()))
     names = dict.fromkeys(name for run in loaded for name in run.figures)
     panels = sorted(_panels(loaded), key=lambda panel: not panel[0].startswith("held-out"))
-    samples = [(run, run.samples()) for run in loaded]
     recipes = [run.config for run in loaded if run.config]
     rows = [(k, [str(x.get(k, "–")) for x in recipes]) for k in dict.fromkeys(chain(*recipes))]
     loader = FileSystemLoader(Path(__file__).parent)
@@ -177,6 +181,12 @@ def _label(name: str) -> str:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """A file's lines, but not one that is still being written."""
-    lines = path.read_text(encoding="utf-8").split("\n")  # str.splitlines takes U+2028 for one
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """A file's lines, but not one that is still being written, or was when the run was killed."""
+    lines, found = path.read_bytes().split(b"\n"), []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found += [json.loads(line.decode())] if line else []
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: malformed JSON: {error}") from None
+    return found

@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from trainer.config import StageConfig
-from trainer.functions import load_function
+from trainer.functions import explained, load_function
+from trainer.stopping import RunStoppedError
 
 Scorer = Callable[[str, dict[str, Any]], float]
 
@@ -35,15 +36,16 @@ def _score(
     scorer: Scorer, pattern: re.Pattern[str] | None, text: str, row: dict[str, Any]
 ) -> float:
     answer = ([text] if pattern is None else ["", *pattern.findall(text)])[-1]
-    score = float(scorer(answer, row))
-    if not math.isfinite(score):
-        raise ValueError(f"scorer: expected a finite number, got {score} of {text!r:.80}")
-    return score
+    with explained(f"scorer: expected a finite number of {text!r:.80}", RunStoppedError):
+        score = scorer(answer, row)
+        if isinstance(score, str) or not math.isfinite(score):
+            raise ValueError(f"got {score!r:.80}")
+        return float(score)
 
 
 def _column(row: dict[str, Any], name: str) -> Any:
     if row.get(name) is None or row[name] != row[name]:  # NaN is a table's word for it
-        raise ValueError(f"scorer: it needs a column {name}, got {row!r:.200}")
+        raise ValueError(f"it needs a column {name}, got {row!r:.200}")
     return row[name]
 
 
