@@ -99,28 +99,6 @@ def test_parquet(load):
     assert len(load(rows, suffix="parquet")) == 2
 
 
-@pytest.mark.parametrize(
-    ("rows", "changes", "message"),
-    [
-        ('{"prompt": "a"}\n{"prompt": \n', {}, "rows.jsonl, line 2: malformed JSON"),
-        ('{"prompt": "a"}\n[1]\n', {}, "rows.jsonl, row 2, row: .*got \\[1\\]"),
-        ([{"question": "a"}], {}, "row 1, prompt: field required, got {'question': 'a'}"),
-        ([{"prompt": "a"}, {"prompt": 3}], {}, "row 2, prompt: .*got {'prompt': 3}"),
-        ([{"prompt": [{"role": 1}]}], {}, "row 1, prompt: "),
-        ([{"prompt": [{"content": "a"}]}], {}, "row 1, prompt: "),
-        ([{"prompt": "a"}], {"privileged_context": None}, "row 1, privileged_context: missing"),
-        (
-            [{"prompt": "a"}, {"prompt": "a" * 250}],
-            {},
-            "row 2, prompt: expected 1 to 250 tokens, the student's context of 256 .*, got 255",
-        ),
-    ],
-)
-def test_bad_rows_name_the_source_and_the_row(load, rows, changes, message):
-    with pytest.raises(ValueError, match=message):
-        load(rows, **changes)
-
-
 def test_a_split_of_a_dataset_on_the_hub(monkeypatch):
     asked = []
     monkeypatch.setattr("trainer.data.load_dataset", lambda *a, **k: asked.append((a, k)))

@@ -48,7 +48,7 @@ def test_the_last_match_of_the_pattern_is_scored(tmp_path):
         _scorer(tmp_path, "exact_match", answer_pattern="x")
     with pytest.raises(ValueError, match=r"answer_pattern: missing \), .* in '\('"):
         _scorer(tmp_path, "exact_match", answer_pattern="(")
-    with pytest.raises(RunStoppedError, match="scorer: .* it needs a column answer"):
+    with pytest.raises(RunStoppedError, match=r"scorer: .* it needs a column answer"):
         scorer("None", {"answer": None})
 
 
