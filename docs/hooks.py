@@ -71,7 +71,8 @@ def _aliases(module: ast.Module) -> dict[str, str]:
 def _values(annotation: ast.expr, aliases: dict[str, str]) -> str:
     """What a recipe may hold, from an annotation: `Annotated[int, Field(ge=1)]` as int ≥ 1."""
     kind = re.sub(r"\w+", lambda word: aliases.get(word[0], word[0]), ast.unparse(annotation))
-    kind = re.sub(r", allow_inf_nan=False| \| None", "", kind)
+    kind = re.sub(r" \| None", "", kind)
+    kind = re.sub(r"Annotated\[(\w+), Field\(min_length=1\)\]", r"\1", kind)
     kind = re.sub(r"Annotated\[(\w+), Field\((.*?)\)\]", r"\1 \2", kind)
     kind = re.sub(r"(\w\w)=(\d)", lambda bound: f"{_BOUNDS[bound[1]]} {bound[2]}", kind)
     return re.sub(r"Literal\[(.*?)\]", r"\1", kind).replace("'", "").replace(" | ", " or ")
