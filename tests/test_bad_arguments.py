@@ -34,7 +34,7 @@ def rows():
                 yield pytest.param(path, parameter, value, id=f"{path}-{parameter}-{number}")
 
 
-@pytest.mark.parametrize(("path", "parameter", "value"), rows())
+@pytest.mark.parametrize(("path", "parameter", "value"), list(rows()))
 def test_a_wrong_value_is_refused_by_its_name(path, parameter, value):
     door = DOORS[path]
     by, value = (value.by, value.value) if isinstance(value, Told) else (parameter, value)
