@@ -25,8 +25,9 @@ demo: $(VENV)/installed
 paper: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m paper
 
+# A worker for each core: threads of PyTorch's own would only wait for each other.
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -m "not slow" -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow

@@ -138,11 +138,14 @@ def test_a_bad_row_stays_one_row(compiled_backend, who, kind, support, method):
         )
         assert bad.isnan() or (no_support and bad == 0), (name, bad)
         assert_close(out.per_token[others], expected.per_token)
-        assert_same([dirty[0][others]], [grads[0][others]])
+        # dhidden beside a weight of 1e300 is that times a sum of logit gradients, which is 0.
+        size = student.weight.detach()[0].abs()
+        size = size.where(size == 1e300, 1.0)
+        assert_same([dirty[0][others] / size], [grads[0][others] / size])
         weighted, clean = loss(slice(None), token_weights=others.double(), compact=False)
         assert_close(weighted.loss, expected.loss)
         assert (clean[0][BAD] == 0).all()
-        assert_same(clean, grads)
+        assert_same([clean[0] / size, clean[1]], [grads[0] / size, grads[1]])
 
 
 @pytest.mark.parametrize("method", METHODS)
