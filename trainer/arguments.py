@@ -8,41 +8,13 @@ from functools import cache, reduce
 from operator import or_
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    with_config,
-)
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 from transformers.debug_utils import DebugOption
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_pt_utils import AcceleratorConfig
-from typing_extensions import TypedDict  # pydantic's below Python 3.12
 
-
-def _without_nulls(message: Any) -> Any:  # which a table has for keys that other rows use
-    kept = isinstance(message, dict) and {k: v for k, v in message.items() if v is not None}
-    return kept or message
-
-
-@with_config(ConfigDict(extra="forbid"))
-class Message(TypedDict):
-    """A turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str
-
-
-Messages = list[Annotated[Message, BeforeValidator(_without_nulls)]]
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Steps = Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(ge=1)]  # below 1: of the run
+from trainer.values import Count, NotNegative, Positive, Steps, reason
 
 
 def _none(remedy: str) -> Any:
@@ -137,10 +109,3 @@ def _adapters(arguments: type[Any]) -> dict[str, TypeAdapter[Any]]:
             kind = _one_of([*f.metadata["choices"], f.default])
         adapters[f.name] = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
     return adapters
-
-
-def reason(error: ValidationError) -> str:
-    """What was expected; of several types, what was of each."""
-    reasons = (e["msg"].removeprefix("Value error, ") for e in error.errors())
-    joined = " or ".join(dict.fromkeys(x[0].lower() + x[1:] for x in reasons))
-    return joined.replace(" or input should be ", " or ")

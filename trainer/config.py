@@ -6,7 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from transformers.distributed import DistributedConfig
 
-from trainer.arguments import Count, Messages, NotNegative, Positive, Share, Steps, StrictArguments
+from trainer.arguments import StrictArguments
+from trainer.values import Count, Messages, NotNegative, Positive, Share, Steps
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Refusals = list[tuple[bool, str]]

@@ -12,10 +12,10 @@ from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, Field, ValidationError
 
-from trainer.arguments import Message, Messages, reason
 from trainer.config import EvaluationConfig, StageConfig, TeacherConfig
 from trainer.functions import explained
 from trainer.models import Tokenizer
+from trainer.values import Message, Messages, reason
 
 _UNREADABLE = "{}: expected a .jsonl or .parquet file, a dataset of the hub or reasoning_gym:TASK"
 
