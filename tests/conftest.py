@@ -1,6 +1,7 @@
 """Fixtures of all tests: fixed seeds, poisoned uninitialised memory, and the backends to try."""
 
 import inspect
+import multiprocessing
 import os
 from contextlib import nullcontext
 
@@ -17,6 +18,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from opd_kernels import available_backends, backends
 from tests import cuda_emulator
+
+# Ranks, and runs that something happens to, are forked from a process that has imported all once.
+multiprocessing.set_forkserver_preload(["tests.faults", "tests.ranks", "tests.tiny_run"])
 
 # The CUDA kernels on the CPU, a fourth backend. It is built when a test first asks for it.
 _EMULATED = "cuda-emulated"

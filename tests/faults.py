@@ -15,8 +15,7 @@ from trainer.rollout import Sampler
 
 SECONDS = 120  # for a run
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
-_CONTEXT = multiprocessing.get_context("forkserver")  # it imports once, then forks
-_CONTEXT.set_forkserver_preload([__name__])
+_CONTEXT = multiprocessing.get_context("forkserver")
 
 
 class Run:

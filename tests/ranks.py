@@ -11,7 +11,8 @@ import torch.multiprocessing as mp
 def run_ranks(worker, folder, *arguments, ranks=2):
     """Run worker(rank, folder, *arguments) in so many processes, one thread each."""
     with tempfile.TemporaryDirectory() as meeting:
-        mp.spawn(_enter, (worker, str(folder), arguments, ranks, meeting), nprocs=ranks)
+        arguments = (worker, str(folder), arguments, ranks, meeting)
+        mp.start_processes(_enter, arguments, ranks, start_method="forkserver")
 
 
 def _enter(rank, worker, folder, arguments, ranks, meeting):

@@ -4,15 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.faults import Run
 from tests.tiny_run import NO_TEACHER, read_metrics, write_recipe
 from trainer.__main__ import main, prepare, train
 from trainer.config import DistillationConfig
@@ -56,15 +54,9 @@ def test_a_run_killed_after_a_checkpoint_resumes_to_the_same_bits(tmp_path, case
     expected = _losses(tmp_path / "run")
     assert len(set(expected.values())) == 7
     run = tmp_path / "killed"
-    command = [sys.executable, "-m", "trainer", stage, str(recipe), "--output_dir", str(run)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoint-4").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process = Run(tmp_path / "told", [stage, str(recipe), "--output_dir", str(run)])
+    process.wait_for(run / "checkpoint-4")
+    assert process.kill() == -signal.SIGKILL
     before = _losses(run)
     assert len(before) < 7
     main([stage, str(recipe), "--output_dir", str(run), "--resume_from_checkpoint", "auto"])
