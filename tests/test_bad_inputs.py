@@ -47,6 +47,7 @@ def _config(**changes):
         (b"k: 1\n---\nk: 2\n", "x.yaml; ComposerError: expected a single document"),
         (b"model: caf\xe9", "x.yaml; UnicodeDecodeError: .*0xe9"),
         (b"model: " + b"[" * 3000, "x.yaml; RecursionError"),
+        (b"model: a\nteacher: &a {b: [*a]}", "x.yaml; it contains itself.*line 2, column 10"),
         (b"k: !own 3", "x.yaml; ConstructorError: .*!own"),
         (b"5: 3", "error: 5: unknown key"),
         (b"temprature: 1", "error: temprature: unknown key; did you mean 'temperature'"),
@@ -66,6 +67,8 @@ def test_yaml_runs_nothing(tmp_path, capsys):
     recipe.write_text("k: 1")
     line = _line(capsys, "distill", recipe, "--k", tag)
     assert re.search(f"k: expected a value as in YAML, got .*; {message}", line)
+    line = _line(capsys, "distill", recipe, "--chat_template_kwargs", "&a {b: *a}")
+    assert re.search("chat_template_kwargs: expected a value as in YAML, .*contains itself", line)
     assert list(tmp_path.iterdir()) == [recipe]
 
 

@@ -14,7 +14,13 @@ Stage = TypeVar("Stage", bound=StageConfig)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice, where YAML would take the last."""
+    """Refuses a key that is there twice, whose last YAML would take, and what contains itself."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        node = super().compose_node(parent, index)
+        if node is not None and node.end_mark is None:  # an alias of what has not ended yet
+            raise ValueError(f"it contains itself{node.start_mark}")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -35,7 +41,7 @@ def load_config(stage: type[Stage], recipe: Path, overrides: list[str]) -> Stage
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         key = key.removeprefix("--").replace("-", "_")
         with explained(f"{key}: expected a value as in YAML, got {value!r}"):
-            values[key] = yaml.safe_load(value)
+            values[key] = _Loader(value).get_single_data()
     known = {f.name for f in fields(stage) if f.init}
     for key in sorted(str(key) for key in values.keys() - known):
         close = difflib.get_close_matches(key, known, n=1)
