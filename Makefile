@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A worker for each core: threads of PyTorch's own would only wait for each other.
+TEST_IN_PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .PHONY: demo paper test test-slow test-vllm lint sanitize fuzz faults coverage triton-versions causal-lms mutants docs bench compare roofline gpu clean
@@ -25,9 +27,8 @@ demo: $(VENV)/installed
 paper: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m paper
 
-# A worker for each core: threads of PyTorch's own would only wait for each other.
 test: $(VENV)/installed lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto
+	$(TEST_IN_PARALLEL) -m "not slow"
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
@@ -63,18 +64,18 @@ sanitize: $(VENV)/installed
 
 # The properties of tests/test_properties.py on 2,400 new problems, and the bindings on 5,400 new calls.
 fuzz: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_properties.py tests/test_bindings.py --hypothesis-profile fuzz
+	$(TEST_IN_PARALLEL) tests/test_properties.py tests/test_bindings.py --hypothesis-profile fuzz
 
 # What the tests run, with branches and subprocesses; twice as long as they take alone. A limited file size would also cut the
 # measurements, so the tests of a full disk are left out.
 coverage: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow" -k "not disk_that_is_full" --cov --cov-report=
+	$(TEST_IN_PARALLEL) -m "not slow" -k "not disk_that_is_full" --cov --cov-report=
 	$(BIN)/coverage report --skip-covered --include='opd_kernels/*' --fail-under=95
 	$(BIN)/coverage report --skip-covered --include='trainer/*' --fail-under=90
 
 # Runs that are killed 66 times, that find no room or memory, or whose teacher is away for a minute; four minutes.
 faults: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_trainer_faults.py tests/test_trainer_checkpoint.py tests/test_trainer_server.py
+	$(TEST_IN_PARALLEL) tests/test_trainer_faults.py tests/test_trainer_checkpoint.py tests/test_trainer_server.py
 
 # The Triton kernels in the interpreter and in the machine code, with each version that is supported. The interpreters before 3.7
 # need an older NumPy.
@@ -83,7 +84,7 @@ triton-versions: $(TRITON_VERSIONS:%=triton-%)
 triton-%: $(VENV)/installed
 	rm -rf build/$@
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target build/$@ triton==$* 'numpy<2.4'
-	PYTHONPATH=$(CURDIR)/build/$@ $(BIN)/python -m pytest -n auto tests/test_epilogues.py tests/test_triton_linear.py tests/test_triton_reverse_kl.py \
+	PYTHONPATH=$(CURDIR)/build/$@ $(TEST_IN_PARALLEL) tests/test_epilogues.py tests/test_triton_linear.py tests/test_triton_reverse_kl.py \
 		tests/test_native_products.py tests/test_audit.py
 
 # Every causal language model of transformers, tiny: writes docs/causal_lms.md; a minute.

@@ -20,7 +20,7 @@ from opd_kernels import available_backends, backends
 from tests import cuda_emulator
 
 # Ranks, and runs that something happens to, are forked from a process that has imported all once.
-multiprocessing.set_forkserver_preload(["tests.faults", "tests.ranks", "tests.tiny_run"])
+multiprocessing.set_forkserver_preload(["tests.faults", "tests.ranks"])
 
 # The CUDA kernels on the CPU, a fourth backend. It is built when a test first asks for it.
 _EMULATED = "cuda-emulated"
