@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opd_kernels.checks import check_token_ids, got
-from opd_kernels.integrations.heads import weight_and_bias
+from opd_kernels.integrations._heads import weight_and_bias
 from opd_kernels.lazy_logits import LazyLogits
 from opd_kernels.parallel import plain
 
