@@ -54,7 +54,7 @@ def _hasten_the_interpreter():
         modules = (language, language.core)
         if any(language.core.is_builtin(module.load) for module in modules):
             return patch_lang(function)
-        return None  # within a launch, which undoes its own
+        return None  # the call of a device function, which needs no scope to undo
 
     np_dtype = interpreter._get_np_dtype
     of_number = functools.cache(np_dtype)
@@ -72,7 +72,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in available_backends(
 
 
 def pytest_collection_finish():
-    """Python's garbage collector looks no more at what was imported, again and again."""
+    """What was imported stays: the garbage collector need not walk it again and again."""
     gc.freeze()
 
 
