@@ -1,7 +1,6 @@
 """Fixtures of all tests: fixed seeds, poisoned uninitialised memory, and the backends to try."""
 
 import functools
-import gc
 import multiprocessing
 import os
 from contextlib import nullcontext
@@ -69,11 +68,6 @@ def _hasten_the_interpreter():
 
 if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in available_backends():
     _hasten_the_interpreter()
-
-
-def pytest_collection_finish():
-    """What was imported stays: the garbage collector need not walk it again and again."""
-    gc.freeze()
 
 
 @pytest.fixture
