@@ -1,5 +1,6 @@
 """Sums of the three gradients of a head over the chunks of a walk."""
 
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from opd_kernels import matmul
 from opd_kernels.backends import Epilogues
 from opd_kernels.head import Head, accumulator_dtype
 from opd_kernels.lazy_logits import LazyLogits
-from opd_kernels.lazy_zeros import lazy_zeros_like
+from opd_kernels.pages import LazyZeros
 from opd_kernels.sparse import sparse_gradients
 from opd_kernels.sparse_logits import SparseLogits
 from opd_kernels.sparse_rows import SparseRows
@@ -24,6 +25,7 @@ class Gradients:
     dbias: Tensor | None  # [V_padded]
     dweight_is_fresh: bool = True  # nothing was added: zeros on a CPU, on a GPU uninitialised
     unit: Tensor | None = None  # of all three, where they are sums of float16 chunks
+    pages: mmap.mmap | None = None  # that dweight lies on
 
     @classmethod
     def zeros(cls, student: LazyLogits, needs: tuple[bool, bool, bool], chunks: int) -> "Gradients":
@@ -33,14 +35,16 @@ class Gradients:
         dtype = accumulator_dtype(student.hidden, student.weight)
         operand = matmul.operand_dtype(student.hidden, student.weight)
         whole = operand if chunks == 1 and operand == torch.bfloat16 else dtype
-        operands = (student.hidden, student.weight, student.bias)
-        dhidden, dweight, dbias = (
-            _fresh(t, whole if t is student.weight else dtype, t is student.weight)
-            if need and t is not None
-            else None
-            for t, need in zip(operands, needs, strict=True)
-        )
-        return cls(dhidden, dweight, dbias)
+        hidden, weight, bias = student.hidden, student.weight, student.bias
+        dhidden = torch.zeros_like(hidden, dtype=dtype) if needs[0] else None
+        dweight = pages = None
+        if needs[1] and weight.device.type != "cpu":
+            dweight = torch.empty_like(weight, dtype=whole)
+        elif needs[1]:
+            zeros = LazyZeros.like(weight, whole)
+            dweight, pages = zeros.tensor, zeros.pages
+        dbias = torch.zeros_like(bias, dtype=dtype) if needs[2] and bias is not None else None
+        return cls(dhidden, dweight, dbias, pages=pages)
 
     def add_dense(self, rows: slice, dlogits: Tensor, hidden: Tensor, head: Head) -> None:
         """Add the two matrix products of a gradient chunk [c, V]."""
@@ -95,7 +99,8 @@ class Gradients:
             (self.dbias, student.bias),
         ):
             if total is not None and operand is not None:
-                total = _in_dtype(total, factor, operand.dtype)
+                pages = self.pages if total is self.dweight else None
+                total = _in_dtype(LazyZeros(total, pages), factor, operand.dtype)
             results.append(total)
         return tuple(results)
 
@@ -109,16 +114,13 @@ class Gradients:
         self.dweight_is_fresh = False
 
 
-def _fresh(operand: Tensor, dtype: torch.dtype, is_written_whole: bool) -> Tensor:
-    """Zeros; on a GPU uninitialised memory for what is written before anything is added to it."""
-    if is_written_whole and operand.device.type != "cpu":
-        return torch.empty_like(operand, dtype=dtype)
-    return lazy_zeros_like(operand, dtype)
-
-
-def _in_dtype(total: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _in_dtype(total: LazyZeros, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     """total * factor, rounded to dtype; total is used up."""
     if factor is None:
-        return total.to(dtype)
-    out = total if total.dtype == dtype else torch.empty_like(total, dtype=dtype)
-    return torch.mul(total, factor, out=out)
+        return total.rounded(dtype)
+    tensor = total.tensor
+    if tensor.device.type == "cpu":  # which would keep the product in a third tensor to round it
+        tensor.mul_(factor)
+        return total.rounded(dtype)
+    out = tensor if tensor.dtype == dtype else torch.empty_like(tensor, dtype=dtype)
+    return torch.mul(tensor, factor, out=out)

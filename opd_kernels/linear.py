@@ -14,8 +14,8 @@ from torch import Tensor
 from opd_kernels.backends import RowState, select_backend
 from opd_kernels.driver import backpropagate, reduce_logits
 from opd_kernels.head import Head, accumulator_dtype
-from opd_kernels.lazy_zeros import lazy_zeros_like
 from opd_kernels.matmul import operand_dtype
+from opd_kernels.pages import LazyZeros
 from opd_kernels.sparse import canonical_ids, gather_logits, sparse_gradients
 
 
@@ -101,7 +101,10 @@ def linear_backward(
     head = Head(weight, bias, softcap, scale, temperature, vocab_size)
     ids = canonical_ids(ids, vocab_size)
     dhidden = torch.zeros_like(hidden, dtype=values.dtype) if needs_dhidden else None
-    dweight = lazy_zeros_like(weight, weight.dtype) if needs_dweight else None
+    # A 16-bit sum over tokens would round at every addition.
+    dweight_dtype = values.dtype if dtail is None else weight.dtype
+    zeros = LazyZeros.like(weight, dweight_dtype) if needs_dweight else None
+    dweight = None if zeros is None else zeros.tensor
     dbias = torch.zeros_like(bias, dtype=values.dtype) if needs_dbias and bias is not None else None
     with torch.autocast(hidden.device.type, enabled=False):
         if dvalues is None:
@@ -122,15 +125,13 @@ def linear_backward(
                 chunk_bytes,
             )
         else:
-            # A 16-bit sum over tokens would round at every addition.
-            dweight = None if dweight is None else dweight.to(values.dtype)
             sums = (dhidden, dweight, dbias)
             operand = hidden.to(values.dtype)
             sparse_gradients(operand, head, ids, values, dvalues, *sums, epilogues)
     nothing = hidden.new_empty(0)
     return (
         nothing if dhidden is None else dhidden.to(hidden.dtype),
-        nothing.clone() if dweight is None else dweight.to(weight.dtype),
+        nothing.clone() if zeros is None else zeros.rounded(weight.dtype),
         nothing.clone() if dbias is None or bias is None else dbias.to(bias.dtype),
     )
 

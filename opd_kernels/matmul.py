@@ -7,6 +7,7 @@ slices too, which it does up to a quarter faster than all at once (docs/log.md).
 """
 
 from collections.abc import Iterator
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from opd_kernels.head import accumulator_dtype
 # Bytes of a slice of the weight for each thread: what is fastest on a CPU to project, and to
 # multiply gradients with.
 _PROJECT_BYTES, _GRADIENT_BYTES = 1 << 20, 4 << 20
+# Room for upcast slices on a CPU. Memory that is written anew soon after it was read has to be
+# fetched back from the other cores' caches first, which takes longer than to write what left them.
+UPCAST_BYTES = 16 << 20
 _GPU_BYTES = 256 << 20  # of what is upcast, or multiplied apart, at a time on a GPU
 _ALIGNMENT = 64  # rows: a chunk's columns then start where a vector does
 
@@ -86,7 +90,7 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 def _slices(
     weight: Tensor, dtype: torch.dtype, bytes_a_thread: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the weight in dtype, a slice at a time: views, or copies in one buffer."""
+    """Rows of the weight in dtype, a slice at a time: views, or copies that the next overwrite."""
     if weight.dtype == dtype and weight.device.type != "cpu":
         yield slice(0, weight.shape[0]), weight
         return
@@ -94,10 +98,12 @@ def _slices(
     most = bytes_a_thread * torch.get_num_threads() if on_cpu else _GPU_BYTES
     most //= weight.shape[1] * dtype.itemsize
     most = min(weight.shape[0], max(_ALIGNMENT, most // _ALIGNMENT * _ALIGNMENT))
-    buffer = None
+    buffers = None
     if weight.dtype != dtype:
-        buffer = weight.new_empty((most, weight.shape[1]), dtype=dtype)
+        slice_bytes = most * weight.shape[1] * dtype.itemsize
+        slots = max(1, UPCAST_BYTES // max(1, slice_bytes)) if on_cpu else 1
+        buffers = cycle(weight.new_empty((slots, most, weight.shape[1]), dtype=dtype))
     for first in range(0, weight.shape[0], most):
         rows = slice(first, min(first + most, weight.shape[0]))
         part = weight[rows]
-        yield rows, part if buffer is None else buffer[: part.shape[0]].copy_(part)
+        yield rows, part if buffers is None else next(buffers)[: part.shape[0]].copy_(part)

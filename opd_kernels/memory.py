@@ -17,6 +17,7 @@ import torch
 from opd_kernels.checks import FLOATING, check_execution, check_int, got
 from opd_kernels.chunking import budget_of, recompute_chunks, rows_within
 from opd_kernels.cost_model import GPUS, Machine, Shape
+from opd_kernels.matmul import UPCAST_BYTES
 
 MIB = 1 << 20
 
@@ -80,14 +81,20 @@ class Loss:
         width = self.shape.bytes_a_logit
         rows = rows_within(self.tokens, self.rows, self.budget // width)
         chunks = rows * self.rows * (width + 4 * full)
-        # A single chunk of a GPU's bfloat16 products is no sum.
-        several = rows < self.tokens or self.dtype != torch.bfloat16 or self.device == "cpu"
-        sums = self.sums(self.tokens + several * self.rows)
-        return chunks + sums + self.supports()
+        sums = self.sums(self.tokens)
+        if self.device == "cpu":  # where dweight is returned in the memory of its sum
+            sums += self.sums(self.rows) // 2
+        elif rows < self.tokens or self.dtype != torch.bfloat16:  # else it is no sum
+            sums += self.sums(self.rows)
+        return chunks + sums + self.upcast() + self.supports()
 
     def sums(self, rows: int) -> int:
         """Float32 sums [rows, D] of gradients that are returned in another dtype."""
         return 0 if self.dtype == torch.float32 else rows * self.dim * 4
+
+    def upcast(self) -> int:
+        """Slices of a 16-bit weight in float32; GPUs of today multiply it as it is."""
+        return 0 if self.device != "cpu" or self.dtype == torch.float32 else UPCAST_BYTES
 
     def recompute(self) -> int:
         """Chunks of the vocabulary [n, v], and the sums of dhidden and of a chunk's dweight."""
@@ -95,7 +102,7 @@ class Loss:
         if self.device != "cpu":
             machine = GPUS[self.device].machine(self.shape.operand_bytes)
         _, (rows, columns) = recompute_chunks(self.shape, machine, self.budget, fused=False)
-        sums = self.sums(self.tokens + columns)
+        sums = self.sums(self.tokens + columns) + self.upcast()
         return rows * columns * self.shape.bytes_a_logit + sums + self.supports()
 
     def supports(self) -> int:

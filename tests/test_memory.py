@@ -28,6 +28,14 @@ def test_peaks_are_those_that_are_measured():
         assert 0.9 * expected[name] <= figures.peak_extra_bytes <= 1.15 * expected[name] + 24 * MIB
 
 
+def test_16_bits_add_half_a_sum_of_dweight_on_a_cpu():
+    """It becomes the returned gradient where it lies."""
+    problem = Problem(128, 1024, 100_000, dtype="bfloat16")
+    expected = Loss(128, 1024, 100_000, device="cpu").one_pass()
+    figures = measure(problem, ["ours_one_pass"], rounds=0)["ours_one_pass"]
+    assert 0.9 * expected <= figures.peak_extra_bytes <= 1.15 * expected + 24 * MIB
+
+
 def test_eager_peaks_are_those_that_are_measured():
     """The benchmark's figure is without the gradients, which are not there yet at the peak."""
     loss = Loss(512, 64, 50_000, dtype=torch.float32, device="cpu")

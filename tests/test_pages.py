@@ -1,0 +1,62 @@
+"""Tensors on fresh pages are ordinary ones; zeros take memory only where they are written."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from opd_kernels.pages import LazyZeros
+
+
+@pytest.mark.parametrize("rows", [0, 7, 300_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_equal_to_zeros_of_the_same_layout(rows, dtype):
+    for like in (torch.ones(rows, 3), torch.ones(3, rows).t()):
+        zeros = LazyZeros.like(like, dtype).tensor
+        assert zeros.dtype == dtype
+        assert zeros.stride() == torch.zeros_like(like).stride()
+        assert torch.equal(zeros, torch.zeros(rows, 3, dtype=dtype))
+        assert torch.equal(zeros.add_(1), torch.ones(rows, 3, dtype=dtype))
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_untouched_rows_take_no_memory_and_writes_are_private():
+    before = resident()
+    zeros = LazyZeros.like(torch.empty(1 << 16, 1 << 10), torch.float32).tensor
+    zeros[::1000] += 1
+    assert resident() - before < 32 << 20  # of 256 MiB
+    other = LazyZeros.like(torch.empty(1 << 16, 1 << 10), torch.float32).tensor
+    assert other.sum() == 0
+    assert zeros.sum() == 66 * 1024
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [0, 7, 87_382, 300_001, 700_000])
+def test_rounded_as_pytorch_rounds(rows, wide, narrow):
+    """Below and above the first part, of whole pages and not."""
+    values = torch.randn(rows, 3, dtype=wide)
+    for like in (values, values.t()):
+        sum_ = LazyZeros.like(like, wide)
+        sum_.tensor += like
+        rounded = sum_.rounded(narrow)
+        assert rounded.dtype == narrow
+        assert rounded.stride() == like.stride()
+        assert torch.equal(rounded, like.to(narrow))
+        assert rounded.untyped_storage().nbytes() == rounded.nbytes
+
+
+def test_a_sum_gives_back_the_memory_that_rounding_saves():
+    like = torch.empty(1 << 16, 1 << 10)
+    before = resident()
+    sum_ = LazyZeros.like(like, torch.float32)
+    sum_.tensor += 1
+    whole = resident() - before
+    rounded = sum_.rounded(torch.bfloat16)
+    del sum_
+    assert whole > 255 << 20
+    assert 126 << 20 < resident() - before < 136 << 20
+    assert rounded.sum(dtype=torch.float32) == 1 << 26
