@@ -98,10 +98,11 @@ def _memory(provider: Provider, inputs: Inputs) -> dict[str, int]:
         torch.cuda.reset_peak_memory_stats()
         provider(inputs).backward()
         return {"bytes": max(0, torch.cuda.max_memory_allocated() - before - _returned(inputs))}
-    before = reset_peak()
+    before, code = reset_peak(), status("RssFile")
     provider(inputs).backward()
+    code = max(0, status("RssFile") - code)  # of libraries, which came in meanwhile
     # A gradient of few rows is not in memory as a whole, although all of it is subtracted.
-    return {"bytes": max(0, status("VmHWM") - before - _returned(inputs))}
+    return {"bytes": max(0, status("VmHWM") - code - before - _returned(inputs))}
 
 
 def _returned(inputs: Inputs) -> int:

@@ -98,12 +98,13 @@ def _slices(
     most = bytes_a_thread * torch.get_num_threads() if on_cpu else _GPU_BYTES
     most //= weight.shape[1] * dtype.itemsize
     most = min(weight.shape[0], max(_ALIGNMENT, most // _ALIGNMENT * _ALIGNMENT))
+    starts = range(0, weight.shape[0], most)
     buffers = None
     if weight.dtype != dtype:
         slice_bytes = most * weight.shape[1] * dtype.itemsize
-        slots = max(1, UPCAST_BYTES // max(1, slice_bytes)) if on_cpu else 1
+        slots = min(len(starts), max(1, UPCAST_BYTES // slice_bytes)) if on_cpu else 1
         buffers = cycle(weight.new_empty((slots, most, weight.shape[1]), dtype=dtype))
-    for first in range(0, weight.shape[0], most):
+    for first in starts:
         rows = slice(first, min(first + most, weight.shape[0]))
         part = weight[rows]
         yield rows, part if buffers is None else next(buffers)[: part.shape[0]].copy_(part)
