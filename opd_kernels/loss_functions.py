@@ -40,8 +40,8 @@ class OnePassLoss(torch.autograd.Function):
                 "call backward once, or use method='recompute'"
             )
         # The denominator is applied here, in the accumulator's dtype, never in a 16-bit gradient.
-        gradients, ctx.gradients = ctx.gradients.scaled(ctx.divide(dloss), ctx.student), None
-        return (*gradients, None, None, None, None, None)
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*gradients.scaled(ctx.divide(dloss), ctx.student), None, None, None, None, None)
 
 
 class RecomputedFullLoss(torch.autograd.Function):

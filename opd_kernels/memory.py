@@ -90,11 +90,11 @@ class Loss:
 
     def sums(self, rows: int) -> int:
         """Float32 sums [rows, D] of gradients that are returned in another dtype."""
-        return 0 if self.dtype == torch.float32 else rows * self.dim * 4
+        return 0 if self.dtype.itemsize >= 4 else rows * self.dim * 4
 
     def upcast(self) -> int:
-        """Slices of a 16-bit weight in float32; GPUs of today multiply it as it is."""
-        return 0 if self.device != "cpu" or self.dtype == torch.float32 else UPCAST_BYTES
+        """Slices of a 16-bit weight in float32, of up to 16 threads; GPUs need none."""
+        return UPCAST_BYTES if self.device == "cpu" and self.dtype.itemsize < 4 else 0
 
     def recompute(self) -> int:
         """Chunks of the vocabulary [n, v], and the sums of dhidden and of a chunk's dweight."""

@@ -1,6 +1,7 @@
 """Sums on fresh pages of the operating system, which become memory when they are written."""
 
 import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -48,5 +49,6 @@ class LazyZeros:
             done = part.stop
         end = -(-narrow.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         if hasattr(mmap, "MADV_DONTNEED") and end < len(pages):
-            pages.madvise(mmap.MADV_DONTNEED, end)
+            with suppress(OSError):  # pages that are locked stay
+                pages.madvise(mmap.MADV_DONTNEED, end)
         return narrow.view(self.tensor.shape)

@@ -1,5 +1,6 @@
 """Tensors on fresh pages are ordinary ones; zeros take memory only where they are written."""
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def test_equal_to_zeros_of_the_same_layout(rows, dtype):
 
 
 def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def test_untouched_rows_take_no_memory_and_writes_are_private():
