@@ -49,7 +49,9 @@ class Worker:
         self.seconds()
 
     def peak_extra_bytes(self) -> int:
-        """Peak resident memory of a pass beyond inputs, dhidden and dweight; after a first pass."""
+        """Peak resident memory of a pass beyond inputs, dhidden and dweight, and code of libraries
+        that the pass loads; after a first pass.
+        """
         return int(self._ask("memory")["bytes"])
 
     def seconds(self) -> tuple[float, float]:

@@ -90,7 +90,7 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 def _slices(
     weight: Tensor, dtype: torch.dtype, bytes_a_thread: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the weight in dtype, a slice at a time: views, or copies that the next overwrite."""
+    """Rows of the weight in dtype, a slice at a time: views, or copies that later ones replace."""
     if weight.dtype == dtype and weight.device.type != "cpu":
         yield slice(0, weight.shape[0]), weight
         return

@@ -17,8 +17,8 @@ from tests.ranks import run_ranks
 
 def test_peaks_are_those_that_are_measured():
     """Beyond the returned gradients: what the libraries allocate comes on top."""
-    problem = Problem(512, 256, 151_936)
-    loss = Loss(512, 256, 151_936, dtype=torch.float32, device="cpu")
+    problem = Problem(1024, 256, 151_936)
+    loss = Loss(1024, 256, 151_936, dtype=torch.float32, device="cpu")
     expected = {
         "ours_one_pass": loss.one_pass(),
         "ours_full": loss.one_pass(full=True),
