@@ -1,6 +1,5 @@
 """Sums of the three gradients of a head over the chunks of a walk."""
 
-import mmap
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from opd_kernels import matmul
 from opd_kernels.backends import Epilogues
 from opd_kernels.head import Head, accumulator_dtype
 from opd_kernels.lazy_logits import LazyLogits
-from opd_kernels.pages import LazyZeros
+from opd_kernels.pages import PagedTensor
 from opd_kernels.sparse import sparse_gradients
 from opd_kernels.sparse_logits import SparseLogits
 from opd_kernels.sparse_rows import SparseRows
@@ -21,11 +20,10 @@ class Gradients:
     """Accumulators for the gradients that are needed, in float32 (float64)."""
 
     dhidden: Tensor | None  # [N, D]
-    dweight: Tensor | None  # [V_padded, D]
+    dweight: PagedTensor | None  # [V_padded, D]
     dbias: Tensor | None  # [V_padded]
     dweight_is_fresh: bool = True  # nothing was added: zeros on a CPU, on a GPU uninitialised
     unit: Tensor | None = None  # of all three, where they are sums of float16 chunks
-    pages: mmap.mmap | None = None  # that dweight lies on
 
     @classmethod
     def zeros(cls, student: LazyLogits, needs: tuple[bool, bool, bool], chunks: int) -> "Gradients":
@@ -37,14 +35,13 @@ class Gradients:
         whole = operand if chunks == 1 and operand == torch.bfloat16 else dtype
         hidden, weight, bias = student.hidden, student.weight, student.bias
         dhidden = torch.zeros_like(hidden, dtype=dtype) if needs[0] else None
-        dweight = pages = None
+        dweight = None
         if needs[1] and weight.device.type != "cpu":
-            dweight = torch.empty_like(weight, dtype=whole)
+            dweight = PagedTensor(torch.empty_like(weight, dtype=whole))
         elif needs[1]:
-            zeros = LazyZeros.like(weight, whole)
-            dweight, pages = zeros.tensor, zeros.pages
+            dweight = PagedTensor.zeros_like(weight, whole)
         dbias = torch.zeros_like(bias, dtype=dtype) if needs[2] and bias is not None else None
-        return cls(dhidden, dweight, dbias, pages=pages)
+        return cls(dhidden, dweight, dbias)
 
     def add_dense(self, rows: slice, dlogits: Tensor, hidden: Tensor, head: Head) -> None:
         """Add the two matrix products of a gradient chunk [c, V]."""
@@ -52,10 +49,10 @@ class Gradients:
         if self.dhidden is not None:
             matmul.add_hidden_gradient_(self.dhidden[rows], dlogits, head.rows(0, vocab))
         if self.dweight is not None:
-            fresh = self.dweight_is_fresh
-            matmul.add_weight_gradient_(self.dweight[:vocab], dlogits, hidden, fresh)
+            dweight, fresh = self.dweight.tensor, self.dweight_is_fresh
+            matmul.add_weight_gradient_(dweight[:vocab], dlogits, hidden, fresh)
             if fresh:
-                self.dweight[vocab:] = 0.0
+                dweight[vocab:] = 0.0
             self.dweight_is_fresh = False
         if self.dbias is not None:
             self.dbias[:vocab] += dlogits.sum(0, dtype=self.dbias.dtype)
@@ -65,10 +62,11 @@ class Gradients:
         if self.dhidden is not None:
             entries.add_to_hidden_(self.dhidden[rows], head.rows(0, head.vocab_size))
         if self.dweight is not None:
-            if self.dweight_is_fresh and self.dweight.device.type == "cpu":
-                self.dweight.zero_()  # faults its pages in one after the other, not as rows come
+            dweight = self.dweight.tensor
+            if self.dweight_is_fresh and dweight.device.type == "cpu":
+                dweight.zero_()  # faults its pages in one after the other, not as rows come
             self._begin_sum()
-            entries.add_to_weight_(self.dweight, hidden)
+            entries.add_to_weight_(self.dweight.tensor, hidden)
         if self.dbias is not None:
             entries.add_to_bias_(self.dbias)
 
@@ -83,38 +81,43 @@ class Gradients:
     ) -> None:
         """Add the gradient of a loss that never used the tail: no pass over the vocabulary."""
         self._begin_sum()
-        sums = (None if self.dhidden is None else self.dhidden[rows], self.dweight, self.dbias)
+        dhidden = None if self.dhidden is None else self.dhidden[rows]
+        dweight = None if self.dweight is None else self.dweight.tensor
         hidden = hidden.to(leaf.values.dtype)  # for the logits that it computes again
-        sparse_gradients(hidden, head, leaf.ids, leaf.values, dvalues, *sums, epilogues)
+        sparse_gradients(
+            hidden, head, leaf.ids, leaf.values, dvalues, dhidden, dweight, self.dbias, epilogues
+        )
 
     def scaled(self, factor: Tensor | None, student: LazyLogits) -> tuple[Tensor | None, ...]:
         """The gradients times a scalar, each in its operand's dtype; consumes the sums."""
         self._begin_sum()  # where no chunk was added
         if self.unit is not None:
             factor = self.unit if factor is None else factor * self.unit
-        results = []
+        results: list[Tensor | None] = []
         for total, operand in (
             (self.dhidden, student.hidden),
             (self.dweight, student.weight),
             (self.dbias, student.bias),
         ):
-            if total is not None and operand is not None:
-                pages = self.pages if total is self.dweight else None
-                total = _in_dtype(LazyZeros(total, pages), factor, operand.dtype)
-            results.append(total)
+            if total is None or operand is None:
+                results.append(None)
+                continue
+            paged = total if isinstance(total, PagedTensor) else PagedTensor(total)
+            results.append(_in_dtype(paged, factor, operand.dtype))
         return tuple(results)
 
     def _begin_sum(self) -> None:
         """Before anything is added row by row, which in 16 bits would round at every addition."""
         if self.dweight is not None and self.dweight_is_fresh:
-            if self.dweight.dtype == torch.bfloat16:
-                self.dweight = torch.zeros_like(self.dweight, dtype=torch.float32)
-            elif self.dweight.device.type != "cpu":
-                self.dweight.zero_()
+            dweight = self.dweight.tensor
+            if dweight.dtype == torch.bfloat16:
+                self.dweight = PagedTensor.zeros_like(dweight, torch.float32)
+            elif dweight.device.type != "cpu":
+                dweight.zero_()
         self.dweight_is_fresh = False
 
 
-def _in_dtype(total: LazyZeros, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _in_dtype(total: PagedTensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     """total * factor, rounded to dtype; total is used up."""
     if factor is None:
         return total.rounded(dtype)

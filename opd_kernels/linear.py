@@ -15,7 +15,7 @@ from opd_kernels.backends import RowState, select_backend
 from opd_kernels.driver import backpropagate, reduce_logits
 from opd_kernels.head import Head, accumulator_dtype
 from opd_kernels.matmul import operand_dtype
-from opd_kernels.pages import LazyZeros
+from opd_kernels.pages import PagedTensor
 from opd_kernels.sparse import canonical_ids, gather_logits, sparse_gradients
 
 
@@ -103,8 +103,8 @@ def linear_backward(
     dhidden = torch.zeros_like(hidden, dtype=values.dtype) if needs_dhidden else None
     # A 16-bit sum over tokens would round at every addition.
     dweight_dtype = values.dtype if dtail is None else weight.dtype
-    zeros = LazyZeros.like(weight, dweight_dtype) if needs_dweight else None
-    dweight = None if zeros is None else zeros.tensor
+    paged = PagedTensor.zeros_like(weight, dweight_dtype) if needs_dweight else None
+    dweight = None if paged is None else paged.tensor
     dbias = torch.zeros_like(bias, dtype=values.dtype) if needs_dbias and bias is not None else None
     with torch.autocast(hidden.device.type, enabled=False):
         if dvalues is None:
@@ -131,7 +131,7 @@ def linear_backward(
     nothing = hidden.new_empty(0)
     return (
         nothing if dhidden is None else dhidden.to(hidden.dtype),
-        nothing.clone() if zeros is None else zeros.rounded(weight.dtype),
+        nothing.clone() if paged is None else paged.rounded(weight.dtype),
         nothing.clone() if dbias is None or bias is None else dbias.to(bias.dtype),
     )
 

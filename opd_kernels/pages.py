@@ -1,4 +1,4 @@
-"""Sums on fresh pages of the operating system, which become memory when they are written."""
+"""Tensors on fresh pages of the operating system, which become memory when they are written."""
 
 import mmap
 from contextlib import suppress
@@ -12,22 +12,23 @@ _FIRST_ELEMENTS = 1 << 18  # of a rounded sum, over a temporary; what follows do
 
 
 @dataclass
-class LazyZeros:
-    """Zeros that cost nothing until they are touched, and the pages they lie on, if those are ours.
-
-    A gradient [V, D] of which few rows are not zero would else spend nearly all of its time on
-    being filled (docs/log.md).
-    """
+class PagedTensor:
+    """A tensor and the pages that it lies on, if those are ours alone."""
 
     tensor: Tensor
-    pages: mmap.mmap | None
+    pages: mmap.mmap | None = None
 
     @classmethod
-    def like(cls, tensor: Tensor, dtype: torch.dtype) -> "LazyZeros":
+    def zeros_like(cls, tensor: Tensor, dtype: torch.dtype) -> "PagedTensor":
+        """Zeros that cost nothing until they are touched.
+
+        A gradient [V, D] of which few rows are not zero would else spend nearly all of its time on
+        being filled (docs/log.md).
+        """
         size = tensor.numel() * dtype.itemsize
         on_cpu = tensor.device.type == "cpu" and tensor.is_contiguous()
         if not on_cpu or size < _LEAST_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
-            return cls(torch.zeros_like(tensor, dtype=dtype), None)
+            return cls(torch.zeros_like(tensor, dtype=dtype))
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return cls(torch.frombuffer(pages, dtype=dtype).view(tensor.shape), pages)
 

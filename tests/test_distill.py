@@ -209,6 +209,23 @@ def test_backward_twice(method, support):
         dhidden.sum().backward()
 
 
+def test_a_failed_backward_of_one_pass_cannot_be_called_again(monkeypatch):
+    """Its sums may be scaled in part: a second call would hand out wrong gradients."""
+    student, teacher = pair()
+    out = distillation_loss(student, teacher, k=K, method="one_pass")
+    with monkeypatch.context() as patch:
+
+        def refuse(*args):
+            raise MemoryError("out of memory")
+
+        patch.setattr("opd_kernels.pages.PagedTensor.rounded", refuse)
+        with pytest.raises(MemoryError):
+            torch.autograd.grad(out.loss, student.hidden, retain_graph=True)
+    with pytest.raises(RuntimeError, match="used up by an earlier backward"):
+        out.loss.backward()
+    assert student.hidden.grad is None
+
+
 def test_policy_gradient_on_sampled_ids():
     student, teacher = pair()
     ids = torch.randint(0, VOCAB, (TOKENS, 1))

@@ -1,19 +1,20 @@
 """Tensors on fresh pages are ordinary ones; zeros take memory only where they are written."""
 
+import ctypes
 import mmap
 from pathlib import Path
 
 import pytest
 import torch
 
-from opd_kernels.pages import LazyZeros
+from opd_kernels.pages import PagedTensor
 
 
 @pytest.mark.parametrize("rows", [0, 7, 300_001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_equal_to_zeros_of_the_same_layout(rows, dtype):
     for like in (torch.ones(rows, 3), torch.ones(3, rows).t()):
-        zeros = LazyZeros.like(like, dtype).tensor
+        zeros = PagedTensor.zeros_like(like, dtype).tensor
         assert zeros.dtype == dtype
         assert zeros.stride() == torch.zeros_like(like).stride()
         assert torch.equal(zeros, torch.zeros(rows, 3, dtype=dtype))
@@ -26,10 +27,10 @@ def resident():
 
 def test_untouched_rows_take_no_memory_and_writes_are_private():
     before = resident()
-    zeros = LazyZeros.like(torch.empty(1 << 16, 1 << 10), torch.float32).tensor
+    zeros = PagedTensor.zeros_like(torch.empty(1 << 16, 1 << 10), torch.float32).tensor
     zeros[::1000] += 1
     assert resident() - before < 32 << 20  # of 256 MiB
-    other = LazyZeros.like(torch.empty(1 << 16, 1 << 10), torch.float32).tensor
+    other = PagedTensor.zeros_like(torch.empty(1 << 16, 1 << 10), torch.float32).tensor
     assert other.sum() == 0
     assert zeros.sum() == 66 * 1024
 
@@ -41,7 +42,7 @@ def test_rounded_as_pytorch_rounds(rows, wide, narrow):
     """Below and above the first part, of whole pages and not."""
     values = torch.randn(rows, 3, dtype=wide)
     for like in (values, values.t()):
-        sum_ = LazyZeros.like(like, wide)
+        sum_ = PagedTensor.zeros_like(like, wide)
         sum_.tensor += like
         rounded = sum_.rounded(narrow)
         assert rounded.dtype == narrow
@@ -53,7 +54,7 @@ def test_rounded_as_pytorch_rounds(rows, wide, narrow):
 def test_a_sum_gives_back_the_memory_that_rounding_saves():
     like = torch.empty(1 << 16, 1 << 10)
     before = resident()
-    sum_ = LazyZeros.like(like, torch.float32)
+    sum_ = PagedTensor.zeros_like(like, torch.float32)
     sum_.tensor += 1
     whole = resident() - before
     rounded = sum_.rounded(torch.bfloat16)
@@ -61,3 +62,16 @@ def test_a_sum_gives_back_the_memory_that_rounding_saves():
     assert whole > 255 << 20
     assert 126 << 20 < resident() - before < 136 << 20
     assert rounded.sum(dtype=torch.float32) == 1 << 26
+
+
+def test_pages_that_are_locked_stay():
+    paged = PagedTensor.zeros_like(torch.empty(1 << 19), torch.float32)
+    paged.tensor += 1
+    address, size = paged.tensor.data_ptr(), paged.tensor.nbytes
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(size)):
+        pytest.skip("this system lets no page be locked")
+    assert paged.pages is not None
+    with pytest.raises(OSError, match="Invalid argument"):
+        paged.pages.madvise(mmap.MADV_DONTNEED)
+    assert paged.rounded(torch.bfloat16).sum(dtype=torch.float32) == 1 << 19
