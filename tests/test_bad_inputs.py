@@ -10,6 +10,7 @@ import struct
 import pandas
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from opd_kernels import LazyLogits
 from tests.tiny_run import tiny_tokenizer, write_recipe
@@ -116,15 +117,32 @@ def _long(tokens):
 def test_rows(tmp_path, text, changes, message):
     source = tmp_path / "rows.jsonl"
     source.write_bytes(text if isinstance(text, bytes) else text.encode())
-    reader = PromptReader(_config(**changes), tiny_tokenizer(), 256, {"": 256})
+    reader = PromptReader(_config(**changes), tiny_tokenizer(), 256, {"": 256}, 97)
     with pytest.raises(ValueError, match=message):
         reader.read(str(source))
+
+
+@pytest.mark.parametrize("column", ["prompt", "completion", "privileged_context"])
+def test_a_token_that_no_model_has_an_embedding_of(folder, capsys, column):
+    """Tokenizers may have more tokens than their model has rows, as Gemma 3 1B's has."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.add_tokens(["<image>"])
+    assert tokenizer.convert_tokens_to_ids("<image>") == 97
+    tokenizer.save_pretrained(folder / "model")
+    row = {"prompt": "a", "completion": "b"} | {column: "see <image>"}
+    (folder / "rows.jsonl").write_text(json.dumps(row))
+    changes = {"train_data": folder / "rows.jsonl", "model": folder / "model", "sft_coef": 1}
+    options = [x for key, value in changes.items() for x in (f"--{key}", value)]
+    line = _line(capsys, "distill", folder / "recipe.yaml", *options, "--output_dir", folder / "r")
+    where = "completion" if column == "completion" else "prompt"
+    expected = f"rows.jsonl, row 1, {where}: expected token ids below 97, .*, got 97, '<image>'"
+    assert re.search(expected, line)
 
 
 def test_a_row_of_no_teacher(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "teacher": "c"}\n')
     config = _config(teacher={"a": "one", "b": "other"})
-    reader = PromptReader(config, tiny_tokenizer(), 256, {"a": 256, "b": 256})
+    reader = PromptReader(config, tiny_tokenizer(), 256, {"a": 256, "b": 256}, 97)
     with pytest.raises(ValueError, match="row 1, teacher: expected one of a, b, got 'c'"):
         reader.read(str(tmp_path / "rows.jsonl"))
 
@@ -137,7 +155,7 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path):
 def test_tables(tmp_path):
     table = pandas.DataFrame({"prompt": ["a", float("nan")]})
     table.to_parquet(tmp_path / "nan.parquet")
-    reader = PromptReader(_config(), tiny_tokenizer(), 256, {"": 256})
+    reader = PromptReader(_config(), tiny_tokenizer(), 256, {"": 256}, 97)
     with pytest.raises(ValueError, match=r"nan.parquet, row 2, prompt: .*got {'prompt': None}"):
         reader.read(str(tmp_path / "nan.parquet"))
     (tmp_path / "text.parquet").write_text("a table")

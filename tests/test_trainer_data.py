@@ -27,7 +27,7 @@ def load(tmp_path):
             source.write_text("".join(json.dumps(row) + "\n" for row in rows))
         tokenizer = tiny_tokenizer(chat)
         contexts = context_length, {"": context_length}
-        prompts = PromptReader(config, tokenizer, *contexts).read(str(source))
+        prompts = PromptReader(config, tokenizer, *contexts, 97).read(str(source))
         decode = tokenizer.decode
         return [(decode(p.student_ids), decode(p.teacher_ids)) for p in prompts]
 
@@ -126,7 +126,9 @@ def test_a_missing_file_is_named(load, tmp_path):
     load([{"prompt": "a"}])
     config = load_config(DistillationConfig, tmp_path / "recipe.yaml", [])
     with pytest.raises(OSError, match="nowhere"):
-        PromptReader(config, tiny_tokenizer(), 256, {"": 256}).read(str(tmp_path / "nowhere.jsonl"))
+        PromptReader(config, tiny_tokenizer(), 256, {"": 256}, 97).read(
+            str(tmp_path / "nowhere.jsonl")
+        )
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(tmp_path):

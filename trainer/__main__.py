@@ -143,9 +143,10 @@ def load(config: StageConfig) -> tuple[Model, Evaluation, PromptReader]:
                 dtype = config.teacher_dtype or config.dtype
                 teachers[name] = load_teacher(model, dtype, config)
     contexts = {name: teacher.context for name, teacher in teachers.items()}
-    reader = PromptReader(config, tokenizer, models.context_length(student), contexts)
-    held_out: list[Prompt] = [] if config.eval_data is None else reader.read(config.eval_data)
     local = [t.model for t in teachers.values() if isinstance(t, LocalTeacher)]
+    known = min(models.vocabulary_size(model) for model in (student, *local))
+    reader = PromptReader(config, tokenizer, models.context_length(student), contexts, known)
+    held_out: list[Prompt] = [] if config.eval_data is None else reader.read(config.eval_data)
     sampler = _sampler(config)(config, tokenizer, student, *local)
     return student, Evaluation(config, held_out, teachers, sampler), reader
 

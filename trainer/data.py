@@ -49,6 +49,7 @@ class PromptReader:
     tokenizer: Tokenizer
     context: int  # tokens that the student can hold
     teacher_contexts: dict[str, int]  # and each teacher, by its name
+    vocab_size: int  # ids below it have an embedding in every model
 
     def read(self, source: str) -> list[Prompt]:
         """Every prompt of a source, see `load_rows`."""
@@ -90,6 +91,7 @@ class PromptReader:
             if not 0 < len(ids) <= room:
                 why = f"{model}'s context of {context} without max_completion_length"
                 raise ValueError(f"prompt: expected 1 to {room} tokens, {why}, got {len(ids)}")
+            self._check_ids("prompt", ids)
         text = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
         reference = self._completion(row.completion) if self.config.uses_references else None
         return Prompt(text, ours, theirs, name, reference, raw)
@@ -104,7 +106,17 @@ class PromptReader:
                 f"completion: expected at most {most} tokens, max_completion_length without EOS, "
                 f"got {len(ids)}"
             )
+        self._check_ids("completion", ids)
         return [*ids, self.tokenizer.eos_token_id]
+
+    def _check_ids(self, column: str, ids: list[int]) -> None:
+        """Raise where a tokenizer has more tokens than a model has rows of embeddings."""
+        if (largest := max(ids, default=0)) >= self.vocab_size:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise ValueError(
+                f"{column}: expected token ids below {self.vocab_size}, which every model has "
+                f"embeddings of, got {largest}, {token!r}; leave that token out"
+            )
 
     def _encode(self, prompt: str | Messages, context: str | Messages | None) -> list[int]:
         """Token ids of the prompt behind its context; plain text without a chat template."""

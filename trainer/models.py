@@ -130,6 +130,11 @@ def context_length(model: Model) -> int:
     return config.max_position_embeddings if limited else sys.maxsize
 
 
+def vocabulary_size(model: Model) -> int:
+    """The token ids that the model has embeddings of."""
+    return model.config.get_text_config().vocab_size
+
+
 def locate(name: str) -> tuple[str, dict[str, Any]]:
     """What from_pretrained needs: a directory or hub name, and gguf_file if it is one."""
     path = Path(name)
