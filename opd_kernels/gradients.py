@@ -62,9 +62,8 @@ class Gradients:
         if self.dhidden is not None:
             entries.add_to_hidden_(self.dhidden[rows], head.rows(0, head.vocab_size))
         if self.dweight is not None:
-            dweight = self.dweight.tensor
-            if self.dweight_is_fresh and dweight.device.type == "cpu":
-                dweight.zero_()  # faults its pages in one after the other, not as rows come
+            if self.dweight_is_fresh and self.dweight.tensor.device.type == "cpu":
+                self.dweight.tensor.zero_()  # faults its pages in in order, not as rows come
             self._begin_sum()
             entries.add_to_weight_(self.dweight.tensor, hidden)
         if self.dbias is not None:

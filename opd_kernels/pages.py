@@ -13,7 +13,7 @@ _FIRST_ELEMENTS = 1 << 18  # of a rounded sum, over a temporary; what follows do
 
 @dataclass
 class PagedTensor:
-    """A tensor and the pages that it lies on, if those are ours alone."""
+    """A tensor and the pages that it lies on, or None if it is an ordinary one."""
 
     tensor: Tensor
     pages: mmap.mmap | None = None

@@ -13,10 +13,11 @@ import torch
 from transformers import AutoTokenizer
 
 from opd_kernels import LazyLogits
-from tests.tiny_run import tiny_tokenizer, write_recipe
+from tests.tiny_run import tiny_tokenizer, write_model, write_recipe
 from trainer.__main__ import main
 from trainer.config import DistillationConfig
 from trainer.data import PromptReader, load_rows
+from trainer.models import Limits
 from trainer.objective import build_loss
 from trainer.scoring import load_scorer
 from trainer.stopping import RunStoppedError
@@ -29,6 +30,9 @@ def _line(capsys, *arguments):
     assert "Traceback" not in "".join(capsys.readouterr())
     assert re.fullmatch("error: .*", ended.value.code)  # one line, as . is no line break
     return ended.value.code
+
+
+LIMITS = Limits(context=256, ids=97)
 
 
 def _config(**changes):
@@ -117,32 +121,79 @@ def _long(tokens):
 def test_rows(tmp_path, text, changes, message):
     source = tmp_path / "rows.jsonl"
     source.write_bytes(text if isinstance(text, bytes) else text.encode())
-    reader = PromptReader(_config(**changes), tiny_tokenizer(), 256, {"": 256}, 97)
+    reader = PromptReader(_config(**changes), tiny_tokenizer(), LIMITS, {"": LIMITS})
     with pytest.raises(ValueError, match=message):
         reader.read(str(source))
 
 
-@pytest.mark.parametrize("column", ["prompt", "completion", "privileged_context"])
-def test_a_token_that_no_model_has_an_embedding_of(folder, capsys, column):
-    """Tokenizers may have more tokens than their model has rows, as Gemma 3 1B's has."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+# Tokenizers may have more tokens than their model has embeddings, as Gemma 3 1B's has.
+
+
+def _with_a_97th_token(model, **special):
+    """Add it to the tokenizer of a model that has embeddings of 97: 0 to 96."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens(["<image>"])
+    tokenizer.add_special_tokens(special)
     assert tokenizer.convert_tokens_to_ids("<image>") == 97
-    tokenizer.save_pretrained(folder / "model")
-    row = {"prompt": "a", "completion": "b"} | {column: "see <image>"}
-    (folder / "rows.jsonl").write_text(json.dumps(row))
-    changes = {"train_data": folder / "rows.jsonl", "model": folder / "model", "sft_coef": 1}
-    options = [x for key, value in changes.items() for x in (f"--{key}", value)]
-    line = _line(capsys, "distill", folder / "recipe.yaml", *options, "--output_dir", folder / "r")
-    where = "completion" if column == "completion" else "prompt"
-    expected = f"rows.jsonl, row 1, {where}: expected token ids below 97, .*, got 97, '<image>'"
-    assert re.search(expected, line)
+    tokenizer.save_pretrained(model)
+    return model
+
+
+def _rows(folder, **row):
+    path = folder / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "completion": "b"} | row))
+    return path
+
+
+def _arguments(folder, **changes):
+    options = {"model": folder / "model", "output_dir": folder / "run"} | changes
+    return folder / "recipe.yaml", *[x for k, v in options.items() for x in (f"--{k}", v)]
+
+
+@pytest.mark.parametrize("column", ["prompt", "completion", "privileged_context"])
+def test_a_token_without_an_embedding(folder, capsys, column):
+    _with_a_97th_token(folder / "model")
+    rows = _rows(folder, **{column: "see <image>"})
+    line = _line(capsys, "distill", *_arguments(folder, train_data=rows, sft_coef=1))
+    model = "teacher" if column == "privileged_context" else "student"
+    expected = f"rows.jsonl, row 1, {column}: expected token ids below 97, the rows of the {model}'"
+    assert re.search(f"{expected}s embedding, got 97, '<image>'; leave that token out", line)
+
+
+def test_a_token_of_which_one_teacher_has_no_embedding(folder, capsys):
+    """A row is for one teacher, and the other's limits are not its."""
+    _with_a_97th_token(folder / "model")
+    small, large = (
+        _with_a_97th_token(write_model(folder / str(size), vocab_size=size)) for size in (97, 98)
+    )
+    teacher = json.dumps({"s": str(small), "l": str(large)})
+    for name in "ls":
+        rows = _rows(folder, teacher=name, privileged_context="see <image>")
+        changes = {"train_data": rows, "eval_data": rows, "teacher": teacher, "max_steps": 1}
+        arguments = _arguments(folder, **changes, output_dir=folder / name)
+        if name == "s":
+            line = _line(capsys, "distill", *arguments)
+            assert re.search("privileged_context: .* below 97, the rows of the teacher's", line)
+        else:
+            main(["distill", *map(str, arguments)])
+
+
+def test_eos_without_an_embedding(folder, capsys):
+    _with_a_97th_token(folder / "model", eos_token="<image>")
+    line = _line(capsys, "distill", *_arguments(folder))
+    assert re.search("model: expected an EOS token with an id below 97, .*'<image>' of id", line)
+
+
+def test_padding_without_an_embedding_is_replaced(folder):
+    _with_a_97th_token(folder / "model", pad_token="<image>")
+    main(["distill", *map(str, _arguments(folder, max_steps=1))])
+    assert AutoTokenizer.from_pretrained(folder / "run" / "model").pad_token == "</s>"
 
 
 def test_a_row_of_no_teacher(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "teacher": "c"}\n')
     config = _config(teacher={"a": "one", "b": "other"})
-    reader = PromptReader(config, tiny_tokenizer(), 256, {"a": 256, "b": 256}, 97)
+    reader = PromptReader(config, tiny_tokenizer(), LIMITS, {"a": LIMITS, "b": LIMITS})
     with pytest.raises(ValueError, match="row 1, teacher: expected one of a, b, got 'c'"):
         reader.read(str(tmp_path / "rows.jsonl"))
 
@@ -155,7 +206,7 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path):
 def test_tables(tmp_path):
     table = pandas.DataFrame({"prompt": ["a", float("nan")]})
     table.to_parquet(tmp_path / "nan.parquet")
-    reader = PromptReader(_config(), tiny_tokenizer(), 256, {"": 256}, 97)
+    reader = PromptReader(_config(), tiny_tokenizer(), LIMITS, {"": LIMITS})
     with pytest.raises(ValueError, match=r"nan.parquet, row 2, prompt: .*got {'prompt': None}"):
         reader.read(str(tmp_path / "nan.parquet"))
     (tmp_path / "text.parquet").write_text("a table")

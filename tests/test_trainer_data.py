@@ -8,7 +8,7 @@ import pytest
 from tests.tiny_run import tiny_tokenizer, write_model, write_recipe
 from trainer.config import DistillationConfig
 from trainer.data import PromptReader, load_rows
-from trainer.models import compare_tokenizers, load_model, load_tokenizer
+from trainer.models import Limits, compare_tokenizers, load_model, load_tokenizer
 from trainer.recipe import load_config
 
 
@@ -26,8 +26,8 @@ def load(tmp_path):
         else:
             source.write_text("".join(json.dumps(row) + "\n" for row in rows))
         tokenizer = tiny_tokenizer(chat)
-        contexts = context_length, {"": context_length}
-        prompts = PromptReader(config, tokenizer, *contexts, 97).read(str(source))
+        limits = Limits(context_length, ids=97)
+        prompts = PromptReader(config, tokenizer, limits, {"": limits}).read(str(source))
         decode = tokenizer.decode
         return [(decode(p.student_ids), decode(p.teacher_ids)) for p in prompts]
 
@@ -126,7 +126,7 @@ def test_a_missing_file_is_named(load, tmp_path):
     load([{"prompt": "a"}])
     config = load_config(DistillationConfig, tmp_path / "recipe.yaml", [])
     with pytest.raises(OSError, match="nowhere"):
-        PromptReader(config, tiny_tokenizer(), 256, {"": 256}, 97).read(
+        PromptReader(config, tiny_tokenizer(), Limits(256, 97), {"": Limits(256, 97)}).read(
             str(tmp_path / "nowhere.jsonl")
         )
 

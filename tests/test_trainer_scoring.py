@@ -5,6 +5,7 @@ import pytest
 from tests.tiny_run import NO_TEACHER, tiny_tokenizer, write_recipe
 from trainer.config import RLVRConfig
 from trainer.data import PromptReader, load_rows
+from trainer.models import Limits
 from trainer.recipe import load_config
 from trainer.scoring import load_scorer
 from trainer.stopping import RunStoppedError
@@ -63,7 +64,7 @@ def test_reasoning_gym_makes_the_data_and_scores_it(tmp_path):
         assert scorer(str(eval(left + right)), row) == 1
         assert scorer("no number", row) < 1
     config = load_config(RLVRConfig, write_recipe(tmp_path, **BASE), [])
-    prompts = PromptReader(config, tiny_tokenizer(), 256, {}, 97).read(source)
+    prompts = PromptReader(config, tiny_tokenizer(), Limits(256, 97), {}).read(source)
     assert prompts[0].row["answer"] == rows[0]["answer"]
     assert prompts[0].text == rows[0]["question"]
 

@@ -44,7 +44,7 @@ def _many(count):
 
 def test_its_log_probs_are_those_of_the_model(tmp_path, server):
     teacher = ServedTeacher(server.url, _config(tmp_path, server), tiny_tokenizer(), 97)
-    assert teacher.context == 255  # it generates one more
+    assert teacher.limits.context == 255  # it generates one more
     batch = completions()
     teacher.prepare(batch)
     sparse = teacher.logits(batch, 1.0)
@@ -178,7 +178,7 @@ def test_the_end_of_a_prompt_counts(tmp_path, server):
 
 def test_a_prompt_up_to_the_servers_context(tmp_path, server):
     teacher = ServedTeacher(server.url, _config(tmp_path, server), tiny_tokenizer(), 97)
-    ids = [5 + i % 80 for i in range(teacher.context)]
+    ids = [5 + i % 80 for i in range(teacher.limits.context)]
     batch = [Completion(Prompt("", ids[:-6], ids[:-6]), ids[-6:], False)]
     teacher.prepare(batch)
     assert teacher.logits(batch, 1.0).ids.shape[0] == 6

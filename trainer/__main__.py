@@ -121,6 +121,7 @@ def load(config: StageConfig) -> tuple[Model, Evaluation, PromptReader]:
     split, trusted = config.distributed_config, config.trust_remote_code
     tokenizer = models.load_tokenizer(config.model, trusted)
     student = models.load_model(config.model, config.dtype, split, trusted)
+    models.check_special_tokens(tokenizer, student)
     student = models.with_lora(student, config)
     if not split:
         student.to(config.device)
@@ -142,11 +143,10 @@ def load(config: StageConfig) -> tuple[Model, Evaluation, PromptReader]:
                 _tell(config, models.compare_tokenizers(tokenizer, model, trusted))
                 dtype = config.teacher_dtype or config.dtype
                 teachers[name] = load_teacher(model, dtype, config)
-    contexts = {name: teacher.context for name, teacher in teachers.items()}
-    local = [t.model for t in teachers.values() if isinstance(t, LocalTeacher)]
-    known = min(models.vocabulary_size(model) for model in (student, *local))
-    reader = PromptReader(config, tokenizer, models.context_length(student), contexts, known)
+    limits = {name: teacher.limits for name, teacher in teachers.items()}
+    reader = PromptReader(config, tokenizer, models.Limits.of(student), limits)
     held_out: list[Prompt] = [] if config.eval_data is None else reader.read(config.eval_data)
+    local = [t.model for t in teachers.values() if isinstance(t, LocalTeacher)]
     sampler = _sampler(config)(config, tokenizer, student, *local)
     return student, Evaluation(config, held_out, teachers, sampler), reader
 

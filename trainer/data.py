@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from trainer.config import EvaluationConfig, StageConfig, TeacherConfig
 from trainer.functions import explained
-from trainer.models import Tokenizer
+from trainer.models import Limits, Tokenizer
 from trainer.values import Message, Messages, reason
 
 _UNREADABLE = "{}: expected a .jsonl or .parquet file, a dataset of the hub or reasoning_gym:TASK"
@@ -47,9 +47,8 @@ class PromptReader:
 
     config: StageConfig
     tokenizer: Tokenizer
-    context: int  # tokens that the student can hold
-    teacher_contexts: dict[str, int]  # and each teacher, by its name
-    vocab_size: int  # ids below it have an embedding in every model
+    limits: Limits  # of the student
+    teacher_limits: dict[str, Limits]  # of each teacher, by its name
 
     def read(self, source: str) -> list[Prompt]:
         """Every prompt of a source, see `load_rows`."""
@@ -76,22 +75,23 @@ class PromptReader:
                     "privileged_context: missing; without it a self-teacher is the student"
                 )
         ours, theirs = self._encode(row.prompt, None), self._encode(row.prompt, privileged)
-        name, contexts = row.teacher or "", self.teacher_contexts
-        if "" in contexts or not contexts:  # a single teacher has every row
+        name, teachers = row.teacher or "", self.teacher_limits
+        if "" in teachers or not teachers:  # a single teacher has every row
             name = ""
-        elif name not in contexts:
-            raise ValueError(f"teacher: expected one of {', '.join(contexts)}, got {row.teacher!r}")
+        elif name not in teachers:
+            raise ValueError(f"teacher: expected one of {', '.join(teachers)}, got {row.teacher!r}")
         length = self.config.max_completion_length
-        models = [("the student", ours, self.context, length)]
-        if contexts:
+        models = [("the student", ours, self.limits, length)]
+        if teachers:
             probes = isinstance(self.config, EvaluationConfig) and self.config.prefix_probe
-            models += [("the teacher", theirs, contexts[name], length * (1 + probes))]
-        for model, ids, context, reserved in models:
-            room = context - reserved
+            models += [("the teacher", theirs, teachers[name], length * (1 + probes))]
+        for model, ids, limits, reserved in models:
+            room = limits.context - reserved
             if not 0 < len(ids) <= room:
-                why = f"{model}'s context of {context} without max_completion_length"
+                why = f"{model}'s context of {limits.context} without max_completion_length"
                 raise ValueError(f"prompt: expected 1 to {room} tokens, {why}, got {len(ids)}")
-            self._check_ids("prompt", ids)
+            column = "prompt" if max(ids) in ours else "privileged_context"
+            self._check_ids(column, ids, model, limits)
         text = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
         reference = self._completion(row.completion) if self.config.uses_references else None
         return Prompt(text, ours, theirs, name, reference, raw)
@@ -106,16 +106,17 @@ class PromptReader:
                 f"completion: expected at most {most} tokens, max_completion_length without EOS, "
                 f"got {len(ids)}"
             )
-        self._check_ids("completion", ids)
+        self._check_ids("completion", ids, "the student", self.limits)
         return [*ids, self.tokenizer.eos_token_id]
 
-    def _check_ids(self, column: str, ids: list[int]) -> None:
-        """Raise where a tokenizer has more tokens than a model has rows of embeddings."""
-        if (largest := max(ids, default=0)) >= self.vocab_size:
+    def _check_ids(self, column: str, ids: list[int], model: str, limits: Limits) -> None:
+        """Raise where a tokenizer has more tokens than the model has rows of embeddings."""
+        if (largest := max(ids, default=0)) >= limits.ids:
             token = self.tokenizer.convert_ids_to_tokens(largest)
             raise ValueError(
-                f"{column}: expected token ids below {self.vocab_size}, which every model has "
-                f"embeddings of, got {largest}, {token!r}; leave that token out"
+                f"{column}: expected token ids below {limits.ids}, the rows of {model}'s "
+                f"embedding, got {largest}, {token!r}; leave that token out or, if the chat "
+                "template puts it there, save the model with resized embeddings first"
             )
 
     def _encode(self, prompt: str | Messages, context: str | Messages | None) -> list[int]:

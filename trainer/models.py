@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,20 @@ def is_adapter(source: str) -> bool:
     return (Path(source) / "adapter_config.json").exists()
 
 
+def check_special_tokens(tokenizer: Tokenizer, model: Model) -> None:
+    """Raise if the model has no embedding of EOS, which completions hold; pad by it instead of a
+    token without one.
+    """
+    token, known = tokenizer.eos_token, Limits.of(model).ids
+    if tokenizer.eos_token_id >= known:
+        raise ValueError(
+            f"model: expected an EOS token with an id below {known}, the rows of its embedding, "
+            f"got {token!r} of id {tokenizer.eos_token_id}; save it with resized embeddings first"
+        )
+    if tokenizer.pad_token_id >= known:
+        tokenizer.pad_token = token
+
+
 @contextmanager
 def eval_mode(model: Model) -> Iterator[None]:
     """The model without dropout for a while."""
@@ -123,16 +138,18 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def context_length(model: Model) -> int:
-    """The tokens that the model can hold; without positions there is no limit."""
-    config = model.config.get_text_config()
-    limited = hasattr(config, "max_position_embeddings")
-    return config.max_position_embeddings if limited else sys.maxsize
+@dataclass(frozen=True)
+class Limits:
+    """The inputs that a model can take."""
 
+    context: int  # tokens of a sequence
+    ids: int  # those below have an embedding
 
-def vocabulary_size(model: Model) -> int:
-    """The token ids that the model has embeddings of."""
-    return model.config.get_text_config().vocab_size
+    @classmethod
+    def of(cls, model: Model) -> "Limits":
+        """Without positions there is no limit to the context."""
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+        return cls(context, causal_lm_of(model).get_input_embeddings().weight.shape[0])
 
 
 def locate(name: str) -> tuple[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ import torch
 
 from opd_kernels import SparseLogits
 from trainer.config import TeacherConfig
-from trainer.models import Tokenizer
+from trainer.models import Limits, Tokenizer
 from trainer.rollout import Completion
 from trainer.teacher import TeacherError
 
@@ -60,11 +60,12 @@ class ServedTeacher:
         self.answers: dict[tuple[tuple[int, ...], tuple[int, ...]], Future[list[_Row]]] = {}
         models = list(self._patiently(self.client.models.list, lambda answer: answer.data))
         self.model = config.teacher_model or models[0].id
-        limits = [x.model_extra or {} for x in models if x.id == self.model]
-        if not limits:
+        listed = [x.model_extra or {} for x in models if x.id == self.model]
+        if not listed:
             names = ", ".join(x.id for x in models)
             raise TeacherError(f"teacher_model: expected one of {names}, got {self.model!r}")
-        self.context = (limits[0].get("max_model_len") or sys.maxsize) - 1  # it generates a token
+        context = (listed[0].get("max_model_len") or sys.maxsize) - 1  # it generates a token
+        self.limits = Limits(context, ids=sys.maxsize)  # which it does not tell
         self._check_tokens(tokenizer)
 
     def _check_tokens(self, tokenizer: Tokenizer) -> None:

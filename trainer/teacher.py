@@ -12,7 +12,7 @@ from opd_kernels import LazyLogits, SparseLogits
 from opd_kernels.integrations.transformers import call_with_lazy_logits, pad_completions
 from opd_kernels.parallel import is_dtensor, plain
 from trainer.config import StageConfig
-from trainer.models import Model, context_length, eval_mode, load_model, reshard
+from trainer.models import Limits, Model, eval_mode, load_model, reshard
 from trainer.rollout import Completion
 from trainer.stopping import RunStoppedError
 
@@ -27,8 +27,8 @@ class Teacher(Protocol):
     """Scores the tokens of completions."""
 
     @property
-    def context(self) -> int:
-        """The tokens that it can hold."""
+    def limits(self) -> Limits:
+        """Of its inputs."""
 
     def prepare(self, completions: list[Completion]) -> None:
         """Begin with the completions of a step, whose logits are about to be asked for."""
@@ -47,8 +47,8 @@ class LocalTeacher:
     without_adapters: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
-    def context(self) -> int:
-        return context_length(self.model)
+    def limits(self) -> Limits:
+        return Limits.of(self.model)
 
     @contextmanager
     def active(self) -> Iterator[Model]:

@@ -68,7 +68,7 @@ def test_a_served_teachers_log_probs_are_the_local_ones(
     monkeypatch.setenv("OPD_TEACHER_API_KEY", API_KEY)
     tokenizer = load_tokenizer(str(smollm2))
     teacher = ServedTeacher(server_url, config, tokenizer, 49_152)
-    assert teacher.context == 511
+    assert teacher.limits.context == 511
     torch.manual_seed(0)
     batch = []
     for length in (1, 5, 40, 200):
