@@ -126,3 +126,17 @@ def test_chunk_sizes_do_not_matter(backend, chunk_bytes):
         results.append([s.values, s.ids, s.tail, s.entropy, *gradients(loss, logits)])
     for actual, expected in zip(*results, strict=True):
         assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tail", [True, False])
+def test_a_weight_gradient_is_summed_over_tokens_in_float32(backend, tail, monkeypatch):
+    """Of ones, which a sum in bfloat16 would stop counting at 256, in parts of one."""
+    monkeypatch.setattr("opd_kernels.sparse_rows._BLOCK_BYTES", 1)
+    tokens = 600
+    hidden = torch.ones(tokens, 8, dtype=torch.bfloat16)
+    weight = torch.zeros(40, 8, dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.full((tokens, 1), 7)
+    s = LazyLogits(hidden, weight).gather(ids, tail=tail, backend=backend)
+    (dweight,) = torch.autograd.grad(s.values.sum(), weight)
+    assert torch.equal(dweight[7], torch.full((8,), 600.0, dtype=torch.bfloat16))
+    assert dweight.count_nonzero() == 8
