@@ -15,6 +15,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from opd_kernels import pages
 from opd_kernels.cost_model import (
     Kernel,
     Machine,
@@ -75,7 +76,7 @@ def _recompute_sizes(tokens: int, vocab: int, budget: int) -> tuple[int, int]:
 
 def chunk_buffer(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """Uninitialised logits [rows, columns] whose rows start at multiples of _ALIGNMENT."""
-    return like.new_empty((rows, _aligned(columns)), dtype=dtype)[:, :columns]
+    return pages.empty((rows, _aligned(columns)), like, dtype)[:, :columns]
 
 
 def one_pass_rows(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd_kernels import float16, matmul
+from opd_kernels import float16, matmul, pages
 from opd_kernels.backends import Epilogues, FusedEpilogues, RowState
 from opd_kernels.chunking import recompute_sizes
 from opd_kernels.head import Head
@@ -46,7 +46,7 @@ class _Chunks:
 
     def buffer(self, dtype: torch.dtype) -> Callable[[slice, Tensor], Tensor]:
         """One buffer that every chunk reuses: a function to its view for some rows and weights."""
-        memory = self.hidden.new_empty(self.rows * self.columns, dtype=dtype)
+        memory = pages.empty((self.rows * self.columns,), self.hidden, dtype)
 
         def view(rows: slice, weight: Tensor) -> Tensor:
             shape = (rows.stop - rows.start, weight.shape[0])

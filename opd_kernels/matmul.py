@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from opd_kernels import pages
 from opd_kernels.head import accumulator_dtype
 
 # Bytes of a slice of the weight for each thread: what is fastest on a CPU to project, and to
@@ -103,7 +104,7 @@ def _slices(
     if weight.dtype != dtype:
         slice_bytes = most * weight.shape[1] * dtype.itemsize
         slots = min(len(starts), max(1, UPCAST_BYTES // slice_bytes)) if on_cpu else 1
-        buffers = cycle(weight.new_empty((slots, most, weight.shape[1]), dtype=dtype))
+        buffers = cycle(pages.empty((slots, most, weight.shape[1]), weight, dtype))
     for first in starts:
         rows = slice(first, min(first + most, weight.shape[0]))
         part = weight[rows]

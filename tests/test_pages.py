@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from opd_kernels import pages
 from opd_kernels.pages import PagedTensor
 
 
@@ -75,3 +76,30 @@ def test_pages_that_are_locked_stay():
     with pytest.raises(OSError, match="Invalid argument"):
         paged.pages.madvise(mmap.MADV_DONTNEED)
     assert paged.rounded(torch.bfloat16).sum(dtype=torch.float32) == 1 << 19
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("huge", [True, False])
+@pytest.mark.parametrize("shape", [(0, 5), (3, 7), (1000, 3000), (5_000_003,)])
+def test_an_empty_tensor_is_an_ordinary_one(shape, huge, dtype, monkeypatch):
+    monkeypatch.setattr("opd_kernels.pages._has_huge_pages", lambda: huge)
+    tensor = pages.empty(shape, torch.empty(0), dtype)
+    assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
+    assert torch.equal(tensor.fill_(1), torch.ones(shape, dtype=dtype))
+
+
+def test_memory_that_the_system_refuses_is_pytorchs_to_refuse():
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        pages.empty((1 << 50,), torch.empty(0), torch.float32)
+
+
+@pytest.mark.skipif(not pages._has_huge_pages(), reason="the C library's allocator has them")
+def test_freed_chunks_are_given_back():
+    """Whatever is allocated while they live: as freed holes of a heap they would add up."""
+    before, kept = resident(), []
+    for _ in range(8):
+        chunk = pages.empty((6 << 20,), torch.empty(0), torch.float32).zero_()
+        assert resident() - before < 28 << 20  # of 24 MiB
+        kept.append(torch.zeros(1000))
+        del chunk
+    assert resident() - before < 4 << 20
