@@ -118,7 +118,7 @@ def backpropagate(
         dweight_rows = dbias_rows = None
         if dweight is not None:
             # The first block of rows overwrites it.
-            dweight_rows = _in_dtype(dweight[first:last], dvalues.dtype, torch.empty_like)
+            dweight_rows = _in_dtype(dweight[first:last], dvalues.dtype, _empty_like)
         if dbias is not None:
             dbias_rows = _in_dtype(dbias[first:last], dvalues.dtype, torch.zeros_like)
         for block, rows in enumerate(chunks.rows_of()):
@@ -184,6 +184,10 @@ def _recomputed_inside(
 def _in_dtype(rows: Tensor, dtype: torch.dtype, make: Callable[..., Tensor]) -> Tensor:
     """The rows themselves, or a tensor like them to round into them later."""
     return rows if rows.dtype == dtype else make(rows, dtype=dtype)
+
+
+def _empty_like(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    return pages.empty(tuple(rows.shape), rows, dtype)
 
 
 def _write(gradient: Tensor | None, rows: Tensor | None, first: int, unit: Tensor | None) -> None:

@@ -1,8 +1,8 @@
 """Tensors on fresh pages of the operating system, which become memory when they are written.
 
 The C library keeps what is freed below 32 MiB for itself, and a hole that is a few bytes too small
-for the next chunk stays memory: three chunks of 24 MiB were resident where one is in use. And where
-Linux gives huge pages, 24 MiB come in in 0.7 ms instead of 10 (docs/log.md).
+for the next chunk stays memory: three chunks of 24 MiB were resident where one is in use. Linux
+gives huge pages to who asks, in which 24 MiB come in in 0.7 ms instead of 10 (docs/log.md).
 """
 
 import math
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils import deterministic
 
 _LEAST_BYTES = 1 << 20
 _LEAST_HUGE_BYTES = 8 << 20
@@ -21,18 +22,22 @@ _FIRST_ELEMENTS = 1 << 18  # of a rounded sum, over a temporary; what follows do
 
 
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor beside `like` that is written soon, and given back when it is freed;
-    on huge pages, if it is large and there are any.
+    """An uninitialised tensor beside `like`. A large one on a CPU lies on huge pages of its own, if
+    there are any: it comes in fast, and is given back when it is freed.
     """
-    size = math.prod(shape) * dtype.itemsize
-    pages = None
-    if like.device.type == "cpu" and size >= _LEAST_HUGE_BYTES and _has_huge_pages():
-        pages = _fresh(size)
+    count, huge = math.prod(shape), _huge_page_bytes()
+    size, pages = count * dtype.itemsize, None
+    if like.device.type == "cpu" and huge and size >= max(huge, _LEAST_HUGE_BYTES):
+        pages = _fresh(-(-size // huge) * huge)  # Linux aligns whole huge pages alone
     if pages is None:
         return like.new_empty(shape, dtype=dtype)
     with suppress(OSError):  # it is a hint
         pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    tensor = torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
+    filled: bool = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if filled and torch.are_deterministic_algorithms_enabled():
+        tensor.fill_(math.nan)  # as PyTorch does to its own
+    return tensor
 
 
 @dataclass
@@ -89,9 +94,10 @@ def _fresh(size: int) -> mmap.mmap | None:
 
 
 @cache
-def _has_huge_pages() -> bool:
-    """Whether Linux gives them to a program that asks."""
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+def _huge_page_bytes() -> int:
+    """The size of a huge page where Linux gives them to a program that asks, else 0."""
+    settings = Path("/sys/kernel/mm/transparent_hugepage")
     with suppress(OSError):
-        return hasattr(mmap, "MADV_HUGEPAGE") and "[never]" not in setting.read_text()
-    return False
+        if hasattr(mmap, "MADV_HUGEPAGE") and "[never]" not in (settings / "enabled").read_text():
+            return int((settings / "hpage_pmd_size").read_text())
+    return 0

@@ -55,8 +55,10 @@ def _scores(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
     """hidden @ weight.T + bias at ids [N, K]; whatever row 0 of the weight gives in empty slots."""
     scores = hidden.new_empty(ids.shape)
     for rows in _row_blocks(ids, hidden):
-        weight = _weight_rows(head, ids[rows], hidden)
-        scores[rows] = torch.bmm(weight, hidden[rows, :, None])[..., 0]
+        # Without a name, by which one block of the weight would live until the next is there.
+        scores[rows] = torch.bmm(_weight_rows(head, ids[rows], hidden), hidden[rows, :, None])[
+            ..., 0
+        ]
     if head.bias is not None:
         scores += head.bias.to(hidden.dtype)[ids.clamp_min(0)]
     return scores

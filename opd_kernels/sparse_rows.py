@@ -51,8 +51,8 @@ def _accumulate_(out: Tensor, rows: Tensor, columns: Tensor, values: Tensor, den
         )
         return
     for block in _blocks(values, dense.shape[1]):
-        gathered = dense[columns[block]].to(out.dtype)
-        _add_rows_(out, rows[block], gathered.mul_(values[block, None]))
+        # Without a name, by which one block would live until the next is there.
+        _add_rows_(out, rows[block], dense[columns[block]].to(out.dtype).mul_(values[block, None]))
 
 
 def _csr(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

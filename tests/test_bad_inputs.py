@@ -157,7 +157,7 @@ def test_a_token_without_an_embedding(folder, capsys, column):
     line = _line(capsys, "distill", *_arguments(folder, train_data=rows, sft_coef=1))
     model = "teacher" if column == "privileged_context" else "student"
     expected = f"rows.jsonl, row 1, {column}: expected token ids below 97, the rows of the {model}'"
-    assert re.search(f"{expected}s embedding, got 97, '<image>'; leave that token out", line)
+    assert re.search(f"{expected}s weights, got 97, '<image>'; leave that token out", line)
 
 
 def test_a_token_of_which_one_teacher_has_no_embedding(folder, capsys):

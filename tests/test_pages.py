@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_kernels import pages
+from opd_kernels import distillation_loss, pages
 from opd_kernels.pages import PagedTensor
+from tests.distill_cases import K, pair
+from tests.reference import gradients
 
 
 @pytest.mark.parametrize("rows", [0, 7, 300_001])
@@ -22,11 +24,16 @@ def test_equal_to_zeros_of_the_same_layout(rows, dtype):
         assert torch.equal(zeros.add_(1), torch.ones(rows, 3, dtype=dtype))
 
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def test_untouched_rows_take_no_memory_and_writes_are_private():
+    if "[always]" in HUGE_PAGES.read_text():
+        pytest.skip("a touched row takes a huge page")
     before = resident()
     zeros = PagedTensor.zeros_like(torch.empty(1 << 16, 1 << 10), torch.float32).tensor
     zeros[::1000] += 1
@@ -79,13 +86,37 @@ def test_pages_that_are_locked_stay():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("huge", [True, False])
+@pytest.mark.parametrize("huge", [0, 1 << 21])
 @pytest.mark.parametrize("shape", [(0, 5), (3, 7), (1000, 3000), (5_000_003,)])
 def test_an_empty_tensor_is_an_ordinary_one(shape, huge, dtype, monkeypatch):
-    monkeypatch.setattr("opd_kernels.pages._has_huge_pages", lambda: huge)
+    monkeypatch.setattr("opd_kernels.pages._huge_page_bytes", lambda: huge)
     tensor = pages.empty(shape, torch.empty(0), dtype)
     assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
     assert torch.equal(tensor.fill_(1), torch.ones(shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("method", ["one_pass", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_on_pages_is_the_same(method, dtype, monkeypatch):
+    """Of any size, whatever is in them before they are written."""
+    student, teacher = pair(dtype=dtype)
+
+    def run():
+        loss = distillation_loss(student, teacher, k=K, method=method, chunk_bytes=1000).loss
+        return [loss, *gradients(loss, student)]
+
+    expected, taken = run(), []
+    monkeypatch.setattr("opd_kernels.pages._LEAST_HUGE_BYTES", 1)
+    monkeypatch.setattr("opd_kernels.pages._huge_page_bytes", lambda: 1)
+    fresh = pages._fresh
+    monkeypatch.setattr("opd_kernels.pages._fresh", lambda size: taken.append(size) or fresh(size))
+    for one, other in zip(run(), expected, strict=True):
+        assert torch.equal(one, other)
+    assert taken
+
+
+def test_uninitialised_pages_are_poisoned():
+    assert pages.empty((3 << 20,), torch.empty(0), torch.float32).isnan().all()
 
 
 def test_memory_that_the_system_refuses_is_pytorchs_to_refuse():
@@ -93,9 +124,10 @@ def test_memory_that_the_system_refuses_is_pytorchs_to_refuse():
         pages.empty((1 << 50,), torch.empty(0), torch.float32)
 
 
-@pytest.mark.skipif(not pages._has_huge_pages(), reason="the C library's allocator has them")
+@pytest.mark.skipif(not pages._huge_page_bytes(), reason="the C library's allocator has them")
 def test_freed_chunks_are_given_back():
     """Whatever is allocated while they live: as freed holes of a heap they would add up."""
+    pages.empty((6 << 20,), torch.empty(0), torch.float32).zero_()  # starts PyTorch's threads
     before, kept = resident(), []
     for _ in range(8):
         chunk = pages.empty((6 << 20,), torch.empty(0), torch.float32).zero_()

@@ -110,12 +110,12 @@ class PromptReader:
         return [*ids, self.tokenizer.eos_token_id]
 
     def _check_ids(self, column: str, ids: list[int], model: str, limits: Limits) -> None:
-        """Raise where a tokenizer has more tokens than the model has rows of embeddings."""
+        """Raise where a tokenizer has more tokens than the model has rows of weights."""
         if (largest := max(ids, default=0)) >= limits.ids:
             token = self.tokenizer.convert_ids_to_tokens(largest)
             raise ValueError(
                 f"{column}: expected token ids below {limits.ids}, the rows of {model}'s "
-                f"embedding, got {largest}, {token!r}; leave that token out or, if the chat "
+                f"weights, got {largest}, {token!r}; leave that token out or, if the chat "
                 "template puts it there, save the model with resized embeddings first"
             )
 

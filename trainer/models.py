@@ -100,13 +100,13 @@ def is_adapter(source: str) -> bool:
 
 
 def check_special_tokens(tokenizer: Tokenizer, model: Model) -> None:
-    """Raise if the model has no embedding of EOS, which completions hold; pad by it instead of a
-    token without one.
+    """Raise if the model does not know EOS, with which completions end; pad by it instead of a
+    token that the model does not know.
     """
     token, known = tokenizer.eos_token, Limits.of(model).ids
     if tokenizer.eos_token_id >= known:
         raise ValueError(
-            f"model: expected an EOS token with an id below {known}, the rows of its embedding, "
+            f"model: expected an EOS token with an id below {known}, the rows of its weights, "
             f"got {token!r} of id {tokenizer.eos_token_id}; save it with resized embeddings first"
         )
     if tokenizer.pad_token_id >= known:
@@ -143,13 +143,15 @@ class Limits:
     """The inputs that a model can take."""
 
     context: int  # tokens of a sequence
-    ids: int  # those below have an embedding
+    ids: int  # those below have an embedding and a logit
 
     @classmethod
     def of(cls, model: Model) -> "Limits":
         """Without positions there is no limit to the context."""
         context = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
-        return cls(context, causal_lm_of(model).get_input_embeddings().weight.shape[0])
+        causal_lm = causal_lm_of(model)
+        ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+        return cls(context, min(end.weight.shape[0] for end in ends))
 
 
 def locate(name: str) -> tuple[str, dict[str, Any]]:
