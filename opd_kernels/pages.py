@@ -2,7 +2,8 @@
 
 The C library keeps what is freed below 32 MiB for itself, and a hole that is a few bytes too small
 for the next chunk stays memory: three chunks of 24 MiB were resident where one is in use. Linux
-gives huge pages to who asks, in which 24 MiB come in in 0.7 ms instead of 10 (docs/log.md).
+gives huge pages to who asks, in which 24 MiB come in in 0.7 ms instead of 10. Larger chunks are
+given back anyway, and a virtual machine may come by their huge pages slowly (docs/log.md).
 """
 
 import math
@@ -17,17 +18,18 @@ from torch import Tensor
 from torch.utils import deterministic
 
 _LEAST_BYTES = 1 << 20
-_LEAST_HUGE_BYTES = 8 << 20
+_LEAST_HUGE_BYTES, _GIVEN_BACK_BYTES = 8 << 20, 32 << 20
 _FIRST_ELEMENTS = 1 << 18  # of a rounded sum, over a temporary; what follows doubles
 
 
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor beside `like`. A large one on a CPU lies on huge pages of its own, if
-    there are any: it comes in fast, and is given back when it is freed.
+    """An uninitialised tensor beside `like`. One of 8 to 32 MiB on a CPU lies on huge pages of its
+    own, if there are any: it comes in fast, and is given back when it is freed, as larger ones are.
     """
     count, huge = math.prod(shape), _huge_page_bytes()
     size, pages = count * dtype.itemsize, None
-    if like.device.type == "cpu" and huge and size >= max(huge, _LEAST_HUGE_BYTES):
+    kept = max(huge, _LEAST_HUGE_BYTES) <= size < _GIVEN_BACK_BYTES
+    if like.device.type == "cpu" and huge and kept:
         pages = _fresh(-(-size // huge) * huge)  # Linux aligns whole huge pages alone
     if pages is None:
         return like.new_empty(shape, dtype=dtype)
