@@ -187,7 +187,7 @@ def _in_dtype(rows: Tensor, dtype: torch.dtype, make: Callable[..., Tensor]) -> 
 
 
 def _empty_like(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    return pages.empty(tuple(rows.shape), rows, dtype)
+    return pages.empty(rows.shape, rows, dtype)
 
 
 def _write(gradient: Tensor | None, rows: Tensor | None, first: int, unit: Tensor | None) -> None:

@@ -36,6 +36,7 @@ def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
     with suppress(OSError):  # it is a hint
         pages.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
+    # A property that PyTorch gives the module as it is imported, which mypy cannot see.
     filled: bool = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     if filled and torch.are_deterministic_algorithms_enabled():
         tensor.fill_(math.nan)  # as PyTorch does to its own

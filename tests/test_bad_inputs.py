@@ -10,10 +10,9 @@ import struct
 import pandas
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from opd_kernels import LazyLogits
-from tests.tiny_run import tiny_tokenizer, write_model, write_recipe
+from tests.tiny_run import error_line, tiny_tokenizer, write_recipe
 from trainer.__main__ import main
 from trainer.config import DistillationConfig
 from trainer.data import PromptReader, load_rows
@@ -21,16 +20,6 @@ from trainer.models import Limits
 from trainer.objective import build_loss
 from trainer.scoring import load_scorer
 from trainer.stopping import RunStoppedError
-
-
-def _line(capsys, *arguments):
-    """What the command line ends with."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(x) for x in arguments])
-    assert "Traceback" not in "".join(capsys.readouterr())
-    assert re.fullmatch("error: .*", ended.value.code)  # one line, as . is no line break
-    return ended.value.code
-
 
 LIMITS = Limits(context=256, ids=97)
 
@@ -61,18 +50,18 @@ def _config(**changes):
 )
 def test_yaml(tmp_path, capsys, text, message):
     (tmp_path / "x.yaml").write_bytes(text)
-    assert re.search(message, _line(capsys, "distill", tmp_path / "x.yaml"))
+    assert re.search(message, error_line(capsys, "distill", tmp_path / "x.yaml"))
 
 
 def test_yaml_runs_nothing(tmp_path, capsys):
     tag = f"!!python/object/apply:os.system ['touch {tmp_path}/there']"
     recipe, message = tmp_path / "x.yaml", "ConstructorError: .*python/object/apply:os.system"
     recipe.write_text(f"k: {tag}")
-    assert re.search(f"x.yaml; {message}", _line(capsys, "distill", recipe))
+    assert re.search(f"x.yaml; {message}", error_line(capsys, "distill", recipe))
     recipe.write_text("k: 1")
-    line = _line(capsys, "distill", recipe, "--k", tag)
+    line = error_line(capsys, "distill", recipe, "--k", tag)
     assert re.search(f"k: expected a value as in YAML, got .*; {message}", line)
-    line = _line(capsys, "distill", recipe, "--chat_template_kwargs", "&a {b: *a}")
+    line = error_line(capsys, "distill", recipe, "--chat_template_kwargs", "&a {b: *a}")
     assert re.search("chat_template_kwargs: expected a value as in YAML, .*contains itself", line)
     assert list(tmp_path.iterdir()) == [recipe]
 
@@ -124,70 +113,6 @@ def test_rows(tmp_path, text, changes, message):
     reader = PromptReader(_config(**changes), tiny_tokenizer(), LIMITS, {"": LIMITS})
     with pytest.raises(ValueError, match=message):
         reader.read(str(source))
-
-
-# Tokenizers may have more tokens than their model has embeddings, as Gemma 3 1B's has.
-
-
-def _with_a_97th_token(model, **special):
-    """Add it to the tokenizer of a model that has embeddings of 97: 0 to 96."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.add_tokens(["<image>"])
-    tokenizer.add_special_tokens(special)
-    assert tokenizer.convert_tokens_to_ids("<image>") == 97
-    tokenizer.save_pretrained(model)
-    return model
-
-
-def _rows(folder, **row):
-    path = folder / "rows.jsonl"
-    path.write_text(json.dumps({"prompt": "a", "completion": "b"} | row))
-    return path
-
-
-def _arguments(folder, **changes):
-    options = {"model": folder / "model", "output_dir": folder / "run"} | changes
-    return folder / "recipe.yaml", *[x for k, v in options.items() for x in (f"--{k}", v)]
-
-
-@pytest.mark.parametrize("column", ["prompt", "completion", "privileged_context"])
-def test_a_token_without_an_embedding(folder, capsys, column):
-    _with_a_97th_token(folder / "model")
-    rows = _rows(folder, **{column: "see <image>"})
-    line = _line(capsys, "distill", *_arguments(folder, train_data=rows, sft_coef=1))
-    model = "teacher" if column == "privileged_context" else "student"
-    expected = f"rows.jsonl, row 1, {column}: expected token ids below 97, the rows of the {model}'"
-    assert re.search(f"{expected}s weights, got 97, '<image>'; leave that token out", line)
-
-
-def test_a_token_of_which_one_teacher_has_no_embedding(folder, capsys):
-    """A row is for one teacher, and the other's limits are not its."""
-    _with_a_97th_token(folder / "model")
-    small, large = (
-        _with_a_97th_token(write_model(folder / str(size), vocab_size=size)) for size in (97, 98)
-    )
-    teacher = json.dumps({"s": str(small), "l": str(large)})
-    for name in "ls":
-        rows = _rows(folder, teacher=name, privileged_context="see <image>")
-        changes = {"train_data": rows, "eval_data": rows, "teacher": teacher, "max_steps": 1}
-        arguments = _arguments(folder, **changes, output_dir=folder / name)
-        if name == "s":
-            line = _line(capsys, "distill", *arguments)
-            assert re.search("privileged_context: .* below 97, the rows of the teacher's", line)
-        else:
-            main(["distill", *map(str, arguments)])
-
-
-def test_eos_without_an_embedding(folder, capsys):
-    _with_a_97th_token(folder / "model", eos_token="<image>")
-    line = _line(capsys, "distill", *_arguments(folder))
-    assert re.search("model: expected an EOS token with an id below 97, .*'<image>' of id", line)
-
-
-def test_padding_without_an_embedding_is_replaced(folder):
-    _with_a_97th_token(folder / "model", pad_token="<image>")
-    main(["distill", *map(str, _arguments(folder, max_steps=1))])
-    assert AutoTokenizer.from_pretrained(folder / "run" / "model").pad_token == "</s>"
 
 
 def test_a_row_of_no_teacher(tmp_path):
@@ -267,7 +192,7 @@ def test_models(folder, capsys, file, change, message):
         path.write_bytes(change(path.read_bytes() if path.exists() else b""))
     if path.suffix != ".gguf":
         model = folder / "model"
-    line = _line(capsys, "distill", folder / "recipe.yaml", "--model", model,
+    line = error_line(capsys, "distill", folder / "recipe.yaml", "--model", model,
                  "--output_dir", folder / "run")  # fmt: skip
     expected = rf"model '{model}': expected the directory, hub name or .gguf of a causal .*; .*"
     assert re.search(expected + message, line)
@@ -275,10 +200,12 @@ def test_models(folder, capsys, file, change, message):
 
 def test_keys_that_a_model_tells(folder, capsys):
     recipe, run = folder / "recipe.yaml", ("--output_dir", folder / "run")
-    line = _line(capsys, "distill", recipe, "--lora_r", 2, "--lora_target_modules", "no[", *run)
+    line = error_line(
+        capsys, "distill", recipe, "--lora_r", 2, "--lora_target_modules", "no[", *run
+    )
     assert re.search("lora_target_modules: expected names .*; .*unterminated", line)
     for file in ("t", "nowhere"):
-        line = _line(capsys, "distill", recipe, "--teacher", folder / file, *run)
+        line = error_line(capsys, "distill", recipe, "--teacher", folder / file, *run)
         assert re.search(f"model '{folder}/{file}': expected the directory", line)
 
 
@@ -353,7 +280,7 @@ def test_objectives(tmp_path, code, message):
 @pytest.mark.parametrize("key", ["scorer", "objective"])
 def test_a_function_that_raises_ends_a_run(folder, capsys, key):
     (folder / "own.py").write_text("def f(a, b):\n    raise KeyError('x')\n")
-    line = _line(capsys, "distill", folder / "recipe.yaml", f"--{key}", f"{folder}/own.py:f",
+    line = error_line(capsys, "distill", folder / "recipe.yaml", f"--{key}", f"{folder}/own.py:f",
                  "--tail", "drop", "--output_dir", folder / "run")  # fmt: skip
     assert re.search(f"{key}: expected .*KeyError: 'x'; go on with --resume", line)
 
@@ -363,7 +290,7 @@ def test_a_scorer_that_raises_at_the_end(folder, capsys):
     changes = {"scorer": f"{folder}/own.py:f", "eval_on_start": "false", "max_steps": 1}
     options = [x for key, value in changes.items() for x in (f"--{key}", value)]
     run = folder / "run"
-    line = _line(capsys, "distill", folder / "recipe.yaml", *options, "--output_dir", run)
+    line = error_line(capsys, "distill", folder / "recipe.yaml", *options, "--output_dir", run)
     assert re.search("scorer: expected .*KeyError: 'x'", line)
     assert (run / "model" / WEIGHTS).exists()
 
@@ -386,7 +313,7 @@ LOG = b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n'
 )
 def test_directories_that_are_no_run(tmp_path, capsys, files, message):
     run = _run_of(tmp_path, files)
-    line = _line(capsys, "report", run, "--output", tmp_path / "page.html")
+    line = error_line(capsys, "report", run, "--output", tmp_path / "page.html")
     assert re.search(f"error: {run}: expected a recipe's output_dir; .*{message}", line)
     assert not (tmp_path / "page.html").exists()
 

@@ -33,7 +33,7 @@ def resident():
 
 def test_untouched_rows_take_no_memory_and_writes_are_private():
     if "[always]" in HUGE_PAGES.read_text():
-        pytest.skip("a touched row takes a huge page")
+        pytest.skip("Linux gives huge pages unasked here, and a touched row takes one")
     before = resident()
     zeros = PagedTensor.zeros_like(torch.empty(1 << 16, 1 << 10), torch.float32).tensor
     zeros[::1000] += 1
@@ -124,7 +124,9 @@ def test_memory_that_the_system_refuses_is_pytorchs_to_refuse():
         pages.empty((1 << 50,), torch.empty(0), torch.float32)
 
 
-@pytest.mark.skipif(not pages._huge_page_bytes(), reason="the C library's allocator has them")
+@pytest.mark.skipif(
+    not pages._huge_page_bytes(), reason="without huge pages the C library keeps freed chunks"
+)
 def test_freed_chunks_are_given_back():
     """Whatever is allocated while they live: as freed holes of a heap they would add up."""
     pages.empty((6 << 20,), torch.empty(0), torch.float32).zero_()  # starts PyTorch's threads

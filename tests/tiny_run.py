@@ -1,15 +1,17 @@
 """A tiny model directory with a character tokenizer, data and a recipe: runs in seconds."""
 
 import json
+import re
 import shutil
 import string
 
+import pytest
 import yaml
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_models import tiny_model
-from trainer.__main__ import prepare
+from trainer.__main__ import main, prepare
 from trainer.config import DistillationConfig
 from trainer.recipe import load_config
 
@@ -91,3 +93,12 @@ def make_trainer(folder, stage=DistillationConfig, **changes):
 def read_metrics(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line], lines
+
+
+def error_line(capsys, *arguments):
+    """What the command line ends with, where something is wrong."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(x) for x in arguments])
+    assert "Traceback" not in "".join(capsys.readouterr())
+    assert re.fullmatch("error: .*", ended.value.code)  # one line, as . is no line break
+    return ended.value.code
