@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A worker for each core: threads of PyTorch's own would only wait for each other. One that has nothing left takes another's tests.
 TEST_IN_PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
-# Of 17,000 modules few are ever imported, and the first import compiles them. It has to keep what it compiled, or each process does
-# so again: images of containers often set this variable.
-unexport PYTHONDONTWRITEBYTECODE
+# Of 17,000 modules few are ever imported, and the first import compiles them.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+# So an import has to keep what it compiled, or each process does it again; images of containers often set this variable.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo paper test test-slow test-vllm lint sanitize fuzz faults coverage triton-versions causal-lms mutants docs bench compare roofline gpu clean
 

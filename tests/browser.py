@@ -53,6 +53,7 @@ def _browse(page: str, screenshot: str, width: int, script: str) -> dict[str, An
     errors: list[str] = []
     requests: list[str] = []
 
+    # Methods that Qt calls by its own names.
     class Console(QWebEnginePage):
         def javaScriptConsoleMessage(self, level: Any, message: str, line: int, _: str) -> None:  # noqa: N802
             if level != self.JavaScriptConsoleMessageLevel.InfoMessageLevel:
