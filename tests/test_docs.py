@@ -253,6 +253,7 @@ def test_the_site_is_built_without_a_warning(site):
     assert [line for line in said.splitlines() if not line.startswith("INFO")] == []
     names = {path.stem for path in PAGES} - {"README"}
     assert names | {"404"} == {path.stem for path in folder.glob("*.html")}
+    assert list(folder.rglob("*.py*")) == []  # of hooks.py, which builds it
     for path in folder.glob("*.html"):
         text = path.read_text()
         assert not _REMOTE.search(text)
