@@ -171,13 +171,15 @@ def test_a_broken_extension_raises_instead_of_falling_back(source):
     assert "ImportError" in done.stdout
 
 
-def test_the_source_distribution_holds_every_source(source, tmp_path):
+def test_the_source_distribution_holds_every_source_and_nothing_compiled(source, tmp_path):
+    sources = [p.relative_to(source) for p in (source / "csrc").rglob("*") if p.is_file()]
+    assert len(sources) > 5
+    (source / "csrc/cuda/nvcc.pyc").touch()
     done = run(["setup.py", "-q", "sdist", "--dist-dir", str(tmp_path / "dist")], source)
     assert done.returncode == 0, done.stdout
     with tarfile.open(next((tmp_path / "dist").iterdir())) as archive:
         packed = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
-    sources = [p.relative_to(source) for p in (source / "csrc").rglob("*") if p.is_file()]
-    assert len(sources) > 5
+    assert [path for path in packed if path.suffix == ".pyc"] == []
     assert packed.issuperset({*sources, Path("setup.py"), Path("opd_kernels/py.typed")})
 
 
