@@ -150,3 +150,17 @@ def test_no_rows(kernels):
     state = state_of(kernels, raw, head, 4)
     assert state.values.shape == (0, 4)
     assert kernels.divergence(raw, head, raw, head, 1.0, None, raw).shape == (0,)
+
+
+def test_exp_ends_in_0_and_infinity(backend):
+    """A logit above its tail, which no driver gives: no kernel may make a usual number of it."""
+    logits = torch.cat([torch.linspace(-120, 88.3, 900), torch.tensor([88.73, 200.0, torch.inf])])
+    raw, head = make_chunk(2, len(logits))
+    raw.copy_(logits)
+    ids = torch.full((2, 1), -1, device=DEVICE)
+    dvalues, tail = torch.zeros(2, 1, device=DEVICE), torch.zeros(2, device=DEVICE)
+    ours = select_backend(backend, DEVICE)
+    ours.gradient(raw, 0, head, ids, dvalues, tail, tail + 1, raw)
+    expected = logits.double().exp().float().to(DEVICE).expand_as(raw)
+    finfo = torch.finfo(raw.dtype)  # GPUs round x * log2(e), which is up to 128
+    torch.testing.assert_close(raw, expected, rtol=128 * finfo.eps, atol=finfo.tiny)

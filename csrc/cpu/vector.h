@@ -37,9 +37,10 @@ inline Vec<float> exp_of_remainder(Vec<float> x, Vec<float> n) {
 }
 
 // exp(x), inlined: a library call for every vector costs more than the polynomial. 2 ulp; below
-// -87.3 the result is 0 where it would be subnormal. NaN stays NaN.
+// -87.34 the result is 0 where it would be subnormal, and without AVX-512 it is infinite from 88.38
+// on instead of 88.73. NaN stays NaN.
 inline Vec<float> exp(Vec<float> x) {
-  constexpr float lowest = -87.3f, highest = 88.3f, log2_of_e = 1.44269504088896341f;
+  constexpr float lowest = -87.33654f, highest = 89.0f, log2_of_e = 1.44269504088896341f;
 #if defined(CPU_CAPABILITY_AVX512)
   // at::vec's comparisons, shifts and NaN-proof extrema are several instructions each here. The
   // minimum is its second operand where one is NaN.
