@@ -2,7 +2,7 @@
 
 The operator tests run the same kernels through the driver; here are 16-bit chunks, strided ones,
 large K, empty slots and infinite logits. Off a GPU they run in Triton's interpreter and in the
-emulator of tests/cuda_emulator.
+emulator of tests/cuda_emulator. Where exp ends is tried on every backend, as C++ has its own.
 """
 
 import pytest
