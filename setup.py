@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # which a build front end leaves
 
 from csrc.cuda import nvcc
 
-SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("bindings", "epilogue", "divergence")]
+SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("bindings", "epilogue", "divergence", "products")]
 WARNINGS = ["-g0", "-Wall", "-Wextra"]
 # Torch's headers are not ours to be warned of: a directory that is also -isystem loses its -I.
 WARNINGS += [flag for path in include_paths() for flag in ("-isystem", path)]
@@ -40,7 +40,7 @@ FLAGS = {
         "-Wno-uninitialized",
         "-Wno-maybe-uninitialized",
     ],
-    "AVX2": ["-mavx2", "-mfma"],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "DEFAULT": [],
 }
 

@@ -5,29 +5,40 @@ The median over the rounds is shown, as seconds and as a ratio to the bare matri
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks import sweeps
-from benchmarks.measurement import machine, measure, table
+from benchmarks.measurement import machine, measure_pairs, table
 from benchmarks.problems import HEADS, Problem
 from benchmarks.providers import DISTILLATION, LABELS, PROVIDERS
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def section(
-    head: str, problem: Problem, providers: list[str], rounds: int
+    head: str, problems: Sequence[Problem], providers: Sequence[str], rounds: int
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Measure providers on a head: a titled table, and the figures; both empty if none can run."""
-    figures = measure(problem, providers, rounds)
+    """Measure providers on a head, on problems that differ in their dtype, in the same rounds: a
+    titled table, and the figures; both empty if none can run.
+    """
+    pairs = {
+        name if len(problems) == 1 else f"{name}, {problem.dtype}": (name, problem)
+        for problem in problems
+        for name in providers
+    }
+    figures = measure_pairs(pairs, rounds)
     if not figures:
         return "", []
+    problem, dtypes = problems[0], ", ".join(problem.dtype for problem in problems)
     title = f"{head}: N = {problem.tokens}, D = {problem.dim}, V = {problem.vocab}"
-    text = f"**{title}, K = {problem.k}, {problem.dtype}**\n\n{table(figures)}"
-    records = [
-        {"head": head, "provider": name, **asdict(problem), **asdict(f)}
-        for name, f in figures.items()
-    ]
+    text = f"**{title}, K = {problem.k}, {dtypes}**\n\n{table(figures)}"
+    records = []
+    for row, measured in figures.items():
+        name, problem = pairs[row]
+        records.append({"head": head, "provider": name, **asdict(problem), **asdict(measured)})
     return text, records
 
 
@@ -36,7 +47,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--heads", nargs="*", choices=HEADS, default=list(HEADS))
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--k", type=int, default=20)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
@@ -54,10 +65,10 @@ def main(arguments: argparse.Namespace) -> None:
     records = []
     for head in arguments.heads:
         size = (arguments.tokens, *HEADS[head], arguments.k)
-        problem = Problem(*size, arguments.dtype, arguments.device)
+        problems = [Problem(*size, dtype, arguments.device) for dtype in arguments.dtypes]
         for family in (DISTILLATION, LABELS):
             providers = [name for name in arguments.providers if name in family]
-            text, measured = section(head, problem, providers, arguments.rounds)
+            text, measured = section(head, problems, providers, arguments.rounds)
             if measured:
                 report.append(text)
                 records += measured

@@ -83,7 +83,7 @@ def main(arguments: argparse.Namespace) -> None:
         for tokens in TOKENS:
             problem = Problem(tokens, *HEADS[head], dtype="bfloat16", device="cuda")
             for family in (DISTILLATION, LABELS):
-                section, _ = compare.section(head, problem, list(family), arguments.rounds)
+                section, _ = compare.section(head, [problem], list(family), arguments.rounds)
                 print(section, flush=True)
                 tables.append(section)
                 path.write_text(report(describe(device), passed, tests, tables))

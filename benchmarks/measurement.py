@@ -3,7 +3,7 @@
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,22 +38,34 @@ class Figures:
 
 def measure(problem: Problem, providers: Iterable[str], rounds: int) -> dict[str, Figures]:
     """The providers on one problem, see `alternate`."""
+    return measure_pairs({name: (name, problem) for name in providers}, rounds)
+
+
+def measure_pairs(pairs: Mapping[str, tuple[str, Problem]], rounds: int) -> dict[str, Figures]:
+    """Providers, each on a problem of its own; by the names of the pairs."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "inputs.pt"
-        torch.save(problem.tensors(), path)
-        return alternate([Worker(name, problem, path) for name in providers], rounds)
+        paths: dict[Problem, Path] = {}
+        for _, problem in pairs.values():
+            if problem not in paths:
+                paths[problem] = Path(folder) / f"inputs-{len(paths)}.pt"
+                torch.save(problem.tensors(), paths[problem])
+        workers = {
+            name: Worker(provider, problem, paths[problem])
+            for name, (provider, problem) in pairs.items()
+        }
+        return alternate(workers, rounds)
 
 
-def alternate(workers: Sequence[Worker], rounds: int) -> dict[str, Figures]:
-    """Alternating rounds over the providers; one that cannot run is left out, with its reason."""
+def alternate(workers: Mapping[str, Worker], rounds: int) -> dict[str, Figures]:
+    """Alternating rounds over the workers; one that cannot run is left out, with its reason."""
     with ExitStack() as stack:
         running, peaks = {}, {}
-        for worker in tqdm(workers, desc="memory", leave=False):
+        for name, worker in tqdm(workers.items(), desc="memory", leave=False):
             stack.enter_context(worker)
             try:
                 worker.warm_up()
-                peaks[worker.provider] = worker.peak_extra_bytes()
-                running[worker.provider] = worker
+                peaks[name] = worker.peak_extra_bytes()
+                running[name] = worker
             except RuntimeError as error:
                 tqdm.write(str(error), file=sys.stderr)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in running}

@@ -91,7 +91,7 @@ def measure(
     """Alternating rounds over the providers, and how far the two that do the same work agree."""
     with tempfile.TemporaryDirectory() as folder:
         workers = {name: StepWorker(name, step, Path(folder) / name) for name in providers}
-        figures = alternate(list(workers.values()), rounds)
+        figures = alternate(workers, rounds)
         if not step.completions or not figures.keys() >= set(SAME):
             return figures, None
         losses, gradients = zip(*(workers[name].first_step() for name in SAME), strict=True)

@@ -2,26 +2,24 @@
 
 A GPU multiplies two 16-bit operands as they are and returns float32. Elsewhere, and where dtypes
 are mixed, 16-bit operands are upcast one slice of the weight at a time: that is exact, and without
-native 16-bit matrix instructions it is also the fast way. A CPU multiplies float32 weights in
-slices too, which it does up to a quarter faster than all at once (docs/log.md).
+native 16-bit matrix instructions it is also the fast way. On a CPU the C++ extension gives every
+thread slices of its own (csrc/cpu/products.cpp), which is faster in float32 too (docs/log.md).
 """
 
+import platform
 from collections.abc import Iterator
-from itertools import cycle
 
 import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from opd_kernels import pages
+from opd_kernels.cpu_extension import extension
 from opd_kernels.head import accumulator_dtype
 
-# Bytes of a slice of the weight for each thread: what is fastest on a CPU to project, and to
-# multiply gradients with.
-_PROJECT_BYTES, _GRADIENT_BYTES = 1 << 20, 4 << 20
-# Room for upcast slices on a CPU. Memory that is written anew soon after it was read has to be
-# fetched back from the other cores' caches first, which takes longer than to write what left them.
-UPCAST_BYTES = 16 << 20
+# Of a slice of the weight, for each thread of a CPU: enough to pay for packing the other operand.
+SLICE_ROWS = 256
+# Elsewhere PyTorch may hand a product on to a library with threads of its own, such as Arm's.
+_IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 _GPU_BYTES = 256 << 20  # of what is upcast, or multiplied apart, at a time on a GPU
 _ALIGNMENT = 64  # rows: a chunk's columns then start where a vector does
 
@@ -41,7 +39,10 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """Write hidden [n, D] @ weight [v, D].T into out [n, v]; hidden is of the operand dtype."""
     if hidden.dtype != out.dtype:
         return _product(hidden, weight.t(), out)
-    for rows, weight_rows in _slices(weight, out.dtype, _PROJECT_BYTES):
+    if _extension_takes(hidden, weight, out):
+        extension.project(hidden, weight, out, SLICE_ROWS)
+        return out
+    for rows, weight_rows in _slices(weight, out.dtype):
         torch.mm(hidden, weight_rows.t(), out=out[:, rows])
     return out
 
@@ -50,11 +51,11 @@ def add_hidden_gradient_(dhidden: Tensor, dlogits: Tensor, weight: Tensor) -> No
     """dhidden [n, D] += dlogits [n, v] @ weight [v, D]; dlogits is of the operand dtype."""
     if dlogits.dtype != dhidden.dtype:
         _add_product_(dhidden, dlogits, weight)
-        return
-    # An upcast slice is written first, so it pays to keep it nearer.
-    most = _GRADIENT_BYTES if weight.dtype == dlogits.dtype else _PROJECT_BYTES
-    for rows, weight_rows in _slices(weight, dlogits.dtype, most):
-        dhidden.addmm_(dlogits[:, rows], weight_rows)
+    elif _extension_takes(dhidden, weight, dlogits):
+        extension.add_hidden_gradient_(dhidden, dlogits, weight, SLICE_ROWS)
+    else:
+        for rows, weight_rows in _slices(weight, dlogits.dtype):
+            dhidden.addmm_(dlogits[:, rows], weight_rows)
 
 
 def add_weight_gradient_(dweight: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> None:
@@ -88,24 +89,37 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         part.add_(torch.mm(a_rows, b, out_dtype=total.dtype))
 
 
-def _slices(
-    weight: Tensor, dtype: torch.dtype, bytes_a_thread: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the weight in dtype, a slice at a time: views, or copies that later ones replace."""
-    if weight.dtype == dtype and weight.device.type != "cpu":
-        yield slice(0, weight.shape[0]), weight
-        return
-    on_cpu = weight.device.type == "cpu"
-    most = bytes_a_thread * torch.get_num_threads() if on_cpu else _GPU_BYTES
-    most //= weight.shape[1] * dtype.itemsize
-    most = min(weight.shape[0], max(_ALIGNMENT, most // _ALIGNMENT * _ALIGNMENT))
-    starts = range(0, weight.shape[0], most)
-    buffers = None
-    if weight.dtype != dtype:
-        slice_bytes = most * weight.shape[1] * dtype.itemsize
-        slots = min(len(starts), max(1, UPCAST_BYTES // slice_bytes)) if on_cpu else 1
-        buffers = cycle(pages.empty((slots, most, weight.shape[1]), weight, dtype))
-    for first in starts:
-        rows = slice(first, min(first + most, weight.shape[0]))
+def _extension_takes(hidden: Tensor, weight: Tensor, logits: Tensor) -> bool:
+    """Whether the C++ extension is built and multiplies these, where it pays."""
+    is_narrow = weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return (
+        extension is not None
+        and _IS_X86
+        and (is_narrow or weight.dtype == logits.dtype)
+        and all(_has_plain_rows(matrix) for matrix in (hidden, weight, logits))
+    )
+
+
+def _has_plain_rows(matrix: Tensor) -> bool:
+    """Whether the numbers are in a CPU's memory as they are, row after row."""
+    stride, step = matrix.stride()
+    is_plain = type(matrix) in (Tensor, torch.nn.Parameter) and matrix.device.type == "cpu"
+    is_plain = is_plain and not matrix.is_neg() and not matrix._is_zerotensor()
+    return is_plain and step == 1 and stride >= matrix.shape[1]
+
+
+def _slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the weight in dtype, a slice at a time: views, or copies that the next replaces."""
+    vocab, dim = weight.shape
+    if weight.device.type == "cpu":
+        most = SLICE_ROWS * torch.get_num_threads()
+    elif weight.dtype == dtype:
+        most = vocab
+    else:
+        most = max(_ALIGNMENT, _GPU_BYTES // (dim * dtype.itemsize) // _ALIGNMENT * _ALIGNMENT)
+    most = max(1, min(vocab, most))
+    buffer = None if weight.dtype == dtype else weight.new_empty((most, dim), dtype=dtype)
+    for first in range(0, vocab, most):
+        rows = slice(first, min(first + most, vocab))
         part = weight[rows]
-        yield rows, part if buffers is None else next(buffers)[: part.shape[0]].copy_(part)
+        yield rows, part if buffer is None else buffer[: part.shape[0]].copy_(part)

@@ -17,7 +17,7 @@ import torch
 from opd_kernels.checks import FLOATING, check_execution, check_int, got
 from opd_kernels.chunking import budget_of, recompute_chunks, rows_within
 from opd_kernels.cost_model import GPUS, Machine, Shape
-from opd_kernels.matmul import UPCAST_BYTES
+from opd_kernels.matmul import SLICE_ROWS
 
 MIB = 1 << 20
 
@@ -93,8 +93,9 @@ class Loss:
         return 0 if self.dtype.itemsize >= 4 else rows * self.dim * 4
 
     def upcast(self) -> int:
-        """Slices of a 16-bit weight in float32, of up to 16 threads; GPUs need none."""
-        return UPCAST_BYTES if self.device == "cpu" and self.dtype.itemsize < 4 else 0
+        """Slices of a 16-bit weight in float32, of 16 threads; GPUs need none."""
+        upcasts = self.device == "cpu" and self.dtype.itemsize < 4
+        return min(16 * SLICE_ROWS, self.rows) * self.dim * 4 if upcasts else 0
 
     def recompute(self) -> int:
         """Chunks of the vocabulary [n, v], and the sums of dhidden and of a chunk's dweight."""

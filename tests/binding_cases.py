@@ -298,8 +298,43 @@ def sparse_scatter(problem: Problem, on_gpu: bool) -> Call:
     return Call(arguments | {"sums": sums, "stream": 0}, ("sums",), defined)
 
 
+def project(problem: Problem, on_gpu: bool) -> Call:
+    """Here K is D."""
+    hidden, weight = problem.matrix(problem.k), _weight(problem)
+    out = problem.matrix()
+    arguments = {"hidden": hidden, "weight": weight, "out": out, **_slice_rows(problem)}
+
+    def defined() -> dict[str, Tensor]:
+        return {"out": hidden.double() @ weight.double().T}
+
+    return Call(arguments, ("out",), defined, None if problem.k else "weight")
+
+
+def add_hidden_gradient(problem: Problem, on_gpu: bool) -> Call:
+    """Here K is D."""
+    dhidden, weight = problem.matrix(problem.k), _weight(problem)
+    dlogits, start = problem.matrix(), dhidden.clone()
+    arguments = {"dhidden": dhidden, "dlogits": dlogits, "weight": weight, **_slice_rows(problem)}
+
+    def defined() -> dict[str, Tensor]:
+        return {"dhidden": start.double() + dlogits.double() @ weight.double()}
+
+    return Call(arguments, ("dhidden",), defined, None if problem.k else "weight")
+
+
+def _weight(problem: Problem) -> Tensor:
+    """[v, D] of the problem's dtype or a narrower one."""
+    narrow = problem.options["out"] or (torch.float32 if problem.seed % 2 else problem.dtype)
+    return replace(problem, rows=problem.columns).matrix(problem.k, dtype=narrow)
+
+
+def _slice_rows(problem: Problem) -> dict[str, int]:
+    return {"slice_rows": (1, 50, _INT64.max)[problem.seed % 3]}
+
+
 CPU = {"update": update, "gradient_": gradient, "filtered_gradient": filtered_gradient,
-       "divergence_": divergence}  # fmt: skip
+       "divergence_": divergence, "project": project,
+       "add_hidden_gradient_": add_hidden_gradient}  # fmt: skip
 CUDA = {"update": update, "gradient": gradient, "divergence": divergence,
         "sparse_product": sparse_product, "sparse_scatter": sparse_scatter}  # fmt: skip
 

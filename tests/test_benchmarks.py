@@ -113,6 +113,21 @@ def test_compare_writes_tables_figures_and_plots(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "sweep_k.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_dtypes_alternate_in_the_same_rounds(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.compare.HEADS", {"SmolLM2-135M": (16, 2048)})
+    arguments = ["compare", "--heads", "SmolLM2-135M", "--tokens", "16", "--rounds", "2"]
+    arguments += ["--dtypes", "float32", "bfloat16", "--providers", "ours_one_pass", "--sweeps"]
+    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments, "--output", str(tmp_path)])
+    main()
+    lines = (tmp_path / "compare.md").read_text().splitlines()
+    assert lines[2].endswith("K = 20, float32, bfloat16**")
+    rows = [line.split("|")[1].strip() for line in lines[-2:]]
+    assert rows == ["ours_one_pass, float32", "ours_one_pass, bfloat16"]
+    records = json.loads((tmp_path / "compare.json").read_text())
+    found = [(r["provider"], r["dtype"], len(r["forward"])) for r in records]
+    assert found == [("ours_one_pass", "float32", 2), ("ours_one_pass", "bfloat16", 2)]
+
+
 def test_a_provider_that_cannot_run_is_left_out_with_its_reason(monkeypatch, capsys):
     figures = measure(Problem(8, 16, 2048, k=4096), ["floor", "ours_one_pass"], rounds=1)
     assert list(figures) == ["floor"]

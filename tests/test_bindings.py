@@ -19,9 +19,9 @@ from tests.binding_cases import CPU, CUDA, Problem, bytes_around, placed, proble
 
 
 def _dtype(name, tensor, others, rng):
-    """A chunk of another floating dtype may fit."""
+    """A chunk of another floating dtype may fit, and a weight."""
     dtypes = [torch.int32, torch.int64, torch.complex64, torch.bool]
-    dtypes += [] if name in ("chunk", "dense", "out") else [torch.float64, torch.float32]
+    dtypes += [] if name in ("chunk", "dense", "out", "weight") else [torch.float64, torch.float32]
     return tensor.to(rng.choice([dtype for dtype in dtypes if dtype != tensor.dtype]))
 
 
@@ -198,8 +198,9 @@ def test_what_does_not_fit_is_refused_by_its_name(name, on_gpu, data):
     call = make(problem)
     assume(call.refused is None)
     spoilt = _spoil(call, way, random.Random(data.draw(st.integers(0, 2**31))))
-    # Beside a chunk of another size or dtype, and beside other ids, the others do not fit.
-    is_told_by_others = spoilt in ("chunk", "dense", "ids") or way == "shared"
+    # Beside a matrix of another size or dtype, and beside other ids, the others do not fit.
+    matrices = ("chunk", "dense", "hidden", "dhidden", "weight")
+    is_told_by_others = spoilt in ("ids", *matrices) or way == "shared"
     _refuses(run, call, [*call.tensors(), spoilt] if is_told_by_others else [spoilt])
 
 
@@ -215,12 +216,22 @@ def test_numbers_out_of_range_are_refused(name, on_gpu):
         "first_id": (-1, last + 1, 2**63 + 1, -(2**63), 0.5, "0", None),
         "beta": (-0.1, 1.1, float("nan"), "0", None),
         "scale": ("1", None, 1j), "inner": ("1", None), "capped": ("yes", None),
+        "slice_rows": (0, -1, 2**63, 0.5, "1", None),
     }.items():  # fmt: skip
         for value in values:
             call = make(problem)
             if argument in call.arguments:
                 call.arguments[argument] = value
                 _refuses(run, call, [argument])
+
+
+@pytest.mark.parametrize("name", ["project", "add_hidden_gradient_"])
+def test_a_weight_of_a_wider_dtype_is_refused(name):
+    run, _ = _binding(name, False)
+    hidden, weight, logits = torch.zeros(2, 3), torch.zeros(4, 3).double(), torch.zeros(2, 4)
+    operands = (hidden, weight, logits) if name == "project" else (hidden, logits, weight)
+    with pytest.raises(TypeError, match="weight: expected Float or a narrower float, got Double"):
+        run(*operands, 1)
 
 
 def test_more_columns_than_a_kernel_counts_are_refused():

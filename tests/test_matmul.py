@@ -1,41 +1,135 @@
-"""On a CPU products take the weight in slices, and upcast ones a few at a time."""
+"""On a CPU products take the weight in slices: each thread its own, with the C++ extension."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from opd_kernels import matmul
+from opd_kernels.cpu_extension import extension
+
+FLOATING = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture
-def small_slices(monkeypatch):
-    """Slices of 64 rows of 16 float32, and room for three that are upcast."""
-    monkeypatch.setattr(matmul, "_PROJECT_BYTES", 64 * 16 * 4 // torch.get_num_threads())
-    monkeypatch.setattr(matmul, "_GRADIENT_BYTES", 64 * 16 * 4 // torch.get_num_threads())
-    monkeypatch.setattr(matmul, "UPCAST_BYTES", 3 * 64 * 16 * 4)
+@pytest.fixture(params=["extension", "torch"])
+def path(request, monkeypatch):
+    """What takes slices of 64 rows: threads of the extension, or PyTorch's own products; .calls
+    are those of the extension.
+    """
+    calls = []
+    if request.param == "torch":
+        monkeypatch.setattr(matmul, "extension", None)
+    elif extension is None or not matmul._IS_X86:
+        pytest.skip("the C++ backend is not built, or its products are not used")
+    else:
+        for name in ("project", "add_hidden_gradient_"):
+            monkeypatch.setattr(extension, name, _counted(getattr(extension, name), name, calls))
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(matmul, "SLICE_ROWS", 64)
+    yield SimpleNamespace(name=request.param, calls=calls)
+    torch.set_num_threads(threads)
+
+
+def _counted(function, name, calls):
+    def call(*arguments):
+        calls.append(name)
+        return function(*arguments)
+
+    return call
+
+
+def _check(hidden, weight, dtype=torch.float32, **tolerance):
+    """Both products against float64's."""
+    count, vocab = len(hidden), len(weight)
+    wide = weight.double()
+    logits = matmul.project(hidden, weight, torch.full((count, vocab), torch.nan, dtype=dtype))
+    torch.testing.assert_close(logits.double(), hidden.double() @ wide.T, **tolerance)
+    dhidden = torch.ones(hidden.shape, dtype=dtype)
+    matmul.add_hidden_gradient_(dhidden, logits, weight)
+    torch.testing.assert_close(dhidden.double(), 1 + logits.double() @ wide, **tolerance)
+    return logits, dhidden
 
 
 @pytest.mark.parametrize("vocab", [1, 64, 65, 300])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.usefixtures("small_slices")
-def test_products_of_slices_are_those_of_the_whole(vocab, dtype):
-    hidden, weight = torch.randn(7, 16), torch.randn(vocab, 16).to(dtype)
-    wide = weight.double()
-    logits = matmul.project(hidden, weight, torch.empty(7, vocab))
-    torch.testing.assert_close(logits.double(), hidden.double() @ wide.T, rtol=1e-5, atol=1e-5)
-    dhidden = torch.ones(7, 16)
-    matmul.add_hidden_gradient_(dhidden, logits, weight)
-    expected = 1 + logits.double() @ wide
-    torch.testing.assert_close(dhidden.double(), expected, rtol=1e-5, atol=1e-4)
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_products_of_slices_are_those_of_the_whole(path, vocab, dtype):
+    _check(torch.randn(7, 16), torch.randn(vocab, 16).to(dtype), rtol=1e-5, atol=1e-4)
+    both = ["project", "add_hidden_gradient_"]
+    assert path.calls == (both if path.name == "extension" else [])
 
 
-@pytest.mark.parametrize(("vocab", "slots"), [(1, 1), (64, 1), (65, 2), (192, 3), (1000, 3)])
-@pytest.mark.usefixtures("small_slices")
-def test_upcast_slices_take_turns_in_as_many_places_as_are_needed(vocab, slots):
+@pytest.mark.parametrize(("tokens", "vocab"), [(0, 5), (3, 0), (0, 0)])
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.usefixtures("path")
+def test_nothing_times_anything_is_nothing(tokens, vocab, dtype):
+    _check(torch.randn(tokens, 16), torch.randn(vocab, 16).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *FLOATING])
+@pytest.mark.usefixtures("path")
+def test_float64_is_exact_to_its_own_rounding_whatever_the_weight_holds(dtype):
+    hidden, weight = torch.randn(7, 16).double(), torch.randn(300, 16).to(dtype)
+    _check(hidden, weight, torch.float64, rtol=1e-13, atol=1e-12)
+
+
+@pytest.mark.parametrize("threads", [2, 5, 8, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_share_the_columns_and_then_the_tokens(path, threads, dtype):
+    hidden, weight = torch.randn(7, 300), torch.randn(331, 300).to(dtype)
+    torch.set_num_threads(1)
+    alone = _check(hidden, weight, rtol=1e-5, atol=1e-3)
+    torch.set_num_threads(threads)
+    together = _check(hidden, weight, rtol=1e-5, atol=1e-3)
+    again = _check(hidden, weight, rtol=1e-5, atol=1e-3)
+    for one, other, same in zip(alone, together, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-3)
+        assert torch.equal(other, same)
+
+
+class Subclass(torch.Tensor):
+    """What may mean something else by its numbers."""
+
+
+@pytest.mark.parametrize(
+    ("weight", "is_taken"),
+    [
+        (torch.randn(16, 300).t(), False),
+        (torch.randn(1, 16).expand(300, 16), False),
+        (torch._neg_view(torch.randn(300, 16)), False),
+        (torch._efficientzerotensor((300, 16)), False),
+        (torch.randn(300, 16).as_subclass(Subclass), False),
+        (torch.nn.Parameter(torch.randn(300, 16)), True),
+        (torch.randn(300, 32)[:, :16], True),
+    ],
+    ids=["transposed", "expanded", "negated", "zero", "subclass", "parameter", "part"],
+)
+@torch.no_grad()
+def test_weights_of_any_strides_and_kind(path, weight, is_taken):
+    _check(torch.randn(7, 16), weight, rtol=1e-5, atol=1e-4)
+    assert bool(path.calls) == (is_taken and path.name == "extension")
+
+
+def test_a_lazy_copy_of_a_weight_stays_one(path):
+    lazy = torch._lazy_clone(torch.randn(300, 16))
+    _check(torch.randn(7, 16), lazy, rtol=1e-5, atol=1e-4)
+    assert torch._C._is_cow_tensor(lazy)
+
+
+def test_a_profiler_sees_the_products(path):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        _check(torch.randn(7, 16), torch.randn(300, 16), rtol=1e-5, atol=1e-4)
+    names = {event.key for event in profile.key_averages()}
+    ours = {"opd_kernels::project", "opd_kernels::add_hidden_gradient_"}
+    assert names >= (ours if path.name == "extension" else {"aten::mm", "aten::addmm_"})
+
+
+@pytest.mark.parametrize("vocab", [1, 64, 65, 1000])
+def test_without_the_extension_one_upcast_slice_lives_at_a_time(monkeypatch, vocab):
+    monkeypatch.setattr(matmul, "SLICE_ROWS", 64)
     weight = torch.randn(vocab, 16).bfloat16()
-    places = []
-    for rows, part in matmul._slices(weight, torch.float32, matmul._PROJECT_BYTES):
+    places = set()
+    for rows, part in matmul._slices(weight, torch.float32):
         assert torch.equal(part, weight[rows].float())
-        places.append(part.data_ptr())
-    assert len(set(places[:slots])) == len(set(places)) == slots
-    count = min(vocab, 64) * slots
-    assert part.untyped_storage().nbytes() == count * 16 * 4
+        places.add(part.data_ptr())
+    assert len(places) == 1
+    assert part.untyped_storage().nbytes() == min(vocab, 64 * torch.get_num_threads()) * 16 * 4

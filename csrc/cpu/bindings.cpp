@@ -1,14 +1,19 @@
-// Python's door to the epilogues: checks every tensor, then calls the kernels on raw pointers.
+// Python's door to the kernels: checks every tensor, then calls them on raw pointers.
 
 #include <ATen/ops/empty.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <array>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../checks.h"
 #include "divergence.h"
 #include "epilogue.h"
+#include "products.h"
 
 namespace {
 
@@ -22,11 +27,12 @@ opd::Chunk<T> chunk_of(const Tensor& chunk, int64_t first_id) {
   return {chunk.data_ptr<T>(), chunk.size(0), chunk.size(1), chunk.stride(0), first_id};
 }
 
-Arguments arguments_of(const Tensor& chunk, Use use) {
+// The arguments of a call, of which this is the first: it has the dtype of logits.
+Arguments arguments_of(const Tensor& matrix, Use use, const char* name = "chunk") {
   Arguments arguments(at::kCPU);
-  arguments.add_matrix(chunk, "chunk", use);
-  TORCH_CHECK_TYPE(chunk.scalar_type() == at::kFloat || chunk.scalar_type() == at::kDouble,
-                   "chunk: expected float32 or float64, got ", chunk.scalar_type());
+  arguments.add_matrix(matrix, name, use);
+  TORCH_CHECK_TYPE(matrix.scalar_type() == at::kFloat || matrix.scalar_type() == at::kDouble, name,
+                   ": expected float32 or float64, got ", matrix.scalar_type());
   return arguments;
 }
 
@@ -179,6 +185,88 @@ void divergence_(const Tensor& chunk, const OptionalTensor& bias, std::optional<
   });
 }
 
+template <typename T>
+opd::Matrix<T> matrix_of(const Tensor& matrix) {
+  const int64_t rows = matrix.size(0), columns = matrix.size(1);
+  const int64_t stride = std::max(matrix.stride(0), columns);  // a single row may have any
+  if constexpr (std::is_const_v<T>)
+    return {matrix.const_data_ptr<std::remove_const_t<T>>(), rows, columns, stride};
+  else
+    return {matrix.mutable_data_ptr<T>(), rows, columns, stride};
+}
+
+// A matrix that a product reads or writes, by its name in messages.
+struct Operand {
+  const Tensor& matrix;
+  const char* name;
+  Use use;
+};
+
+// Whether hidden states (or their gradient) [n, D], logits (or theirs) [n, v] and weight [v, D] fit
+// one another. The weight may be of a narrower dtype than the others.
+void check_product(const Operand& hidden, const Operand& logits, const Tensor& weight,
+                   int64_t slice_rows) {
+  Arguments arguments = arguments_of(hidden.matrix, hidden.use, hidden.name);
+  arguments.add_matrix(weight, "weight");
+  const auto dtype = hidden.matrix.scalar_type(), narrow = weight.scalar_type();
+  const bool is_narrow = narrow == at::kFloat || narrow == at::kBFloat16 || narrow == at::kHalf;
+  TORCH_CHECK_TYPE(is_narrow || narrow == dtype, "weight: expected ", dtype,
+                   " or a narrower float, got ", narrow);
+  TORCH_CHECK_VALUE(weight.size(1) == hidden.matrix.size(1) && weight.size(1) >= 1,
+                    "weight: expected [v, D] with the D >= 1 of ", hidden.name, ", ",
+                    hidden.matrix.sizes(), ", got ", weight.sizes());
+  arguments.add_matrix(logits.matrix, logits.name, logits.use);
+  const std::array shape{hidden.matrix.size(0), weight.size(0)};
+  TORCH_CHECK_TYPE(logits.matrix.scalar_type() == dtype, logits.name, ": expected ", dtype,
+                   ", got ", logits.matrix.scalar_type());
+  TORCH_CHECK_VALUE(logits.matrix.sizes() == at::IntArrayRef(shape), logits.name,
+                    ": expected shape ", at::IntArrayRef(shape), ", got ", logits.matrix.sizes());
+  TORCH_CHECK_VALUE(slice_rows >= 1, "slice_rows: expected at least 1, got ", slice_rows);
+}
+
+template <typename Function>
+void for_dtypes_of(const Tensor& logits, const Tensor& weight, const Function& function) {
+  for_dtype_of(logits, [&](auto zero) {
+    if (weight.scalar_type() == at::kBFloat16)
+      function(zero, at::BFloat16{});
+    else if (weight.scalar_type() == at::kHalf)
+      function(zero, at::Half{});
+    else if (weight.scalar_type() == at::kFloat)
+      function(zero, float{});
+    else if constexpr (std::is_same_v<decltype(zero), double>)
+      function(zero, double{});
+  });
+}
+
+void project(const Tensor& hidden, const Tensor& weight, const Tensor& out, int64_t slice_rows) {
+  check_product({hidden, "hidden", Use::kRead}, {out, "out", Use::kWritten}, weight, slice_rows);
+  RECORD_FUNCTION("opd_kernels::project", std::vector<c10::IValue>{});
+  if (out.numel() == 0) return;
+  for_dtypes_of(out, weight, [&](auto zero, auto narrow) {
+    using T = decltype(zero);
+    using W = decltype(narrow);
+    const auto to = matrix_of<T>(out);
+    const pybind11::gil_scoped_release no_gil;
+    opd::project(matrix_of<const T>(hidden), matrix_of<const W>(weight), to, slice_rows);
+  });
+}
+
+void add_hidden_gradient_(const Tensor& dhidden, const Tensor& dlogits, const Tensor& weight,
+                          int64_t slice_rows) {
+  check_product({dhidden, "dhidden", Use::kWritten}, {dlogits, "dlogits", Use::kRead}, weight,
+                slice_rows);
+  RECORD_FUNCTION("opd_kernels::add_hidden_gradient_", std::vector<c10::IValue>{});
+  if (dlogits.numel() == 0) return;
+  for_dtypes_of(dlogits, weight, [&](auto zero, auto narrow) {
+    using T = decltype(zero);
+    using W = decltype(narrow);
+    const auto to = matrix_of<T>(dhidden);
+    const pybind11::gil_scoped_release no_gil;
+    opd::add_hidden_gradient(to, matrix_of<const T>(dlogits), matrix_of<const W>(weight),
+                             slice_rows);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -195,4 +283,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         arg("temperature"), arg("teacher"), arg("teacher_bias"), arg("teacher_softcap"),
         arg("teacher_scale"), arg("teacher_temperature"), arg("beta"), arg("upstream"),
         arg("loss"));
+  m.def("project", &project, arg("hidden"), arg("weight"), arg("out"), arg("slice_rows"));
+  m.def("add_hidden_gradient_", &add_hidden_gradient_, arg("dhidden"), arg("dlogits"),
+        arg("weight"), arg("slice_rows"));
 }

@@ -1,39 +1,15 @@
 """The epilogues in C++ (csrc/cpu), vectorised and threaded, for float32 and float64 chunks."""
 
-import importlib
-import importlib.util
-from types import ModuleType
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from opd_kernels.backends import torch as definition
 from opd_kernels.backends.state import RowState
+from opd_kernels.cpu_extension import extension
 from opd_kernels.head import Head
 from opd_kernels.sparse_rows import SparseRows
 
 # Above this K a heap per row is no longer cheap beside the row's logits.
 _MAX_K = 1024
-# From the best instruction set to the most common one.
-_CAPABILITIES = ("AVX512", "AVX2", "DEFAULT")
-
-
-def load_extension() -> ModuleType | None:
-    """The extension built for this CPU's instruction set or a lesser one; None if none is built.
-
-    An extension that is there but cannot be loaded raises: a broken build is not a missing one.
-    """
-    own = torch.backends.cpu.get_cpu_capability()
-    usable = _CAPABILITIES[_CAPABILITIES.index(own) :] if own in _CAPABILITIES else ("DEFAULT",)
-    for capability in usable:
-        name = f"opd_kernels._cpu_{capability.lower()}"
-        if importlib.util.find_spec(name) is not None:
-            return importlib.import_module(name)
-    return None
-
-
-extension: Any = load_extension()
 
 
 def update(chunk: Tensor, first_id: int, head: Head, state: RowState) -> None:
