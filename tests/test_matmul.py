@@ -75,7 +75,7 @@ def test_float64_is_exact_to_its_own_rounding_whatever_the_weight_holds(dtype):
 @pytest.mark.parametrize("threads", [2, 5, 8, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_share_the_columns_and_then_the_tokens(path, threads, dtype):
-    hidden, weight = torch.randn(7, 300), torch.randn(331, 300).to(dtype)
+    hidden, weight = torch.randn(70, 300), torch.randn(331, 300).to(dtype)
     torch.set_num_threads(1)
     alone = _check(hidden, weight, rtol=1e-5, atol=1e-3)
     torch.set_num_threads(threads)
@@ -84,6 +84,25 @@ def test_threads_share_the_columns_and_then_the_tokens(path, threads, dtype):
     for one, other, same in zip(alone, together, again, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-3)
         assert torch.equal(other, same)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8, 40])
+@pytest.mark.parametrize("tokens", [1, 4, 33, 65])
+@pytest.mark.parametrize("dim", [96, 130, 300])
+@pytest.mark.usefixtures("path")
+def test_no_division_among_threads_adds_up_worse_than_pytorch(threads, tokens, dim):
+    hidden, weight = torch.randn(tokens, dim), torch.randn(1500, dim)
+    dlogits, wide = torch.randn(tokens, 1500), weight.double()
+    torch.set_num_threads(threads)
+    logits = matmul.project(hidden, weight, torch.empty(tokens, 1500))
+    dhidden = torch.zeros(tokens, dim)
+    matmul.add_hidden_gradient_(dhidden, dlogits, weight)
+    for ours, theirs, expected in (
+        (logits, hidden @ weight.T, hidden.double() @ wide.T),
+        (dhidden, dlogits @ weight, dlogits.double() @ wide),
+    ):
+        error, peer = ((x - expected).norm() for x in (ours, theirs))
+        assert error <= 1.25 * peer
 
 
 class Subclass(torch.Tensor):

@@ -202,8 +202,8 @@ struct Operand {
   Use use;
 };
 
-// Whether hidden states (or their gradient) [n, D], logits (or theirs) [n, v] and weight [v, D] fit
-// one another. The weight may be of a narrower dtype than the others.
+// Refuses hidden states (or their gradient) [n, D], logits (or theirs) [n, v] and weight [v, D] that
+// do not fit one another. The weight may be of a narrower dtype than the others.
 void check_product(const Operand& hidden, const Operand& logits, const Tensor& weight,
                    int64_t slice_rows) {
   Arguments arguments = arguments_of(hidden.matrix, hidden.use, hidden.name);

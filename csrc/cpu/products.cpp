@@ -21,8 +21,9 @@ namespace {
 
 // Columns of a thread, of logits or of dhidden, in multiples of this start where a vector does.
 constexpr int64_t kAlignment = 16;
-// Fewer columns of dhidden to a thread would not pay for packing dlogits, which each thread does.
-constexpr int64_t kLeastColumns = 128;
+// Fewer columns of dhidden to a thread would not pay for packing dlogits, which each thread does,
+// and fewer tokens not for the weight; and of two or three MKL adds up long chains (docs/log.md).
+constexpr int64_t kLeastColumns = 128, kLeastTokens = 32;
 
 int64_t divided(int64_t total, int64_t by) { return (total + by - 1) / by; }
 
@@ -109,15 +110,14 @@ void add_hidden_gradient(const Matrix<T>& dhidden, const Matrix<const T>& dlogit
                          const Matrix<const W>& weight, int64_t slice_rows) {
   // A thread has columns of dhidden, and tokens where there are more threads than such columns.
   const int64_t most_columns = std::max(kLeastColumns, share_of(weight.columns));
-  const int64_t across = divided(weight.columns, most_columns);
-  const int64_t down = std::max<int64_t>(1, at::get_num_threads() / across);
-  const int64_t most_rows = divided(dhidden.rows, down);
-  const int64_t parts = across * divided(dhidden.rows, most_rows);
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  const int64_t across = divided(weight.columns, most_columns), tokens = dhidden.rows;
+  const int64_t most_down = std::min(at::get_num_threads() / across, tokens / kLeastTokens);
+  const int64_t down = std::max<int64_t>(1, most_down);
+  at::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t column = i % across * most_columns, row = i / across * most_rows;
+      const int64_t column = i % across * most_columns, row = i / across * tokens / down;
       const int64_t columns = std::min(most_columns, weight.columns - column);
-      const int64_t rows = std::min(most_rows, dhidden.rows - row);
+      const int64_t rows = (i / across + 1) * tokens / down - row;
       auto sum = tensor_of(dhidden.part(row, rows, column, columns));
       const Slices<T, W> slices(weight.part(0, weight.rows, column, columns), slice_rows);
       for (int64_t first = 0; first < weight.rows; first += slices.rows()) {
