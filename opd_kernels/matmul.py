@@ -3,7 +3,7 @@
 A GPU multiplies two 16-bit operands as they are and returns float32. Elsewhere, and where dtypes
 are mixed, 16-bit operands are upcast one slice of the weight at a time: that is exact, and without
 native 16-bit matrix instructions it is also the fast way. On an x86 CPU the C++ extension gives
-every thread slices of its own (csrc/cpu/products.cpp), which is faster in float32 too (docs/log.md).
+every thread slices of its own (csrc/cpu/products.cpp), faster in float32 too (docs/log.md).
 """
 
 import platform
