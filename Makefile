@@ -62,7 +62,8 @@ sanitize: $(VENV)/installed
 	OPD_BACKEND=cpu OPD_SANITIZE=1 TRITON_INTERPRET=0 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		$(BIN)/pytest --import-mode=append -o pythonpath=$(SANITIZED)/lib -p no:cacheprovider \
-		tests/test_build.py::test_the_sanitizers_watch_the_extension tests/test_linear.py tests/test_linear_numbers.py \
+		tests/test_build.py::test_the_sanitizers_watch_the_extension tests/test_matmul.py \
+		tests/test_linear.py tests/test_linear_numbers.py \
 		tests/test_distill.py tests/test_distill_numbers.py tests/test_gradient_filter.py tests/test_bindings.py
 
 # The properties of tests/test_properties.py on 2,400 new problems, and the bindings on 6,600 new calls.
