@@ -44,6 +44,7 @@ def plot(axis: str, records: list[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name in PROVIDERS:
@@ -58,6 +59,8 @@ def plot(axis: str, records: list[dict[str, Any]], path: Path) -> None:
     for panel, label in zip(panels, ("seconds, forward + backward", "peak extra MiB"), strict=True):
         panel.set(xscale="log", yscale="log", xlabel=LABELS[axis], ylabel=label)
         panel.set_xticks(SWEEPS[axis], [f"{value:,}" for value in SWEEPS[axis]])
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         panel.minorticks_off()
         panel.grid(True, which="major", alpha=0.3)
     handles, names = panels[0].get_legend_handles_labels()
