@@ -150,7 +150,7 @@ def test_errors_are_those_of_the_dtype(problem):
     # A cut loss is a sum of both signs, in nats, and so is the gradient of a logit: what is left of
     # it is as wrong as a probability, which dhidden and dweight multiply by an operand.
     factor = abs(problem.head["scale"]) / problem.head["temperature"]
-    largest = max([1.0, *(float(x.abs().max()) for x in operands(wide) if x.numel())])
+    largest = max([1.0, *(float(x.detach().abs().max()) for x in operands(wide) if x.numel())])
     for number, (ours, true, float32) in enumerate(zip(actual, exact, same, strict=True)):
         assert torch.isfinite(ours).all()
         returned = torch.finfo(ours.dtype)
