@@ -62,13 +62,13 @@ sanitize: $(VENV)/installed
 	OPD_BACKEND=cpu OPD_SANITIZE=1 TRITON_INTERPRET=0 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		$(BIN)/pytest --import-mode=append -o pythonpath=$(SANITIZED)/lib -p no:cacheprovider \
-		tests/test_build.py::test_the_sanitizers_watch_the_extension tests/test_matmul.py \
-		tests/test_linear.py tests/test_linear_numbers.py \
-		tests/test_distill.py tests/test_distill_numbers.py tests/test_gradient_filter.py tests/test_bindings.py
+		tests/test_build.py::test_the_sanitizers_watch_the_extension tests/linear/test_products.py \
+		tests/linear/test_operators.py tests/linear/test_operators_numbers.py \
+		tests/loss/test_distill.py tests/loss/test_distill_numbers.py tests/loss/test_gradient_filter.py tests/backends/test_bindings.py
 
-# The properties of tests/test_properties.py on 2,400 new problems, and the bindings on 6,600 new calls.
+# The properties of tests/loss/test_properties.py on 2,400 new problems, and the bindings on 6,600 new calls.
 fuzz: $(VENV)/installed
-	$(TEST_IN_PARALLEL) tests/test_properties.py tests/test_bindings.py --hypothesis-profile fuzz
+	$(TEST_IN_PARALLEL) tests/loss/test_properties.py tests/backends/test_bindings.py --hypothesis-profile fuzz
 
 # What the tests run, with branches and subprocesses; twice as long as they take alone. A limited file size would also cut the
 # measurements, so the tests of a full disk are left out.
@@ -79,7 +79,7 @@ coverage: $(VENV)/installed
 
 # Runs that are killed 66 times, that find no room or memory, or whose teacher is away for a minute; four minutes.
 faults: $(VENV)/installed
-	$(TEST_IN_PARALLEL) tests/test_trainer_faults.py tests/test_trainer_checkpoint.py tests/test_trainer_server.py
+	$(TEST_IN_PARALLEL) tests/trainer/test_faults.py tests/trainer/test_checkpoint.py tests/trainer/test_server.py
 
 # The Triton kernels in the interpreter and in the machine code, with each version that is supported. The interpreters before 3.7
 # need an older NumPy.
@@ -88,8 +88,8 @@ triton-versions: $(TRITON_VERSIONS:%=triton-%)
 triton-%: $(VENV)/installed
 	rm -rf build/$@
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target build/$@ triton==$* 'numpy<2.4'
-	PYTHONPATH=$(CURDIR)/build/$@ $(TEST_IN_PARALLEL) tests/test_epilogues.py tests/test_triton_linear.py tests/test_triton_reverse_kl.py \
-		tests/test_native_products.py tests/test_audit.py
+	PYTHONPATH=$(CURDIR)/build/$@ $(TEST_IN_PARALLEL) tests/backends/test_epilogues.py tests/backends/test_triton_linear.py tests/backends/test_triton_reverse_kl.py \
+		tests/linear/test_native_products.py tests/benchmarks/test_audit.py
 
 # Every causal language model of transformers, tiny: writes docs/causal_lms.md; a minute.
 causal-lms: $(VENV)/installed

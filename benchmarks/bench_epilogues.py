@@ -9,7 +9,7 @@ import torch
 from benchmarks.problems import logits_std
 from opd_kernels import available_backends
 from opd_kernels.backends import RowState, select_backend
-from opd_kernels.head import Head
+from opd_kernels.backends.head import Head
 
 ROWS, VOCAB, K = 64, 49_152, 20
 

@@ -1,7 +1,7 @@
 """Time of a forward and backward pass against the size of its logits chunk, in both orders.
 
-The constants of opd_kernels/chunking.py rest on this table. Rounds alternate over the settings and
-the median is shown, as a ratio to the first row.
+The constants of opd_kernels/linear/plan.py rest on this table. Rounds alternate over the settings.
+The table shows medians, as ratios to the first row.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from benchmarks.measurement import MIB
 from benchmarks.problems import Inputs, Problem
 from opd_kernels import distillation_loss
-from opd_kernels.chunking import one_pass_rows, recompute_sizes
+from opd_kernels.linear.plan import one_pass_rows, recompute_sizes
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

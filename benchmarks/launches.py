@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from opd_kernels.backends import Epilogues, RowState, triton
+from opd_kernels.backends.head import Head
 from opd_kernels.backends.triton import linear
-from opd_kernels.head import Head
 
 TOKENS, VOCAB = 2_048, 151_936
 Call = Callable[[], object]

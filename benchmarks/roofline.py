@@ -1,7 +1,7 @@
 """The least time that each way to a loss needs on a GPU, by its FLOPs and its bytes: a model.
 
-Nothing here was measured. Our two orders are the kernels of opd_kernels/cost_model.py, counted as
-they are launched; rivals are counted from their published algorithms, with PyTorch's own kernels at
+Nothing here was measured. Our two orders are the kernels of opd_kernels/linear/cost_model.py,
+counted as they are launched; rivals are counted from their published algorithms, with PyTorch's own kernels at
 one read and one write each. Peak rates are the vendors' data sheets'; no algorithm reaches them, so
 ratios say more than times.
 """
@@ -19,8 +19,15 @@ from tqdm import tqdm
 
 from benchmarks.measurement import MIB
 from benchmarks.problems import HEADS, Problem
-from opd_kernels import chunking, cost_model
-from opd_kernels.cost_model import ONE_KERNEL_LAUNCHES, Kernel, Machine, Shape, recompute, seconds
+from opd_kernels.linear import cost_model, plan
+from opd_kernels.linear.cost_model import (
+    ONE_KERNEL_LAUNCHES,
+    Kernel,
+    Machine,
+    Shape,
+    recompute,
+    seconds,
+)
 
 GPUS = {name: cost_model.GPUS[name].machine(2) for name in ("A100", "H100", "H200", "B200")}
 SHAPES = HEADS | {"Qwen3-8B": (4_096, 151_936)}
@@ -101,7 +108,7 @@ def estimates(gpu: str, head: str, tokens: int) -> list[Estimate]:
     fused = dim <= cost_model.MAX_FUSED_DIM
     ours = {
         name: seconds(kernels, machine)
-        for name, kernels in chunking.orders_of(shape, machine, BUDGET, fused, shape).items()
+        for name, kernels in plan.orders_of(shape, machine, BUDGET, fused, shape).items()
     }
     labels = replace(shape, k=1)
     families = [
@@ -118,7 +125,7 @@ def estimates(gpu: str, head: str, tokens: int) -> list[Estimate]:
             "cut_labels": seconds(cut_labels(labels), machine),
         },
     ]
-    chosen = "ours_" + chunking.cheaper_order(shape, machine, BUDGET, fused)
+    chosen = "ours_" + plan.cheaper_order(shape, machine, BUDGET, fused)
     return [
         Estimate(gpu, head, tokens, name, time, time / next(iter(family.values())), name == chosen)
         for family in families
@@ -128,7 +135,7 @@ def estimates(gpu: str, head: str, tokens: int) -> list[Estimate]:
 
 def _labels(shape: Shape, machine: Machine, fused: bool) -> Iterator[Kernel]:
     """providers.ours_labels: the logit of one given id, recomputed backward."""
-    sizes = chunking.recompute_chunks(shape, machine, BUDGET, fused)
+    sizes = plan.recompute_chunks(shape, machine, BUDGET, fused)
     return recompute(shape, *sizes, machine, fused, selects=False)
 
 
@@ -155,7 +162,7 @@ def bf16_chunk(tokens: int = 256) -> str:
     shape = Shape(8_192, dim, vocab, K, operand_bytes=2, loss_launches=ONE_KERNEL_LAUNCHES)
     machine = GPUS["H100"]
     ours, in_bf16 = (
-        min(seconds(k, machine) for k in chunking.orders_of(s, machine, BUDGET, False, s).values())
+        min(seconds(k, machine) for k in plan.orders_of(s, machine, BUDGET, False, s).values())
         for s in (shape, replace(shape, logit_bytes=2))
     )
     inputs = Problem(tokens, 1_024, vocab).tensors()

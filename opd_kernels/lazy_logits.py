@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from opd_kernels.backends.head import Head, accumulator_dtype
 from opd_kernels.checks import check_execution, check_flags, check_int, got
-from opd_kernels.head import Head, accumulator_dtype
-from opd_kernels.linear import linear_gather, linear_topk
+from opd_kernels.linear.operators import linear_gather, linear_topk
 from opd_kernels.operands import (
     check_hidden_is_finite,
     check_ids,

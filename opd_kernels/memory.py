@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from opd_kernels.checks import FLOATING, check_execution, check_int, got
-from opd_kernels.chunking import budget_of, recompute_chunks, rows_within
-from opd_kernels.cost_model import GPUS, Machine, Shape
-from opd_kernels.matmul import SLICE_ROWS
+from opd_kernels.linear.cost_model import GPUS, Machine, Shape
+from opd_kernels.linear.plan import budget_of, recompute_chunks, rows_within
+from opd_kernels.linear.products import SLICE_ROWS
 
 MIB = 1 << 20
 

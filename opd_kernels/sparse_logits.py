@@ -14,7 +14,7 @@ from opd_kernels.checks import (
     check_token_ids,
     got,
 )
-from opd_kernels.sparse import canonical_ids
+from opd_kernels.linear.sparse import canonical_ids
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,8 +3,8 @@
 import torch
 
 from opd_kernels.backends import RowState
-from opd_kernels.head import Head
-from opd_kernels.sparse import canonical_ids
+from opd_kernels.backends.head import Head
+from opd_kernels.linear.sparse import canonical_ids
 from tests.device import DEVICE
 from tests.reference import head_in_float64
 

@@ -13,8 +13,8 @@ from torch.testing import assert_close
 
 from opd_kernels import distillation_loss, forward_kl
 from tests.reference import make_logits
-from tests.test_trainer_server import KEY, FakeServer
 from tests.tiny_run import write_model
+from tests.trainer.test_server import KEY, FakeServer
 from trainer.models import load_model
 
 FOLDER = Path(__file__).parents[1] / "examples"

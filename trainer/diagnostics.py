@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opd_kernels import LazyLogits, SparseLogits
-from opd_kernels.supports import Served
+from opd_kernels.loss.supports import Served
 from trainer.config import DistillationConfig, StageConfig
 from trainer.rollout import Completion
 

@@ -18,7 +18,7 @@ from opd_kernels import (
     policy_gradient,
     reverse_kl,
 )
-from opd_kernels.objective import Objective
+from opd_kernels.loss.objective import Objective
 from trainer.config import DistillationConfig
 from trainer.functions import explained, load_function
 from trainer.stopping import RunStoppedError

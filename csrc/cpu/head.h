@@ -5,7 +5,7 @@
 
 namespace opd {
 
-// z = softcap(scale * (raw + bias)) / temperature, as opd_kernels/head.py defines it.
+// z = softcap(scale * (raw + bias)) / temperature, as opd_kernels/backends/head.py defines it.
 template <typename T>
 struct Head {
   const T* bias;  // [v] of the chunk's columns, or null

@@ -13,9 +13,9 @@ from torch.cuda import is_available as has_gpu
 
 from opd_kernels.backends import cpu, cuda
 from opd_kernels.backends import torch as torch_backend
+from opd_kernels.backends.head import Head
+from opd_kernels.backends.sparse_rows import SparseRows
 from opd_kernels.backends.state import RowState
-from opd_kernels.head import Head
-from opd_kernels.sparse_rows import SparseRows
 
 __all__ = ["Epilogues", "FusedEpilogues", "RowState", "available_backends", "select_backend"]
 
@@ -110,8 +110,8 @@ class Epilogues(Protocol):
         ...
 
     def fused(self, operand: dtype, head: Head, k: int) -> FusedEpilogues | None:
-        """The fused epilogues for products of the operand dtype (see matmul.py) and K slots, where
-        the backend has them and they are the faster way. Their hidden states are contiguous.
+        """The fused epilogues for products of the operand dtype (see linear/products.py) and K slots,
+        where the backend has them and they are the faster way. Their hidden states are contiguous.
         """
         ...
 

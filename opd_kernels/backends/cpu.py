@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from opd_kernels.backends import torch as definition
+from opd_kernels.backends.cpu_extension import extension
+from opd_kernels.backends.head import Head
+from opd_kernels.backends.sparse_rows import SparseRows
 from opd_kernels.backends.state import RowState
-from opd_kernels.cpu_extension import extension
-from opd_kernels.head import Head
-from opd_kernels.sparse_rows import SparseRows
 
 # Above this K a heap per row is no longer cheap beside the row's logits.
 _MAX_K = 1024

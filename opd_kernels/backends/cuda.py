@@ -12,8 +12,8 @@ from torch import Tensor
 
 from opd_kernels.backends import torch as definition
 from opd_kernels.backends.devices import capability, device_of
+from opd_kernels.backends.head import Head, accumulator_dtype
 from opd_kernels.backends.state import RowState
-from opd_kernels.head import Head, accumulator_dtype
 
 # Columns above which a row is worth a whole block of threads: by reckoning, not by a measurement, a
 # warp's share of it is then long beside the merging of eight lists.

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from opd_kernels.backends.head import Head
+from opd_kernels.backends.sparse_rows import SparseRows
 from opd_kernels.backends.state import RowState
-from opd_kernels.head import Head
-from opd_kernels.sparse_rows import SparseRows
 
 _BLOCK_ELEMENTS = 1 << 19
 

@@ -21,9 +21,9 @@ from opd_kernels.checks import (
     check_temperature,
     check_token_ids,
 )
-from opd_kernels.distill import distillation_loss
 from opd_kernels.divergences import jsd
 from opd_kernels.lazy_logits import LazyLogits
+from opd_kernels.loss.distill import distillation_loss
 
 
 class LigerFusedLinearJSDLoss(nn.Module):

@@ -15,9 +15,9 @@ from trl import DistillationTrainer
 from trl.trainer import distillation_trainer
 
 from opd_kernels.checks import got
-from opd_kernels.distill import distillation_loss
 from opd_kernels.divergences import jsd
 from opd_kernels.lazy_logits import LazyLogits
+from opd_kernels.loss.distill import distillation_loss
 from opd_kernels.parallel import is_dtensor, plain
 
 _LOSS = "_chunked_divergence_loss"  # what TRL's trainer calls, by this name of its module

@@ -30,8 +30,8 @@ from tqdm import tqdm
 LEAST = 0.9  # of the mutants
 SECONDS = 240  # for the tests of one; a mutant that takes longer is killed
 TESTS = {
-    "divergences": "divergences divergences_optima sparse_logits supports",
-    "linear": "linear linear_numbers lazy_logits compile",
+    "divergences": "test_divergences test_divergences_optima test_sparse_logits loss/test_supports",
+    "linear.operators": "linear/test_operators linear/test_operators_numbers test_lazy_logits loss/test_compile",
 }
 # The other backends' tests of the same operators would only take longer.
 SELECTION = "not triton and not cuda and not cpu"
@@ -117,7 +117,7 @@ def _code(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _path(module: str) -> Path:
-    return Path("opd_kernels") / f"{module}.py"
+    return Path("opd_kernels", *module.split(".")).with_suffix(".py")
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
@@ -147,7 +147,7 @@ def run_tests(mutant: Mutant) -> None:
     """In a process of its own, which ends with pytest's status; nothing of ours is imported yet."""
     torch.set_num_threads(1)
     sys.meta_path.insert(0, _Finder(mutant))  # type: ignore[arg-type]
-    files = [f"tests/test_{name}.py" for name in TESTS[mutant.module].split()]
+    files = [f"tests/{name}.py" for name in TESTS[mutant.module].split()]
     options = ["-x", "-q", "-p", "no:cacheprovider", "-k", SELECTION]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         status = pytest.main([*options, *files])
@@ -192,7 +192,7 @@ def table(mutants: list[Mutant], survivors: list[Mutant]) -> str:
         "# Mutants",
         "",
         f"Made by `make mutants`: {len(mutants)} changes of one operator, comparison, condition or "
-        f"number in {' and '.join(f'`opd_kernels/{m}.py`' for m in TESTS)}, of which the tests "
+        f"number in {' and '.join(f'`{_path(m)}`' for m in TESTS)}, of which the tests "
         f"notice {killed}, {killed / len(mutants):.0%}. Those that they do not:",
         "",
         "| module | line | change |",

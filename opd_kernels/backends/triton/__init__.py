@@ -8,6 +8,8 @@ from torch import Tensor
 
 from opd_kernels.backends import torch as definition
 from opd_kernels.backends.devices import device_of
+from opd_kernels.backends.head import Head, accumulator_dtype
+from opd_kernels.backends.sparse_rows import SparseRows
 from opd_kernels.backends.state import RowState
 from opd_kernels.backends.triton import configs, linear
 from opd_kernels.backends.triton.configs import Case, RowConfig
@@ -15,9 +17,7 @@ from opd_kernels.backends.triton.divergence import FORWARD, JSD, REVERSE, diverg
 from opd_kernels.backends.triton.launch import flags, is_plain, operands
 from opd_kernels.backends.triton.reverse_kl import reverse_kl_kernel
 from opd_kernels.backends.triton.rows import gradient_kernel, update_kernel
-from opd_kernels.cost_model import MAX_FUSED_DIM
-from opd_kernels.head import Head, accumulator_dtype
-from opd_kernels.sparse_rows import SparseRows
+from opd_kernels.linear.cost_model import MAX_FUSED_DIM
 
 
 def update(chunk: Tensor, first_id: int, head: Head, state: RowState) -> None:

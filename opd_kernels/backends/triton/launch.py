@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from opd_kernels.head import Head
+from opd_kernels.backends.head import Head
 
 
 def operands(

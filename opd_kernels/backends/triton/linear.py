@@ -13,13 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from opd_kernels.backends.devices import device_of
+from opd_kernels.backends.head import Head
 from opd_kernels.backends.state import RowState
 from opd_kernels.backends.triton import configs
 from opd_kernels.backends.triton.configs import Case, TileConfig
 from opd_kernels.backends.triton.elementwise import derivatives_of, logits_of
 from opd_kernels.backends.triton.launch import flags, is_plain, operands
 from opd_kernels.backends.triton.online_sum import absorb
-from opd_kernels.head import Head
 
 _NO_COLUMN = 2**31 - 1
 _GRAIN = tl.constexpr(16)  # columns at which a tile may start
