@@ -1,8 +1,8 @@
 """The least time that each way to a loss needs on a GPU, by its FLOPs and its bytes: a model.
 
 Nothing here was measured. Our two orders are the kernels of opd_kernels/linear/cost_model.py,
-counted as they are launched; rivals are counted from their published algorithms, with PyTorch's own kernels at
-one read and one write each. Peak rates are the vendors' data sheets'; no algorithm reaches them, so
+counted as they are launched; rivals are counted from their published algorithms, with PyTorch's own
+kernels at one read and one write each. Peak rates are the vendors' data sheets'; no algorithm reaches them, so
 ratios say more than times.
 """
 

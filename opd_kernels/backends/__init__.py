@@ -110,7 +110,7 @@ class Epilogues(Protocol):
         ...
 
     def fused(self, operand: dtype, head: Head, k: int) -> FusedEpilogues | None:
-        """The fused epilogues for products of the operand dtype (see linear/products.py) and K slots,
+        """The fused epilogues for products of the operand dtype (linear/products.py) and K slots,
         where the backend has them and they are the faster way. Their hidden states are contiguous.
         """
         ...

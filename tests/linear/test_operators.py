@@ -283,9 +283,9 @@ def test_a_loss_without_tail_makes_no_pass_over_the_vocabulary(backend, monkeypa
     def refuse(*args, **kwargs):
         raise AssertionError("the vocabulary was walked")
 
-    monkeypatch.setattr("opd_kernels.linear.backpropagate", refuse)
+    monkeypatch.setattr("opd_kernels.linear.operators.backpropagate", refuse)
     for values in (s.values, given.values):
         for actual, e in zip(gradients(values.sum(), logits), expected, strict=True):
             exact(actual, e)
-    monkeypatch.setattr("opd_kernels.linear.reduce_logits", refuse)
+    monkeypatch.setattr("opd_kernels.linear.operators.reduce_logits", refuse)
     assert logits.gather(s.ids, tail=False, backend=backend).tail is None

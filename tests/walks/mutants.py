@@ -31,7 +31,9 @@ LEAST = 0.9  # of the mutants
 SECONDS = 240  # for the tests of one; a mutant that takes longer is killed
 TESTS = {
     "divergences": "test_divergences test_divergences_optima test_sparse_logits loss/test_supports",
-    "linear.operators": "linear/test_operators linear/test_operators_numbers test_lazy_logits loss/test_compile",
+    "linear.operators": (
+        "linear/test_operators linear/test_operators_numbers test_lazy_logits loss/test_compile"
+    ),
 }
 # The other backends' tests of the same operators would only take longer.
 SELECTION = "not triton and not cuda and not cpu"
