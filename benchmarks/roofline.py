@@ -2,8 +2,8 @@
 
 Nothing here was measured. Our two orders are the kernels of opd_kernels/linear/cost_model.py,
 counted as they are launched; rivals are counted from their published algorithms, with PyTorch's own
-kernels at one read and one write each. Peak rates are the vendors' data sheets'; no algorithm reaches them, so
-ratios say more than times.
+kernels at one read and one write each. Peak rates are those of the vendors' data sheets. No
+algorithm reaches them, so ratios say more than times.
 """
 
 import argparse
