@@ -88,7 +88,7 @@ triton-versions: $(TRITON_VERSIONS:%=triton-%)
 triton-%: $(VENV)/installed
 	rm -rf build/$@
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target build/$@ triton==$* 'numpy<2.4'
-	PYTHONPATH=$(CURDIR)/build/$@ $(TEST_IN_PARALLEL) tests/backends/test_epilogues.py tests/backends/test_triton_linear.py tests/backends/test_triton_reverse_kl.py \
+	PYTHONPATH=$(CURDIR)/build/$@ $(TEST_IN_PARALLEL) tests/backends/test_epilogues.py tests/backends/test_triton_linear.py tests/backends/test_reverse_kl.py \
 		tests/linear/test_native_products.py tests/benchmarks/test_audit.py
 
 # Every causal language model of transformers, tiny: writes docs/causal_lms.md; a minute.

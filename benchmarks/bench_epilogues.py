@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.problems import logits_std
 from opd_kernels import available_backends
-from opd_kernels.backends import RowState, select_backend
-from opd_kernels.backends.head import Head
+from opd_kernels.backends import select_backend
+from opd_kernels.backends.records import Chunk, Head, RowGradient, RowState
 
 ROWS, VOCAB, K = 64, 49_152, 20
 
@@ -42,14 +42,14 @@ def measure(benchmark, chunk, passes, function, *arguments):
 
 def reduced(epilogues, chunk, head):
     state = RowState.for_topk(ROWS, K, False, like=chunk)
-    epilogues.update(chunk, 0, head, state)
+    epilogues.update(Chunk(chunk, head), state)
     return state
 
 
 @pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
 def test_topk(benchmark, epilogues, chunk, head, entropy):
     def update(chunk):
-        epilogues.update(chunk, 0, head, RowState.for_topk(ROWS, K, entropy, like=chunk))
+        epilogues.update(Chunk(chunk, head), RowState.for_topk(ROWS, K, entropy, like=chunk))
 
     measure(benchmark, chunk, 1, update)
 
@@ -58,25 +58,29 @@ def test_gather(benchmark, epilogues, chunk, head):
     ids = torch.stack([torch.randperm(VOCAB)[:K] for _ in range(ROWS)])
 
     def update(chunk):
-        epilogues.update(chunk, 0, head, RowState.for_ids(ids, False, like=chunk))
+        epilogues.update(Chunk(chunk, head), RowState.for_ids(ids, False, like=chunk))
 
     measure(benchmark, chunk, 1, update)
 
 
 def test_gradient(benchmark, epilogues, chunk, head):
     state = reduced(epilogues, chunk, head)
-    rows = (state.ids, torch.randn(ROWS, K), state.tail(), torch.randn(ROWS))
-    measure(benchmark, chunk, 2, lambda c: epilogues.gradient(c, 0, head, *rows, c))
+    rows = RowGradient(state.ids, torch.randn(ROWS, K), state.tail(), torch.randn(ROWS))
+    measure(benchmark, chunk, 2, lambda c: epilogues.gradient(Chunk(c, head), rows, c))
 
 
 def test_filtered_gradient(benchmark, epilogues, chunk, head):
     state = reduced(epilogues, chunk, head)
     threshold = chunk.logsumexp(-1) - 14 * torch.tensor(2.0).log()
-    rows = (state.ids, torch.randn(ROWS, K), state.tail(), torch.randn(ROWS), threshold)
-    measure(benchmark, chunk, 1, lambda c: epilogues.filtered_gradient(c, head, *rows))
+    rows = RowGradient(state.ids, torch.randn(ROWS, K), state.tail(), torch.randn(ROWS))
+
+    def filtered_gradient(raw):
+        epilogues.filtered_gradient(Chunk(raw, head), rows, threshold)
+
+    measure(benchmark, chunk, 1, filtered_gradient)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_full_divergence(benchmark, epilogues, chunk, head, beta):
-    teacher = (chunk + torch.randn_like(chunk), head, beta, torch.ones(ROWS))
-    measure(benchmark, chunk, 3, lambda c: epilogues.divergence(c, head, *teacher, c))
+    teacher = (Chunk(chunk + torch.randn_like(chunk), head), beta, torch.ones(ROWS))
+    measure(benchmark, chunk, 3, lambda c: epilogues.divergence(Chunk(c, head), *teacher, c))

@@ -3,18 +3,18 @@ what the tuner and the comparison of backends time. On the device "meta" nothing
 """
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from opd_kernels.backends import Epilogues, RowState, triton
-from opd_kernels.backends.head import Head
-from opd_kernels.backends.triton import linear
+from opd_kernels.backends.epilogues import Epilogues
+from opd_kernels.backends.records import Chunk, Head, RowGradient, RowState
+from opd_kernels.backends.triton import TritonEpilogues
+from opd_kernels.backends.triton.linear import TritonFusedEpilogues
 
 TOKENS, VOCAB = 2_048, 151_936
 Call = Callable[[], object]
-TRITON = cast(Epilogues, triton)
+TRITON, FUSED = TritonEpilogues(), TritonFusedEpilogues()
 
 
 def _head(plain: bool, weight: Tensor) -> Head:
@@ -25,9 +25,9 @@ def _head(plain: bool, weight: Tensor) -> Head:
     return Head(weight, bias, 30.0, 1.0, 1.0, VOCAB)
 
 
-def _chunk(plain: bool, dtype: torch.dtype, device: str) -> tuple[Tensor, Head]:
-    chunk = 4 * torch.randn(TOKENS, VOCAB, device=device, dtype=torch.float32)
-    return chunk.to(dtype), _head(plain, torch.empty(VOCAB, 1, device=device))
+def _chunk(plain: bool, dtype: torch.dtype, device: str) -> Chunk:
+    raw = 4 * torch.randn(TOKENS, VOCAB, device=device, dtype=torch.float32)
+    return Chunk(raw.to(dtype), _head(plain, torch.empty(VOCAB, 1, device=device)))
 
 
 def _rows(k: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,7 +45,7 @@ def update(
     epilogues: Epilogues = TRITON,
 ) -> Call:
     """One pass over a chunk; entropy too unless it is plain."""
-    chunk, head = _chunk(plain, dtype, device)
+    chunk = _chunk(plain, dtype, device)
     ids, _, like = _rows(k, device)
 
     def call() -> None:
@@ -53,7 +53,7 @@ def update(
             state = RowState.for_topk(TOKENS, k, not plain, like)
         else:
             state = RowState.for_ids(ids, not plain, like)
-        epilogues.update(chunk, 0, head, state)
+        epilogues.update(chunk, state)
 
     return call
 
@@ -66,24 +66,25 @@ def gradient(
     epilogues: Epilogues = TRITON,
 ) -> Call:
     """A chunk of logits to a chunk of gradients in bf16."""
-    chunk, head = _chunk(plain, dtype, device)
+    chunk = _chunk(plain, dtype, device)
     ids, values, rows = _rows(k, device)
-    out = torch.empty_like(chunk, dtype=torch.bfloat16)
-    return lambda: epilogues.gradient(chunk, 0, head, ids, values, rows, rows, out)
+    out = torch.empty_like(chunk.raw, dtype=torch.bfloat16)
+    return lambda: epilogues.gradient(chunk, RowGradient(ids, values, rows, rows), out)
 
 
 def divergence(beta: float, plain: bool, device: str, epilogues: Epilogues = TRITON) -> Call:
     """Loss and gradient of whole rows of two models."""
-    chunk, head = _chunk(plain, torch.float32, device)
+    chunk = _chunk(plain, torch.float32, device)
     _, _, upstream = _rows(1, device)
-    out = torch.empty_like(chunk, dtype=torch.bfloat16)
-    return lambda: epilogues.divergence(chunk, head, chunk, head, beta, upstream, out)
+    out = torch.empty_like(chunk.raw, dtype=torch.bfloat16)
+    return lambda: epilogues.divergence(chunk, chunk, beta, upstream, out)
 
 
 def reverse_kl(k: int, plain: bool, device: str) -> Call:
     """Loss and gradient on the support; with a bucket and its gradient unless it is plain."""
     _, values, rows = _rows(k, device)
-    return lambda: triton.reverse_kl(values, rows, values, rows, plain, not plain)
+    models = (values, rows, values, rows)
+    return lambda: TRITON.reverse_kl(*models, stop_gradient=plain, bucket=not plain)
 
 
 def _operands(dim: int, plain: bool, device: str) -> tuple[Tensor, Head]:
@@ -96,7 +97,7 @@ def linear_update(k: int, plain: bool, device: str, dim: int = 1_024) -> Call:
     """Given ids with the product inside; entropy too unless it is plain."""
     hidden, head = _operands(dim, plain, device)
     ids, _, like = _rows(k, device)
-    return lambda: linear.update(hidden, head, RowState.for_ids(ids, not plain, like))
+    return lambda: FUSED.update(hidden, head, RowState.for_ids(ids, not plain, like))
 
 
 def linear_gradient(k: int, plain: bool, device: str, dim: int = 1_024) -> Call:
@@ -106,7 +107,7 @@ def linear_gradient(k: int, plain: bool, device: str, dim: int = 1_024) -> Call:
     out = torch.empty(TOKENS, 16_384, dtype=torch.bfloat16, device=device)
 
     def call() -> None:
-        support = linear.support(ids, hidden, head)
-        linear.gradient(hidden, 0, head, support, values, rows, rows, out)
+        support = FUSED.support(ids, hidden, head)
+        FUSED.gradient(hidden, head, 0, support, RowGradient(ids, values, rows, rows), out)
 
     return call

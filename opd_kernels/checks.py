@@ -1,5 +1,8 @@
-"""What a single value must be, for every door of the package alike: a message names the argument,
-what was expected and what came. Only what the host knows is looked at, never a tensor's numbers.
+"""Checks of arguments, for every public function alike.
+
+A message names the argument, what was expected, what came and the remedy. The checks look at what
+the host knows, such as dtypes and shapes, and not at a tensor's numbers; check_hidden_is_finite is
+the one exception.
 """
 
 from numbers import Integral, Real
@@ -12,18 +15,18 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def got(value: Any) -> str:
-    """What came: a tensor by its dtype, anything else by its type."""
+    """What came, for a message: the dtype of a tensor, the type of anything else."""
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
 def are_integer(ids: Tensor) -> bool:
-    """Whether the dtype is one for token ids; bool is not."""
+    """Whether token ids can have this dtype; bool is excluded."""
     dtype = ids.dtype
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def check_floating(name: str, tensor: Any, remedy: str = "cast it first") -> None:
-    """Raise unless it is a tensor of logits, or of what makes them."""
+    """Raise TypeError unless it is a tensor of a floating dtype."""
     if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATING:
         raise TypeError(
             f"{name}: expected a tensor of float16, bfloat16, float32 or float64, got "
@@ -32,13 +35,13 @@ def check_floating(name: str, tensor: Any, remedy: str = "cast it first") -> Non
 
 
 def check_token_ids(name: str, ids: Any) -> None:
-    """Raise unless it is a tensor of token ids."""
+    """Raise TypeError unless it is an integer tensor."""
     if not isinstance(ids, Tensor) or not are_integer(ids):
         raise TypeError(f"{name}: expected an integer tensor, got {got(ids)}; token ids are int64")
 
 
 def check_device(name: str, tensor: Tensor, like: str, device: torch.device) -> None:
-    """Raise unless a tensor is on the device of another."""
+    """Raise ValueError unless a tensor is on the device of the argument `like`."""
     if tensor.device != device:
         raise ValueError(
             f"{name}: expected device {device}, as {like}'s, got {tensor.device}; move one of them"
@@ -46,15 +49,15 @@ def check_device(name: str, tensor: Tensor, like: str, device: torch.device) -> 
 
 
 def check_flags(**flags: Any) -> None:
-    """Raise unless all are bools: any other string would be true."""
+    """Raise TypeError unless all are bools: a string such as "no" would count as true."""
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected True or False, got {got(flag)}; pass bool(...)")
 
 
 def check_int(name: str, value: Any, least: int | None = None) -> None:
-    """Raise unless it is an int, and at least that."""
-    # int stands beside its own base class since that is slow to ask.
+    """Raise unless it is an int, and at least `least`."""
+    # int is listed too, since isinstance of the abstract class Integral alone is slow.
     if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise TypeError(f"{name}: expected an int, got {got(value)}; pass int(...)")
     if least is not None and value < least:
@@ -62,7 +65,7 @@ def check_int(name: str, value: Any, least: int | None = None) -> None:
 
 
 def check_real(name: str, value: Any) -> None:
-    """Raise unless it is a number of the host's."""
+    """Raise TypeError unless it is a Python number."""
     is_number = isinstance(value, (float, Real)) and not isinstance(value, bool)
     if not is_number:
         raise TypeError(
@@ -79,7 +82,7 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_temperature(temperature: Any) -> None:
-    """Raise unless it is a divisor of logits."""
+    """Raise unless it is a finite positive number."""
     check_real("temperature", temperature)
     if not 0 < temperature < float("inf"):
         raise ValueError(
@@ -89,14 +92,17 @@ def check_temperature(temperature: Any) -> None:
 
 
 def check_beta(name: str, beta: Any) -> None:
-    """Raise unless it is a weight of the teacher in a mixture."""
+    """Raise unless it is a number from 0 to 1, the teacher's weight in a mixture."""
     check_number(name, beta)
     if not 0 <= beta <= 1:
         raise ValueError(f"{name}: expected 0 (forward KL) to 1 (reverse KL), got {beta}")
 
 
 def check_execution(chunk_bytes: Any, backend: Any) -> None:
-    """Raise for what is no bound of memory, or no name; select_backend knows the names."""
+    """Raise unless chunk_bytes is a positive int or None, and backend a str.
+
+    select_backend checks that the backend exists.
+    """
     if chunk_bytes is not None and (
         isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < 1
     ):
@@ -107,4 +113,92 @@ def check_execution(chunk_bytes: Any, backend: Any) -> None:
     if not isinstance(backend, str):
         raise TypeError(
             f"backend: expected 'auto' or a name of available_backends(), got {got(backend)}"
+        )
+
+
+def check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise unless these are [..., D], [V, D] and [V] of floating dtypes on one device."""
+    operands = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, operand in operands.items():
+        check_floating(name, operand, "cast or dequantise it first")
+        check_device(name, operand, "hidden", hidden.device)
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "hidden, weight: expected [..., D] and [V, D] with the same D, got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}; pass lm_head.weight as it is, not "
+            "transposed"
+        )
+    if weight.shape[1] == 0:
+        raise ValueError("hidden, weight: expected D >= 1, got D = 0; pass the head's own operands")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias: expected shape [V] = {tuple(weight.shape[:1])}, got {tuple(bias.shape)}; pass "
+            "the rows that weight has"
+        )
+
+
+def check_scalars(softcap: float | None, scale: float, temperature: float) -> None:
+    """Raise unless scale is finite, and temperature and softcap are finite and positive."""
+    if softcap is not None:
+        check_real("softcap", softcap)
+        if not 0 < softcap < float("inf"):
+            raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    check_number("scale", scale)
+    check_temperature(temperature)
+
+
+def check_vocab_size(vocab_size: int | None, rows: int) -> None:
+    """Raise unless V is an int from 1 to `rows`, the rows of the weight on all ranks."""
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, Integral):
+        raise TypeError(f"vocab_size: expected an int, got {got(vocab_size)}")
+    if not 1 <= vocab_size <= rows:
+        raise ValueError(
+            f"vocab_size: expected 1 to {rows}, the rows of weight, got {vocab_size}; it counts "
+            "the tokens, without the padding"
+        )
+
+
+def check_hidden_is_finite(hidden: Tensor) -> None:
+    """Raise ValueError that names the rows with NaN or inf; waits for the device."""
+    bad = ~torch.isfinite(hidden).all(-1)
+    if bad.any():
+        rows = [tuple(row) if len(row) > 1 else row[0] for row in bad.nonzero().tolist()]
+        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        raise ValueError(
+            f"hidden: expected finite numbers, got NaN or inf in {len(rows)} row(s): {shown}; "
+            "look for an overflow in the model's forward pass"
+        )
+
+
+def check_k(k: int, vocab_size: int) -> None:
+    """Raise unless k is an int from 1 to the size of the vocabulary."""
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k: expected an int, got {got(k)}")
+    if not 1 <= k <= vocab_size:
+        raise ValueError(
+            f"k: expected 1 to {vocab_size}, the vocabulary, got {k}; for the exact divergence "
+            'over all of it use support="full"'
+        )
+
+
+def check_targets(targets: Tensor, hidden: Tensor) -> None:
+    """Raise unless targets [...] hold one id for each row of hidden [..., D]."""
+    check_token_ids("targets", targets)
+    check_device("targets", targets, "hidden", hidden.device)
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets: expected one id a row, {tuple(hidden.shape[:-1])}, got "
+            f"{tuple(targets.shape)}; select the same tokens from both"
+        )
+
+
+def check_ids(ids: Tensor, hidden: Tensor) -> None:
+    """Raise unless ids [..., K] fit hidden [..., D], with K >= 1."""
+    check_token_ids("ids", ids)
+    check_device("ids", ids, "hidden", hidden.device)
+    if ids.dim() < 1 or ids.shape[:-1] != hidden.shape[:-1] or ids.shape[-1] < 1:
+        raise ValueError(
+            "ids: expected [..., K] with K >= 1 and the leading shape of hidden, "
+            f"{tuple(hidden.shape[:-1])}, got {tuple(ids.shape)}; add a last dimension for one id "
+            "a row"
         )

@@ -1,24 +1,26 @@
-"""LazyLogits: hidden states and the head that would turn them into logits, until somebody asks."""
+"""LazyLogits: hidden states and the head that would turn them into logits."""
 
 from dataclasses import InitVar, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from opd_kernels.backends.head import Head, accumulator_dtype
-from opd_kernels.checks import check_execution, check_flags, check_int, got
-from opd_kernels.linear.operators import linear_gather, linear_topk
-from opd_kernels.operands import (
+from opd_kernels.backends.records import Head, accumulator_dtype
+from opd_kernels.checks import (
+    check_execution,
+    check_flags,
     check_hidden_is_finite,
     check_ids,
+    check_int,
     check_k,
     check_operands,
     check_scalars,
     check_targets,
     check_vocab_size,
+    got,
 )
+from opd_kernels.linear.operators import FlatLogits
 from opd_kernels.parallel import VocabShard, is_dtensor, plain, shard_of_dtensor
 from opd_kernels.sparse_logits import SparseLogits
 
@@ -27,9 +29,9 @@ from opd_kernels.sparse_logits import SparseLogits
 class LazyLogits:
     """The logits z = softcap(scale * (hidden @ weight.T + bias)) / temperature, not yet computed.
 
-    Logits, tails and losses are float32 whatever the operands hold (float64 from float64 operands),
-    and gradients come back in each operand's own dtype. Under autocast the operands are cast to its
-    dtype first.
+    Logits, tails and losses are float32 whatever dtype the operands have (float64 from float64
+    operands). Gradients come back in each operand's own dtype. Under autocast the operands are cast
+    to its dtype first.
 
     Args:
         hidden: [..., D] the head's input.
@@ -40,9 +42,9 @@ class LazyLogits:
         temperature: divisor of the final logits; the loss and its gradient carry the same factor.
         vocab_size: V, the number of leading rows of weight that are tokens; default all. The rest
             is padding.
-        shard: the rows that weight and bias are of a vocabulary-parallel head, see
-            parallel.VocabShard; hidden is then the same on all ranks, and so are logits and losses.
-            A DTensor that is split by rows brings its own.
+        shard: the rows that this rank has of a vocabulary-parallel head, see parallel.VocabShard.
+            hidden is then the same on all ranks, and so are logits and losses. A DTensor weight
+            that is split by rows brings its own shard.
         check_finite: look for NaN and inf in hidden now and name the rows (synchronises with the
             device).
 
@@ -91,7 +93,7 @@ class LazyLogits:
     @property
     def shape(self) -> torch.Size:
         """The leading dimensions and V: the shape that materialize() would return."""
-        return torch.Size((*self.hidden.shape[:-1], self._vocab))
+        return torch.Size((*self.hidden.shape[:-1], self._vocab_size))
 
     @property
     def requires_grad(self) -> bool:
@@ -100,20 +102,20 @@ class LazyLogits:
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
 
     def __getitem__(self, index: Any) -> "LazyLogits":
-        """Select rows: an index of the leading dimensions, such as a mask of tokens."""
+        """Select rows by an index of the leading dimensions, such as a mask of tokens."""
         parts = index if isinstance(index, tuple) else (index,)
         rest = () if any(part is Ellipsis for part in parts) else (...,)
-        try:  # hidden's last dimension is none of the logits'
+        try:  # the index must not reach hidden's last dimension, which the logits do not have
             hidden = self.hidden[(*parts, *rest, slice(None))]
-        except (IndexError, TypeError) as error:  # the former ends an iteration
+        except (IndexError, TypeError) as error:  # IndexError ends an iteration
             raise type(error)(
-                f"index: expected one of rows of {tuple(self.hidden.shape[:-1])}, such as a mask "
-                f"of tokens, got one that does not fit ({error})"
+                f"index: expected an index of rows of {tuple(self.hidden.shape[:-1])}, such as a "
+                f"mask of tokens, got one that does not fit ({error})"
             ) from error
         return replace(self, hidden=hidden)
 
     def detach(self) -> "LazyLogits":
-        """The same logits without gradient, as a teacher's."""
+        """The same logits without gradient, as for a teacher."""
         bias = None if self.bias is None else self.bias.detach()
         return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
 
@@ -133,33 +135,18 @@ class LazyLogits:
 
         Args:
             k: K, from 1 to V.
-            entropy: also give the row's entropy, from the same pass, detached.
-            chunk_bytes: most memory for logits at a time; default by the device.
+            entropy: also return the entropy of each row, from the same pass, detached.
+            chunk_bytes: the most memory for logits at a time; default by the device.
             backend: "auto", or a name of available_backends().
 
         Raises:
-            TypeError, ValueError: k is out of range, the backend is missing, or an option is of
+            TypeError, ValueError: k is out of range, the backend is missing, or an option has
                 another type.
         """
-        check_k(k, self._vocab)
+        check_k(k, self._vocab_size)
         check_flags(entropy=entropy)
         check_execution(chunk_bytes, backend)
-        flat = self.flat().local()
-        own = min(k, flat._vocab)
-        values, ids, tail, row_entropy = linear_topk(
-            flat.hidden,
-            flat.weight,
-            flat.bias,
-            own,
-            *flat._scalars(),
-            entropy,
-            chunk_bytes,
-            backend,
-        )
-        rows = flat._sparse(values, ids, tail, row_entropy if entropy else None)
-        if self.shard is not None:
-            rows = self.shard.merge_topk(rows, k, self._vocab)
-        return self._unflatten(rows)
+        return self._unflatten(self.flat().topk(k, entropy, chunk_bytes, backend))
 
     def gather(
         self,
@@ -175,8 +162,8 @@ class LazyLogits:
         Args:
             ids: [..., K] integer token ids; one outside [0, V) is an empty slot, a repeated one
                 counts once.
-            tail: False computes N * K dot products only, for losses that renormalise on S.
-            entropy: also give the row's entropy, detached; needs tail=True.
+            tail: False computes only N * K dot products, for losses that renormalise on S.
+            entropy: also return the entropy of each row, detached; needs tail=True.
             chunk_bytes, backend: as in topk.
 
         Raises:
@@ -187,21 +174,9 @@ class LazyLogits:
         check_execution(chunk_bytes, backend)
         if entropy and not tail:
             raise ValueError("entropy: it needs a pass over the vocabulary; gather with tail=True")
-        flat = self.flat().local()
-        flat_ids = own_ids = ids.reshape(-1, ids.shape[-1])
-        if self.shard is not None:
-            own_ids = self.shard.local_ids(flat_ids, self._vocab)
-        options = (*flat._scalars(), tail, entropy, chunk_bytes, backend)
-        values, row_tail, row_entropy = linear_gather(
-            flat.hidden, flat.weight, flat.bias, own_ids, *options
-        )
-        rows = flat._sparse(
-            values, own_ids, row_tail if tail else None, row_entropy if entropy else None
-        )
-        if self.shard is not None:
-            rows = self.shard.merge_given(rows, flat_ids, self._vocab)
-        # Keep the caller's own tensor: `teacher.gather(s.ids).ids is s.ids` proves the supports
-        # equal.
+        flat_ids = ids.reshape(-1, ids.shape[-1])
+        rows = self.flat().gather(flat_ids, entropy, chunk_bytes, backend, tail)
+        # The caller's own tensor: `teacher.gather(s.ids).ids is s.ids` proves the supports equal.
         return replace(self._unflatten(rows), ids=ids)
 
     def log_prob(
@@ -217,7 +192,7 @@ class LazyLogits:
         Args:
             targets: [...] integer token ids. `ignore_index` gives 0 and no gradient; any other id
                 outside [0, V) gives -inf.
-            ignore_index: the target that stands for no target.
+            ignore_index: the target of rows that do not count.
             chunk_bytes, backend: as in topk.
 
         Raises:
@@ -230,22 +205,27 @@ class LazyLogits:
 
     def materialize(self) -> Tensor:
         """The full logits [..., V], which this package exists to avoid: for tests."""
-        flat = self.flat().local()
-        dtype = accumulator_dtype(flat.hidden, flat.weight)
+        flat = self.flat()
+        head, size = flat.head, flat.head.vocab_size
+        dtype = accumulator_dtype(flat.hidden, head.weight)
         with torch.autocast(flat.hidden.device.type, enabled=False):
-            raw = flat.hidden.to(dtype) @ flat.weight[: flat._vocab].to(dtype).t()
-            logits = flat.head.logits(flat.head.scores(raw, 0))
-        if self.shard is not None:
-            logits = self.shard.merge_rows(logits, self._vocab)
+            scores = flat.hidden.to(dtype) @ head.weight[:size].to(dtype).t()
+            if head.bias is not None:
+                scores = scores + head.bias[:size].to(dtype)
+            logits = head.logits(scores)
+        if flat.shard is not None:
+            logits = flat.shard.merge_rows(logits, flat.vocab_size)
         return logits.reshape(self.shape)
 
-    def flat(self) -> "LazyLogits":
-        """The same logits with hidden as [N, D]; under autocast all operands in its dtype."""
-        hidden, weight, bias = (
-            self.hidden.reshape(-1, self.hidden.shape[-1]),
-            self.weight,
-            self.bias,
-        )
+    def flat(self, vocab_size: int | None = None, shard: VocabShard | None = None) -> FlatLogits:
+        """The same logits with hidden as [N, D] and the operands in autocast's dtype.
+
+        Args:
+            vocab_size: V, if fewer tokens are wanted.
+            shard: the split of another head, by which a whole head is cut to this rank's rows.
+        """
+        hidden, weight, bias = self.hidden, self.weight, self.bias
+        hidden = hidden.reshape(-1, hidden.shape[-1])
         device_type = hidden.device.type
         if (
             torch.is_autocast_enabled(device_type)
@@ -254,47 +234,19 @@ class LazyLogits:
             dtype = torch.get_autocast_dtype(device_type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        return replace(self, hidden=hidden, weight=weight, bias=bias)
-
-    def local(self, shard: VocabShard | None = None) -> "LazyLogits":
-        """The rows of the head that this rank has, as a head of its own; dhidden is summed over the
-        ranks. Without a shard, which may be that of another head, all of it.
-        """
-        weight, bias, shard = self.weight, self.bias, self.shard or shard
-        if shard is None:
-            return self
-        rows = shard.rows(self._vocab)
-        if self.shard is None:
-            weight, bias = weight[rows], None if bias is None else bias[rows]
-        hidden, size = shard.sum_gradient(self.hidden), rows.stop - rows.start
-        if size == 0:
-            # A rank without a token takes part all the same, with one that has no mass; it is made
-            # of the weight, which so has a gradient as on the other ranks.
-            nothing = weight.new_zeros(0) if bias is None else bias[:0]
-            bias = functional.pad(nothing, (0, 1), value=-torch.inf)
-            weight = functional.pad(weight[:0], (0, 0, 0, 1))
-            return LazyLogits(hidden, weight, bias, temperature=self.temperature)
-        return replace(self, hidden=hidden, weight=weight, bias=bias, vocab_size=size, shard=None)
-
-    @property
-    def head(self) -> Head:
-        """The operands without the hidden states, for the driver."""
-        return Head(self.weight, self.bias, *self._scalars())
-
-    @property
-    def _vocab(self) -> int:
-        assert self.vocab_size is not None  # __post_init__ set it
-        return self.vocab_size
-
-    def _scalars(self) -> tuple[float | None, float, float, int]:
         softcap = None if self.softcap is None else float(self.softcap)
-        return softcap, float(self.scale), float(self.temperature), self._vocab
+        scalars = (softcap, float(self.scale), float(self.temperature))
+        vocab_size = self._vocab_size if vocab_size is None else vocab_size
+        head = Head(weight, bias, *scalars, vocab_size)
+        shard = self.shard or shard
+        if shard is None:
+            return FlatLogits(hidden, head, vocab_size)
+        return FlatLogits.split(hidden, head, shard, whole=self.shard is None)
 
-    def _sparse(
-        self, values: Tensor, ids: Tensor, tail: Tensor | None, entropy: Tensor | None
-    ) -> SparseLogits:
-        entropy = None if entropy is None else entropy.detach()
-        return SparseLogits(values, ids, tail, self._vocab, float(self.temperature), entropy)
+    @property
+    def _vocab_size(self) -> int:
+        assert self.vocab_size is not None  # __post_init__ has set it
+        return self.vocab_size
 
     def _unflatten(self, rows: SparseLogits) -> SparseLogits:
         """[N, ...] as [..., ...]."""

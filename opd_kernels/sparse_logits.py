@@ -1,7 +1,8 @@
-"""SparseLogits: what is kept of a row of logits, and what can be read off it."""
+"""SparseLogits: a row of logits as K values, K ids and the logsumexp of the rest."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +15,15 @@ from opd_kernels.checks import (
     check_token_ids,
     got,
 )
-from opd_kernels.linear.sparse import canonical_ids
 
 
 @dataclass(frozen=True, eq=False)
 class SparseLogits:
     """The final logits of each row on a support S of K ids, and the logsumexp of all the others.
 
-    Made by LazyLogits.topk and LazyLogits.gather, or by `from_log_probs` from a server's answer. An
-    empty slot has the value -inf: its id is outside [0, vocab_size), repeats an earlier slot's, or
-    has no mass.
+    LazyLogits.topk and LazyLogits.gather return it; `from_log_probs` makes it of a server's answer.
+    An empty slot has the value -inf: its id is outside [0, vocab_size), repeats the id of an
+    earlier slot, or has no mass.
 
     Attributes:
         values: [..., K] logits on S, float32 (float64 from float64 operands).
@@ -31,8 +31,8 @@ class SparseLogits:
         tail: [...] logsumexp of the logits outside S, -inf where S is everything; None from
             gather(tail=False).
         vocab_size: V, the number of tokens that the row's distribution covers.
-        temperature: what the logits were divided by.
-        entropy: [...] entropy of the whole row in nats, detached; None unless it was asked for.
+        temperature: divisor that is already applied to the logits.
+        entropy: [...] entropy of the whole row in nats, detached; None unless requested.
     """
 
     values: Tensor
@@ -65,11 +65,11 @@ class SparseLogits:
     def from_log_probs(
         cls, log_probs: Tensor, ids: Tensor, *, vocab_size: int, temperature: float = 1.0
     ) -> "SparseLogits":
-        """SparseLogits of log-probabilities that are already normalised, such as a server's.
+        """Make SparseLogits of normalised log-probabilities, such as a server returns.
 
-        The tail can only be formed as 1 - sum(p) here, which rounding can push to zero or below. So
-        the mass is clamped to leave at least float32's rounding unit, unless S is everything, and
-        no gradient goes through the tail.
+        Here the tail can only be 1 - sum(p), which rounding can push to zero or below. So the mass
+        is clamped to leave at least float32's rounding unit, unless S is the whole vocabulary. The
+        tail gets no gradient.
 
         Args:
             log_probs: [..., K] log-probabilities, -inf in empty slots.
@@ -118,7 +118,7 @@ class SparseLogits:
         return self.log_probs.exp().sum(-1)
 
     def overlap(self, other: "SparseLogits") -> Tensor:
-        """[...] share of this support's live ids that the other's holds, as in overlap@K."""
+        """[...] share of this support's live ids that are in the other support, overlap@K."""
         if not isinstance(other, SparseLogits):
             raise TypeError(f"other: expected SparseLogits, got {got(other)}; call topk or gather")
         self._check_rows("other", other.ids)
@@ -127,22 +127,24 @@ class SparseLogits:
         return shared.sum(-1) / live.sum(-1).clamp_min(1)
 
     def at(self, ids: Tensor) -> "SparseLogits":
-        """The same rows on other ids [..., K'], -inf where absent; the rest joins the tail. A row
-        whose tail is NaN is NaN there: what is absent may be anything.
+        """The same rows on other ids [..., K']; every other logit joins the tail.
+
+        An id that this support lacks gets -inf, or NaN in a row whose tail is NaN.
         """
         check_token_ids("ids", ids)
         self._check_rows("ids", ids)
         blank = torch.zeros_like(ids, dtype=self.values.dtype)
-        wanted = replace(self, values=blank, ids=canonical_ids(ids, self.vocab_size))
+        wanted = self._derive(values=blank, ids=canonical_ids(ids, self.vocab_size))
         slot = wanted._matches(self)
         absent = torch.where(self.lse_outside.isnan(), torch.nan, -torch.inf)[..., None]
         values = torch.where(slot < 0, absent, self.values.gather(-1, slot.clamp_min(0)))
         not_wanted = self.values.masked_fill(self._matches(wanted) >= 0, -torch.inf)
-        return replace(self, values=values, ids=ids, tail=_logsumexp(not_wanted, self.lse_outside))
+        return self._derive(values=values, ids=ids, tail=_logsumexp(not_wanted, self.lse_outside))
 
     def keep(self, mask: Tensor) -> "SparseLogits":
-        """The same rows with the slots where mask [..., K] is False moved into the tail; NaN stays,
-        so that a loss that reads S alone is NaN too.
+        """The same rows with the slots where mask [..., K] is False moved into the tail.
+
+        NaN stays in its slot, so that a loss that reads only S is NaN too.
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"mask: expected a bool tensor, got {got(mask)}; True keeps a slot")
@@ -155,18 +157,19 @@ class SparseLogits:
         mask = mask | self.values.isnan()
         dropped = self.values.masked_fill(mask, -torch.inf)
         kept = self.values.masked_fill(~mask, -torch.inf)
-        return replace(self, values=kept, tail=_logsumexp(dropped, self.lse_outside))
+        return self._derive(values=kept, tail=_logsumexp(dropped, self.lse_outside))
 
     def detach(self) -> "SparseLogits":
-        """The same tensors, cut from the graph; `ids` stays the same object, see _check_pair."""
-        return replace(self.map(Tensor.detach), ids=self.ids)
+        """The same rows without gradient; `ids` stays the same object (divergences._check_pair)."""
+        entropy = None if self.entropy is None else self.entropy.detach()
+        tail = None if self.tail is None else self.tail.detach()
+        return self._derive(values=self.values.detach(), tail=tail, entropy=entropy)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "SparseLogits":
         """Apply a function of the leading dimensions, such as an index, to every tensor."""
         if not callable(function):
-            raise TypeError(f"function: expected one of a tensor, got {got(function)}")
-        return replace(
-            self,
+            raise TypeError(f"function: expected a function of a tensor, got {got(function)}")
+        return self._derive(
             values=function(self.values),
             ids=function(self.ids),
             tail=None if self.tail is None else function(self.tail),
@@ -175,7 +178,11 @@ class SparseLogits:
 
     @property
     def lse_outside(self) -> Tensor:
-        """[...] the tail, or an error that says why there is none."""
+        """[...] the tail.
+
+        Raises:
+            ValueError: these SparseLogits come from gather(tail=False).
+        """
         if self.tail is None:
             raise ValueError(
                 "tail: these SparseLogits have none, since they come from gather(tail=False); "
@@ -183,8 +190,12 @@ class SparseLogits:
             )
         return self.tail
 
+    def _derive(self, **changes: Any) -> "SparseLogits":
+        """A copy with some tensors replaced by others that fit; it skips the checks."""
+        return TrustedSparseLogits(**{name: getattr(self, name) for name in _FIELDS} | changes)
+
     def _check_rows(self, name: str, ids: Tensor) -> None:
-        """Raise unless ids [..., K'] are of as many rows, with K' >= 1."""
+        """Raise unless ids [..., K'] have the same leading shape, and K' >= 1."""
         check_device(name, ids, "values", self.values.device)
         leading = self.values.shape[:-1]
         if ids.dim() < 1 or ids.shape[:-1] != leading or ids.shape[-1] < 1:
@@ -194,7 +205,10 @@ class SparseLogits:
             )
 
     def _normalized(self) -> tuple[Tensor, Tensor]:
-        """log_probs and log_tail, relative to the row's largest: lse rounds at its own size."""
+        """log_probs and log_tail, relative to the row's largest value.
+
+        The logsumexp of large logits would round at their size.
+        """
         peak = torch.maximum(self.values.detach().amax(-1), self.lse_outside.detach())
         peak = peak.masked_fill(peak == -torch.inf, 0.0)
         values, tail = self.values - peak[..., None], self.lse_outside - peak
@@ -202,12 +216,32 @@ class SparseLogits:
         return values - lse[..., None], tail - lse
 
     def _matches(self, other: "SparseLogits") -> Tensor:
-        """[..., K] the slot of `other` that holds each of these ids with a value, else -1."""
+        """[..., K] for each of these ids the slot of `other` that has a value for it, else -1."""
         keys = other.ids.masked_fill(other.values == -torch.inf, -1)
         in_order, order = keys.sort(dim=-1, stable=True)
         position = torch.searchsorted(in_order, self.ids.contiguous()).clamp_max(keys.shape[-1] - 1)
         found = (in_order.gather(-1, position) == self.ids) & (self.ids >= 0)
         return order.gather(-1, position).masked_fill(~found, -1)
+
+
+class TrustedSparseLogits(SparseLogits):
+    """SparseLogits that the package made of tensors that fit: construction skips the checks."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+_FIELDS = ("values", "ids", "tail", "vocab_size", "temperature", "entropy")
+
+
+def canonical_ids(ids: Tensor, vocab_size: int) -> Tensor:
+    """ids [..., K] with -1 for those outside [0, vocab_size) and repeats of earlier ones."""
+    ids = ids.to(torch.int64)
+    ids = ids.masked_fill((ids < 0) | (ids >= vocab_size), -1)
+    in_order, order = ids.sort(dim=-1, stable=True)
+    repeats = torch.zeros_like(ids, dtype=torch.bool)
+    repeats[..., 1:] = in_order[..., 1:] == in_order[..., :-1]
+    return ids.masked_fill(torch.zeros_like(repeats).scatter_(-1, order, repeats), -1)
 
 
 def _logsumexp(values: Tensor, tail: Tensor) -> Tensor:

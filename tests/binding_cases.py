@@ -11,10 +11,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opd_kernels.backends import RowState
 from opd_kernels.backends import torch as definition
-from opd_kernels.backends.head import Head
-from opd_kernels.linear.sparse import canonical_ids
+from opd_kernels.backends.records import Head, RowState
+from opd_kernels.sparse_logits import canonical_ids
 
 _GUARD = 64  # elements on either side of a tensor
 _INT64 = torch.iinfo(torch.int64)

@@ -36,7 +36,7 @@ _ON_DEVICE = {
     "test_distill", "test_distill_numbers", "test_divergences", "test_divergences_optima",
     "test_epilogues", "test_extreme_rows", "test_extremes", "test_gradient_filter",
     "test_operators", "test_operators_numbers", "test_native_products", "test_sparse_logits",
-    "test_supports", "test_token_weights", "test_triton_linear", "test_triton_reverse_kl",
+    "test_supports", "test_token_weights", "test_triton_linear", "test_reverse_kl",
 }  # fmt: skip
 
 

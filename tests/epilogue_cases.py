@@ -2,9 +2,8 @@
 
 import torch
 
-from opd_kernels.backends import RowState
-from opd_kernels.backends.head import Head
-from opd_kernels.linear.sparse import canonical_ids
+from opd_kernels.backends.records import Chunk, Head, RowState
+from opd_kernels.sparse_logits import canonical_ids
 from tests.device import DEVICE
 from tests.reference import head_in_float64
 
@@ -30,7 +29,7 @@ def state_of(backend, raw, head, k_or_ids, entropy=True, pieces=1):
         state = RowState.for_ids(canonical_ids(k_or_ids, raw.shape[1]), entropy, like)
     width = -(-raw.shape[1] // pieces)
     for first in range(0, raw.shape[1], width):
-        backend.update(raw[:, first : first + width], first, head, state)
+        backend.update(Chunk(raw[:, first : first + width], head, first), state)
     return state
 
 

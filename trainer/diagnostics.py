@@ -101,7 +101,7 @@ class Sums(dict[str, float]):
             top = teacher.topk(k, entropy=True)
             nll = top.lse - teacher.gather(ids[:, None], tail=False).values[:, 0]
         else:  # its best, and the token itself
-            top, nll = Served(teacher).topk(k), -teacher.at(ids[:, None]).log_probs[:, 0]
+            top, nll = Served(teacher).reduce(k), -teacher.at(ids[:, None]).log_probs[:, 0]
         known = nll < torch.inf  # a server's answer may lack the token
         figures = {
             "overlap": student_top.overlap(top),

@@ -1,1 +1,1 @@
-"""The differentiable operators of a head: the walk over the vocabulary and its matrix products."""
+"""The head of a language model: its matrix products, and the walk over the vocabulary."""

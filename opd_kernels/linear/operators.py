@@ -1,133 +1,223 @@
-"""The two differentiable operators as PyTorch custom ops: schemas, fake kernels and autograd.
+"""The two differentiable operators of a head, as PyTorch custom ops, and the logits they act on.
 
 `linear_topk` selects the K largest logits of a row while it computes the logsumexp of the rest;
-`linear_gather` takes the ids as given. Both return SparseLogits' three tensors, and both go
-backward through `linear_backward`. Operands here are two-dimensional; LazyLogits is the door that
-checks and reshapes.
+`linear_gather` takes the ids as given. Both return SparseLogits' three tensors, and the backward
+pass of both is `linear_backward`. Operands here are two-dimensional and checked: LazyLogits is the
+public door.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from opd_kernels.backends import RowState, select_backend
-from opd_kernels.backends.head import Head, accumulator_dtype
+from opd_kernels.backends import select_backend
+from opd_kernels.backends.records import (
+    HEAD_ARGUMENTS,
+    Head,
+    RowGradient,
+    RowState,
+    accumulator_dtype,
+)
 from opd_kernels.linear.pages import PagedTensor
 from opd_kernels.linear.products import operand_dtype
-from opd_kernels.linear.sparse import canonical_ids, gather_logits, sparse_gradients
+from opd_kernels.linear.sparse import add_sparse_gradients, gather_logits
 from opd_kernels.linear.vocabulary_walk import backpropagate, reduce_logits
+from opd_kernels.parallel import VocabShard
+from opd_kernels.sparse_logits import SparseLogits, TrustedSparseLogits, canonical_ids
 
 
-@torch.library.custom_op("opd_kernels::linear_topk", mutates_args=())
-def linear_topk(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    k: int,
-    softcap: float | None,
-    scale: float,
-    temperature: float,
-    vocab_size: int,
-    entropy: bool,
-    chunk_bytes: int | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class FlatLogits:
+    """Rows of logits that are not computed yet: what is behind LazyLogits, without its checks.
+
+    Where a head is vocabulary-parallel, `head` holds this rank's rows, and `vocab_size` counts the
+    tokens of all ranks.
+    """
+
+    hidden: Tensor  # [N, D]
+    head: Head
+    vocab_size: int
+    shard: VocabShard | None = None
+
+    @classmethod
+    def split(cls, hidden: Tensor, head: Head, shard: VocabShard, whole: bool) -> "FlatLogits":
+        """The logits of a vocabulary-parallel head; dhidden is summed over the ranks.
+
+        Args:
+            hidden: [N, D], the same on every rank.
+            head: with this rank's rows of the weight, or with all of them if `whole`; its
+                vocab_size counts the tokens of all ranks.
+            shard: which rows each rank has.
+            whole: whether the head still has to be cut to this rank's rows.
+        """
+        vocab_size, rows = head.vocab_size, shard.rows(head.vocab_size)
+        weight, bias, size = head.weight, head.bias, rows.stop - rows.start
+        if whole:
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        if size == 0:
+            # An empty rank holds one dummy row at -inf, so that its weight and bias still receive
+            # a gradient, as on the other ranks.
+            nothing = weight.new_zeros(0) if bias is None else bias[:0]
+            bias = functional.pad(nothing, (0, 1), value=-torch.inf)
+            weight = functional.pad(weight[:0], (0, 0, 0, 1))
+            head, size = replace(head, softcap=None, scale=1.0), 1
+        head = replace(head, weight=weight, bias=bias, vocab_size=size)
+        return cls(shard.sum_gradient(hidden), head, vocab_size, shard)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a loss of these logits has a gradient."""
+        operands = (self.hidden, self.head.weight, self.head.bias)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+
+    def __getitem__(self, rows: Any) -> "FlatLogits":
+        return FlatLogits(self.hidden[rows], self.head, self.vocab_size, self.shard)
+
+    def topk(
+        self, k: int, entropy: bool = False, chunk_bytes: int | None = None, backend: str = "auto"
+    ) -> SparseLogits:
+        """See LazyLogits.topk."""
+        options = (min(k, self.head.vocab_size), entropy, chunk_bytes, backend)
+        values, ids, tail, row_entropy = linear_topk(self.hidden, *self.head.flat(), *options)
+        return self.merged(self.sparse(values, ids, tail, row_entropy if entropy else None), k)
+
+    def gather(
+        self,
+        ids: Tensor,
+        entropy: bool = False,
+        chunk_bytes: int | None = None,
+        backend: str = "auto",
+        tail: bool = True,
+    ) -> SparseLogits:
+        """See LazyLogits.gather; ids are [N, K]."""
+        local_ids, options = self.local_ids(ids), (tail, entropy, chunk_bytes, backend)
+        values, row_tail, row_entropy = linear_gather(
+            self.hidden, *self.head.flat(), local_ids, *options
+        )
+        rows = self.sparse(
+            values, ids, row_tail if tail else None, row_entropy if entropy else None
+        )
+        return self.merged(rows, ids)
+
+    def sparse(
+        self, values: Tensor, ids: Tensor, tail: Tensor | None, entropy: Tensor | None
+    ) -> SparseLogits:
+        """SparseLogits of this rank's rows; entropy gets no gradient."""
+        entropy = None if entropy is None else entropy.detach()
+        temperature = self.head.temperature
+        return TrustedSparseLogits(values, ids, tail, self.vocab_size, temperature, entropy)
+
+    def local_ids(self, ids: Tensor) -> Tensor:
+        """Ids of the vocabulary as rows of this rank's head."""
+        return ids if self.shard is None else self.shard.local_ids(ids, self.vocab_size)
+
+    @property
+    def planned_columns(self) -> int:
+        """The columns by which chunks are planned: all ranks have to walk the same chunks."""
+        return self.vocab_size if self.shard is None else self.shard.largest
+
+    def detach(self) -> "FlatLogits":
+        """The same logits without gradient."""
+        return replace(self, hidden=self.hidden.detach(), head=self.head.detach())
+
+    def merged(self, rows: SparseLogits, wanted: int | Tensor) -> SparseLogits:
+        """Combine the SparseLogits of all ranks: the top-K for wanted = K, or at wanted = ids."""
+        if isinstance(wanted, Tensor):
+            if self.shard is not None:
+                return self.shard.merge_given(rows, wanted, self.vocab_size)
+            return rows if rows.ids is wanted else replace(rows, ids=wanted)
+        return rows if self.shard is None else self.shard.merge_topk(rows, wanted, self.vocab_size)
+
+
+# The schema of each operator is written once: the head's part comes from Head.
+_OPTIONS = "bool entropy, SymInt? chunk_bytes, str backend"
+_FORWARD = f"Tensor hidden, {Head.SCHEMA}"
+
+
+def _unpack(arguments: tuple[Any, ...]) -> tuple[Head, tuple[Any, ...]]:
+    """The head at the front of an operator's arguments, and the arguments behind it."""
+    return Head(*arguments[:HEAD_ARGUMENTS]), arguments[HEAD_ARGUMENTS:]
+
+
+@torch.library.custom_op(
+    "opd_kernels::linear_topk",
+    mutates_args=(),
+    schema=f"({_FORWARD}, SymInt k, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def linear_topk(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """values [N, K], ids [N, K], tail [N] and entropy [N] (or [0]) of hidden [N, D]."""
-    head = Head(weight, bias, softcap, scale, temperature, vocab_size)
-    like = hidden.new_empty(0, dtype=accumulator_dtype(hidden, weight))
+    head, (k, entropy, chunk_bytes, backend) = _unpack(arguments)
+    like = hidden.new_empty(0, dtype=accumulator_dtype(hidden, head.weight))
     state = RowState.for_topk(hidden.shape[0], k, entropy, like)
-    with torch.autocast(hidden.device.type, enabled=False):
-        epilogues = select_backend(backend, hidden.device)
-        operand = hidden.to(operand_dtype(hidden, weight))
-        reduce_logits(operand, head, state, epilogues, chunk_bytes)
-    return state.values, state.ids, state.tail(), _entropy_or(like, state)
+    _reduce(hidden, head, state, chunk_bytes, backend)
+    return state.values, state.ids, state.tail(), state.entropy() if entropy else like
 
 
-@torch.library.custom_op("opd_kernels::linear_gather", mutates_args=())
-def linear_gather(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    softcap: float | None,
-    scale: float,
-    temperature: float,
-    vocab_size: int,
-    tail: bool,
-    entropy: bool,
-    chunk_bytes: int | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "opd_kernels::linear_gather",
+    mutates_args=(),
+    schema=f"({_FORWARD}, Tensor ids, bool tail, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+def linear_gather(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """values [N, K], tail [N] (or [0]) and entropy [N] (or [0]) of hidden [N, D] at ids [N, K]."""
-    head = Head(weight, bias, softcap, scale, temperature, vocab_size)
-    ids = canonical_ids(ids, vocab_size)
-    like = hidden.new_empty(0, dtype=accumulator_dtype(hidden, weight))
-    with torch.autocast(hidden.device.type, enabled=False):
-        epilogues = select_backend(backend, hidden.device)
-        if not tail:
+    head, (ids, tail, entropy, chunk_bytes, backend) = _unpack(arguments)
+    ids = canonical_ids(ids, head.vocab_size)
+    like = hidden.new_empty(0, dtype=accumulator_dtype(hidden, head.weight))
+    if not tail:
+        with torch.autocast(hidden.device.type, enabled=False):
             return gather_logits(hidden.to(like.dtype), head, ids), like, like.clone()
-        state = RowState.for_ids(ids, entropy, like)
-        operand = hidden.to(operand_dtype(hidden, weight))
+    state = RowState.for_ids(ids, entropy, like)
+    _reduce(hidden, head, state, chunk_bytes, backend)
+    return state.values, state.tail(), state.entropy() if entropy else like
+
+
+def _reduce(
+    hidden: Tensor, head: Head, state: RowState, chunk_bytes: int | None, backend: str
+) -> None:
+    with torch.autocast(hidden.device.type, enabled=False):
+        operand = hidden.to(operand_dtype(hidden, head.weight))
+        epilogues = select_backend(backend, hidden.device)
         reduce_logits(operand, head, state, epilogues, chunk_bytes)
-    return state.values, state.tail(), _entropy_or(like, state)
 
 
-@torch.library.custom_op("opd_kernels::linear_backward", mutates_args=())
+@torch.library.custom_op(
+    "opd_kernels::linear_backward",
+    mutates_args=(),
+    schema=f"(Tensor? dvalues, Tensor? dtail, {_FORWARD}, Tensor ids, Tensor values, Tensor tail, "
+    "bool[] needs, SymInt? chunk_bytes, str backend) -> (Tensor, Tensor, Tensor)",
+)
 def linear_backward(
-    dvalues: Tensor | None,
-    dtail: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    values: Tensor,
-    tail: Tensor,
-    softcap: float | None,
-    scale: float,
-    temperature: float,
-    vocab_size: int,
-    needs_dhidden: bool,
-    needs_dweight: bool,
-    needs_dbias: bool,
-    chunk_bytes: int | None,
-    backend: str,
+    dvalues: Tensor | None, dtail: Tensor | None, hidden: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden [N, D], dweight [V, D] and dbias [V], each [0] where it is not needed.
 
-    Without dtail there is no pass over the vocabulary. That is decided by the absence of the
-    gradient, never by its values, so that no host synchronisation is needed.
+    Without dtail there is no pass over the vocabulary. The absence of the gradient decides that,
+    never its values, so that the host does not wait for the device.
     """
-    head = Head(weight, bias, softcap, scale, temperature, vocab_size)
-    ids = canonical_ids(ids, vocab_size)
-    dhidden = torch.zeros_like(hidden, dtype=values.dtype) if needs_dhidden else None
-    # A 16-bit sum over tokens would round at every addition.
-    dweight_dtype = values.dtype if dtail is None else weight.dtype
-    paged = PagedTensor.zeros_like(weight, dweight_dtype) if needs_dweight else None
-    dweight = None if paged is None else paged.tensor
-    dbias = torch.zeros_like(bias, dtype=values.dtype) if needs_dbias and bias is not None else None
+    head, (ids, values, tail, needs, chunk_bytes, backend) = _unpack(arguments)
+    ids, dtype = canonical_ids(ids, head.vocab_size), values.dtype
+    weight, bias = head.weight, head.bias
+    dhidden = torch.zeros_like(hidden, dtype=dtype) if needs[0] else None
+    # In 16 bits a sum over tokens would round at every addition. With dtail the walk sums each row
+    # block in float32 and rounds it once.
+    dweight_dtype = dtype if dtail is None else weight.dtype
+    paged = PagedTensor.zeros_like(weight, dweight_dtype) if needs[1] else None
+    dbias = torch.zeros_like(bias, dtype=dtype) if needs[2] and bias is not None else None
+    sums = (dhidden, None if paged is None else paged.tensor, dbias)
+    epilogues = select_backend(backend, hidden.device)
+    if dvalues is None:
+        dvalues = torch.zeros_like(values)
     with torch.autocast(hidden.device.type, enabled=False):
-        if dvalues is None:
-            dvalues = torch.zeros_like(values)
-        epilogues = select_backend(backend, hidden.device)
-        if dtail is not None:
-            backpropagate(
-                hidden.to(operand_dtype(hidden, weight)),
-                head,
-                ids,
-                dvalues,
-                tail,
-                dtail,
-                dhidden,
-                dweight,
-                dbias,
-                epilogues,
-                chunk_bytes,
-            )
+        if dtail is None:
+            operand = hidden.to(dtype)
+            add_sparse_gradients(operand, head, ids, values, dvalues, sums, epilogues)
         else:
-            sums = (dhidden, dweight, dbias)
-            operand = hidden.to(values.dtype)
-            sparse_gradients(operand, head, ids, values, dvalues, *sums, epilogues)
+            operand = hidden.to(operand_dtype(hidden, weight))
+            gradient = RowGradient(ids, dvalues, tail, dtail)
+            backpropagate(operand, head, gradient, sums, epilogues, chunk_bytes)
     nothing = hidden.new_empty(0)
     return (
         nothing if dhidden is None else dhidden.to(hidden.dtype),
@@ -136,16 +226,10 @@ def linear_backward(
     )
 
 
-def _entropy_or(nothing: Tensor, state: RowState) -> Tensor:
-    return nothing if state.moment is None else state.entropy()
-
-
 @linear_topk.register_fake
-def _fake_topk(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, entropy, _, _ = options
-    tokens, dtype = hidden.shape[0], accumulator_dtype(hidden, weight)
+def _fake_topk(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    head, (k, entropy, _, _) = _unpack(arguments)
+    tokens, dtype = hidden.shape[0], accumulator_dtype(hidden, head.weight)
     values = hidden.new_empty((tokens, k), dtype=dtype)
     ids = hidden.new_empty((tokens, k), dtype=torch.int64)
     rows = hidden.new_empty(tokens, dtype=dtype)
@@ -153,11 +237,9 @@ def _fake_topk(
 
 
 @linear_gather.register_fake
-def _fake_gather(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    *_, tail, entropy, _, _ = options
-    tokens, dtype = hidden.shape[0], accumulator_dtype(hidden, weight)
+def _fake_gather(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    head, (ids, tail, entropy, _, _) = _unpack(arguments)
+    tokens, dtype = hidden.shape[0], accumulator_dtype(hidden, head.weight)
     values = hidden.new_empty(ids.shape, dtype=dtype)
     rows = hidden.new_empty(tokens if tail else 0, dtype=dtype)
     return values, rows, hidden.new_empty(tokens if tail and entropy else 0, dtype=dtype)
@@ -165,56 +247,37 @@ def _fake_gather(
 
 @linear_backward.register_fake
 def _fake_backward(
-    dvalues: Tensor | None,
-    dtail: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *options: Any,
+    dvalues: Tensor | None, dtail: Tensor | None, hidden: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *_, needs_dhidden, needs_dweight, needs_dbias, _, _ = options
+    head, (_, _, _, needs, _, _) = _unpack(arguments)
     return (
-        torch.empty_like(hidden) if needs_dhidden else hidden.new_empty(0),
-        torch.empty_like(weight) if needs_dweight else hidden.new_empty(0),
-        torch.empty_like(bias) if needs_dbias and bias is not None else hidden.new_empty(0),
+        torch.empty_like(hidden) if needs[0] else hidden.new_empty(0),
+        torch.empty_like(head.weight) if needs[1] else hidden.new_empty(0),
+        torch.empty_like(head.bias) if needs[2] and head.bias is not None else hidden.new_empty(0),
     )
+
+
+def _save(ctx: Any, hidden: Tensor, head: Head, *tensors: Tensor) -> None:
+    """Keep what linear_backward takes: hidden, head, ids, values and tail."""
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, head.weight, head.bias, *tensors)
+    ctx.scalars = head.flat()[2:]
 
 
 def _save_topk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, _, softcap, scale, temperature, vocab_size, _, chunk_bytes, backend = (
-        inputs
-    )
+    head, (_, _, *ctx.execution) = _unpack(inputs[1:])
     values, ids, tail, _ = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, ids, values, tail)
-    ctx.options = (softcap, scale, temperature, vocab_size)
-    ctx.execution = (chunk_bytes, backend)
+    _save(ctx, inputs[0], head, ids, values, tail)
+
+
+def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    head, (ids, _, _, *ctx.execution) = _unpack(inputs[1:])
+    values, tail, _ = output
+    _save(ctx, inputs[0], head, ids, values, tail)
 
 
 def _backward_topk(ctx: Any, dvalues: Any, dids: Any, dtail: Any, dentropy: Any) -> tuple[Any, ...]:
     return _gradients(ctx, dvalues, dtail)
-
-
-def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    (
-        hidden,
-        weight,
-        bias,
-        ids,
-        softcap,
-        scale,
-        temperature,
-        vocab_size,
-        _,
-        _,
-        chunk_bytes,
-        backend,
-    ) = inputs
-    values, tail, _ = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, ids, values, tail)
-    ctx.options = (softcap, scale, temperature, vocab_size)
-    ctx.execution = (chunk_bytes, backend)
 
 
 def _backward_gather(ctx: Any, dvalues: Any, dtail: Any, dentropy: Any) -> tuple[Any, ...]:
@@ -224,23 +287,13 @@ def _backward_gather(ctx: Any, dvalues: Any, dtail: Any, dentropy: Any) -> tuple
 def _gradients(ctx: Any, dvalues: Tensor | None, dtail: Tensor | None) -> tuple[Any, ...]:
     hidden, weight, bias, ids, values, tail = ctx.saved_tensors
     if tail.numel() == 0:
-        dtail = None  # gather(tail=False) has no tail to go through
-    needs, options = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:]
+        dtail = None  # gather(tail=False) has no tail, and neither have no rows
+    needs = list(ctx.needs_input_grad[:3])
     gradients = linear_backward(
-        dvalues,
-        dtail,
-        hidden,
-        weight,
-        bias,
-        ids,
-        values,
-        tail,
-        *ctx.options,
-        *needs,
-        *ctx.execution,
+        dvalues, dtail, hidden, weight, bias, *ctx.scalars, ids, values, tail, needs, *ctx.execution
     )
-    wanted = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return (*wanted, *[None] * len(options))
+    wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
+    return (*wanted, *[None] * (len(ctx.needs_input_grad) - len(needs)))
 
 
 linear_topk.register_autograd(_backward_topk, setup_context=_save_topk)

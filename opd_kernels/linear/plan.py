@@ -9,13 +9,11 @@ holds MIN_COLUMNS at least. The measurements are in docs/log.md.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import chain
 
 import torch
-from torch import Tensor
 
-from opd_kernels.linear import pages
 from opd_kernels.linear.cost_model import (
     Kernel,
     Machine,
@@ -26,10 +24,9 @@ from opd_kernels.linear.cost_model import (
     reduction,
     seconds,
 )
+from opd_kernels.linear.pages import ALIGNMENT, aligned
 
 MIN_COLUMNS = 4096
-# Rows of a chunk that start at a multiple of a vector's size multiply up to a quarter faster.
-_ALIGNMENT = 64
 _MIB = 1 << 20
 _LEAST_CHUNK = 24 * _MIB
 # Bytes of logits that may live at a time, unless the user sets chunk_bytes.
@@ -42,10 +39,6 @@ def _even_size(total: int, most: int) -> int:
     return -(-total // max(1, pieces))
 
 
-def _aligned(columns: int) -> int:
-    return -(-columns // _ALIGNMENT) * _ALIGNMENT
-
-
 def budget_of(device: torch.device, chunk_bytes: int | None) -> int:
     """Bytes of logits that may live at a time: the user's, or the device's default."""
     if chunk_bytes is None:
@@ -53,6 +46,7 @@ def budget_of(device: torch.device, chunk_bytes: int | None) -> int:
     return chunk_bytes
 
 
+@lru_cache(maxsize=1024)
 def recompute_sizes(
     tokens: int, vocab: int, bytes_a_logit: int, device: torch.device, chunk_bytes: int | None
 ) -> tuple[int, int]:
@@ -68,17 +62,13 @@ def _near(machine: Machine, budget: int) -> int:
 
 def _recompute_sizes(tokens: int, vocab: int, budget: int) -> tuple[int, int]:
     """Within a budget of so many logits."""
-    most = max(MIN_COLUMNS, budget // max(tokens, 1) // _ALIGNMENT * _ALIGNMENT)
-    columns = min(vocab, _aligned(_even_size(vocab, most)))
+    most = max(MIN_COLUMNS, budget // max(tokens, 1) // ALIGNMENT * ALIGNMENT)
+    columns = min(vocab, aligned(_even_size(vocab, most)))
     rows = _even_size(tokens, max(1, budget // columns))
     return rows, columns
 
 
-def chunk_buffer(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised logits [rows, columns] whose rows start at multiples of _ALIGNMENT."""
-    return pages.empty((rows, _aligned(columns)), like, dtype)[:, :columns]
-
-
+@lru_cache(maxsize=1024)
 def one_pass_rows(
     tokens: int, vocab: int, bytes_a_logit: int, device: torch.device, chunk_bytes: int | None
 ) -> int:
@@ -88,9 +78,10 @@ def one_pass_rows(
 
 def rows_within(tokens: int, vocab: int, budget: int) -> int:
     """Rows of a one-pass chunk within a budget of so many logits."""
-    return _even_size(tokens, budget // _aligned(vocab))
+    return _even_size(tokens, budget // aligned(vocab))
 
 
+@lru_cache(maxsize=1024)
 def prefers_one_pass(
     shape: Shape, device: torch.device, chunk_bytes: int | None, fused: bool
 ) -> bool:

@@ -1,9 +1,9 @@
 """The three matrix products of a head, added up in float32 (float64) whatever the operands hold.
 
 A GPU multiplies two 16-bit operands as they are and returns float32. Elsewhere, and where dtypes
-are mixed, 16-bit operands are upcast one slice of the weight at a time: that is exact, and without
-native 16-bit matrix instructions it is also the fast way. On an x86 CPU the C++ extension gives
-every thread slices of its own (csrc/cpu/products.cpp), faster in float32 too (docs/log.md).
+are mixed, 16-bit operands are upcast one slice of the weight at a time. That is exact, and it is
+also the fast way without native 16-bit matrix instructions. On an x86 CPU the C++ extension gives
+every thread its own slices (csrc/cpu/products.cpp), which is faster in float32 too (docs/log.md).
 """
 
 import platform
@@ -13,30 +13,54 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from opd_kernels.backends.cpu_extension import extension
-from opd_kernels.backends.head import accumulator_dtype
+from opd_kernels.backends.extensions import cpu_extension as extension
+from opd_kernels.backends.records import Head, accumulator_dtype
 
-# Of a slice of the weight, for each thread of a CPU: enough to pay for packing the other operand.
+# Rows of the weight in a CPU thread's slice: enough to pay for packing the other operand.
 SLICE_ROWS = 256
-# Elsewhere PyTorch may hand a product on to a library with threads of its own, such as Arm's.
+# Elsewhere PyTorch may call a library that has threads of its own, such as Arm's.
 _IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-_GPU_BYTES = 256 << 20  # of what is upcast, or multiplied apart, at a time on a GPU
-_ALIGNMENT = 64  # rows: a chunk's columns then start where a vector does
+_GPU_BYTES = 256 << 20  # of upcast weight, or of a separate product, at a time on a GPU
+_ALIGNMENT = 64  # rows of a slice are a multiple of this, so that its columns start aligned
 
 # PyTorch before 2.10 refuses to add 16-bit products to a float32 sum (pytorch/pytorch#167931).
 _ADDS_IN_PLACE = TorchVersion(torch.__version__) >= "2.10"
 
 
 def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What hidden states and gradients of logits are to be held in for the products."""
+    """The dtype in which the products take hidden states and gradients of logits."""
     is_16_bit = hidden.dtype in (torch.bfloat16, torch.float16)
     if is_16_bit and hidden.dtype == weight.dtype and _multiplies_16_bit(hidden.device):
         return hidden.dtype
     return accumulator_dtype(hidden, weight)
 
 
+def float16_loss_scale(
+    dtype: torch.dtype, head: Head, largest_exponent: int, *gradients: Tensor
+) -> Tensor | None:
+    """A power of two to divide gradients by, so that float16 holds them; None for other dtypes.
+
+    A chunk of gradients with respect to raw products has the operands' dtype. In float16 the
+    gradient of a mean over many tokens would flush to 0 there, and that of a scaled loss would
+    overflow. After the division the largest entry is at most 2^largest_exponent.
+
+    Args:
+        dtype: dtype of the chunk of gradients.
+        head: its scale and temperature multiply the gradients; a softcap only lessens them.
+        largest_exponent: the room that is left below float16's largest exponent, 15.
+        gradients: gradients with respect to final logits.
+    """
+    if dtype != torch.float16:
+        return None
+    largest = torch.stack([g.abs().amax() if g.numel() else g.new_zeros(()) for g in gradients])
+    largest = largest.amax() * abs(head.scale / head.temperature)
+    exponent = torch.frexp(largest).exponent - largest_exponent
+    usable = largest.isfinite() & (largest > 0)
+    return torch.exp2(torch.where(usable, exponent, 0).to(gradients[0].dtype))
+
+
 def project(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """Write hidden [n, D] @ weight [v, D].T into out [n, v]; hidden is of the operand dtype."""
+    """Write hidden [n, D] @ weight [v, D].T into out [n, v]; hidden has the operand dtype."""
     if hidden.dtype != out.dtype:
         return _product(hidden, weight.t(), out)
     if _extension_takes(hidden, weight, out):
@@ -48,7 +72,7 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
 
 def add_hidden_gradient_(dhidden: Tensor, dlogits: Tensor, weight: Tensor) -> None:
-    """dhidden [n, D] += dlogits [n, v] @ weight [v, D]; dlogits is of the operand dtype."""
+    """dhidden [n, D] += dlogits [n, v] @ weight [v, D]; dlogits has the operand dtype."""
     if dlogits.dtype != dhidden.dtype:
         _add_product_(dhidden, dlogits, weight)
     elif _extension_takes(dhidden, weight, dlogits):
@@ -58,13 +82,16 @@ def add_hidden_gradient_(dhidden: Tensor, dlogits: Tensor, weight: Tensor) -> No
             dhidden.addmm_(dlogits[:, rows], weight_rows)
 
 
-def add_weight_gradient_(dweight: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> None:
-    """dweight [v, D] += dlogits [n, v].T @ hidden [n, D], both of the operand dtype; `first`
-    overwrites instead.
+def add_weight_gradient_(
+    dweight: Tensor, dlogits: Tensor, hidden: Tensor, *, overwrite: bool
+) -> None:
+    """dweight [v, D] += dlogits [n, v].T @ hidden [n, D], or = with overwrite.
+
+    dlogits and hidden have the operand dtype.
     """
     if dlogits.dtype == dweight.dtype:
-        dweight.addmm_(dlogits.t(), hidden, beta=0 if first else 1)
-    elif first:
+        dweight.addmm_(dlogits.t(), hidden, beta=0 if overwrite else 1)
+    elif overwrite:
         _product(dlogits.t(), hidden, dweight)
     else:
         _add_product_(dweight, dlogits.t(), hidden)
@@ -90,18 +117,18 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _extension_takes(hidden: Tensor, weight: Tensor, logits: Tensor) -> bool:
-    """Whether the C++ extension is built and multiplies these, where it pays."""
+    """Whether the C++ extension is built, multiplies these matrices, and is faster."""
     is_narrow = weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return (
         extension is not None
         and _IS_X86
         and (is_narrow or weight.dtype == logits.dtype)
-        and all(_has_plain_rows(matrix) for matrix in (hidden, weight, logits))
+        and all(map(_has_plain_rows, (hidden, weight, logits)))
     )
 
 
 def _has_plain_rows(matrix: Tensor) -> bool:
-    """Whether the numbers are in a CPU's memory as they are, row after row."""
+    """Whether a matrix is an ordinary tensor in a CPU's memory with contiguous rows."""
     stride, step = matrix.stride()
     is_plain = type(matrix) in (Tensor, torch.nn.Parameter) and matrix.device.type == "cpu"
     is_plain = is_plain and not matrix.is_neg() and not matrix._is_zerotensor()
@@ -109,7 +136,7 @@ def _has_plain_rows(matrix: Tensor) -> bool:
 
 
 def _slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the weight in dtype, a slice at a time: views, or copies that the next replaces."""
+    """Slices of the weight's rows in dtype: views, or copies that the next slice overwrites."""
     vocab, dim = weight.shape
     if weight.device.type == "cpu":
         most = SLICE_ROWS * torch.get_num_threads()

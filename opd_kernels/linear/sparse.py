@@ -1,7 +1,7 @@
 """The head at N * K entries only: for losses that need no pass over the vocabulary.
 
 `gather(ids, tail=False)` computes N * K dot products. A loss that never used the tail has a
-gradient on S alone, so dhidden and dweight are gathers and scatters of N * K rows of the weight.
+gradient on S only, so dhidden and dweight are gathers and scatters of N * K rows of the weight.
 """
 
 from collections.abc import Iterator
@@ -9,21 +9,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from opd_kernels.backends import Epilogues
-from opd_kernels.backends.head import Head
+from opd_kernels.backends.epilogues import Epilogues
+from opd_kernels.backends.records import Head
 from opd_kernels.backends.sparse_rows import SparseRows
 
 _BLOCK_BYTES = 16 << 20
-
-
-def canonical_ids(ids: Tensor, vocab_size: int) -> Tensor:
-    """ids [..., K] with -1 for those outside [0, vocab_size) and repeats of earlier ones."""
-    ids = ids.to(torch.int64)
-    ids = ids.masked_fill((ids < 0) | (ids >= vocab_size), -1)
-    in_order, order = ids.sort(dim=-1, stable=True)
-    repeats = torch.zeros_like(ids, dtype=torch.bool)
-    repeats[..., 1:] = in_order[..., 1:] == in_order[..., :-1]
-    return ids.masked_fill(torch.zeros_like(repeats).scatter_(-1, order, repeats), -1)
 
 
 def gather_logits(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
@@ -31,18 +21,22 @@ def gather_logits(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
     return head.logits(_scores(hidden, head, ids)).masked_fill_(ids < 0, -torch.inf)
 
 
-def sparse_gradients(
+def add_sparse_gradients(
     hidden: Tensor,
     head: Head,
     ids: Tensor,
     values: Tensor,
     dvalues: Tensor,
-    dhidden: Tensor | None,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
+    sums: tuple[Tensor | None, Tensor | None, Tensor | None],
     epilogues: Epilogues,
 ) -> None:
-    """Add the gradient through the logits `values` [N, K] at ids [N, K] to the three sums."""
+    """Add the gradient through the logits `values` [N, K] at ids [N, K] to the sums.
+
+    Args:
+        hidden: [N, D] in the dtype of values.
+        sums: dhidden [N, D], dweight [V, D] and dbias [V], each None if it is not needed.
+    """
+    dhidden, dweight, dbias = sums
     derivative = head.derivative(values if head.softcap is None else _scores(hidden, head, ids))
     live = ids.masked_fill(values == -torch.inf, -1)
     coefficients = dvalues * derivative
@@ -52,10 +46,10 @@ def sparse_gradients(
 
 
 def _scores(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
-    """hidden @ weight.T + bias at ids [N, K]; whatever row 0 of the weight gives in empty slots."""
+    """hidden @ weight.T + bias at ids [N, K]; an empty slot gets the score of id 0."""
     scores = hidden.new_empty(ids.shape)
     for rows in _row_blocks(ids, hidden):
-        # Without a name, by which one block of the weight would live until the next is there.
+        # No name for the gathered rows: it would keep one block alive until the next one is there.
         scores[rows] = torch.bmm(_weight_rows(head, ids[rows], hidden), hidden[rows, :, None])[
             ..., 0
         ]

@@ -1,199 +1,208 @@
-"""The chunked driver in the recompute order: vocabulary chunks outside, blocks of tokens inside.
+"""The walk of the recompute order: vocabulary chunks outside, blocks of tokens inside.
 
 Both functions hold one [n, v] chunk of logits, or of their gradient, at a time. The weight is read
 chunk by chunk, each row block of dweight is written once, and dhidden accumulates in float32
 (float64). Where a backend has the matrix product inside its kernels, logits are never in memory.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from opd_kernels.backends import Epilogues, FusedEpilogues, RowState
-from opd_kernels.backends.head import Head
-from opd_kernels.linear import float16, pages, products
+from opd_kernels.backends.epilogues import Epilogues, FusedEpilogues
+from opd_kernels.backends.records import Chunk, Head, RowGradient, RowState
+from opd_kernels.linear import pages, products
 from opd_kernels.linear.plan import recompute_sizes
 
-
-@dataclass(frozen=True)
-class _Chunks:
-    """The walk over [N, V]."""
-
-    hidden: Tensor  # [N, D] in the operand dtype
-    head: Head
-    rows: int
-    columns: int
-
-    @classmethod
-    def plan(
-        cls, hidden: Tensor, head: Head, dtypes: set[torch.dtype], chunk_bytes: int | None
-    ) -> "_Chunks":
-        """For a chunk of each of the dtypes."""
-        bytes_a_logit = sum(dtype.itemsize for dtype in dtypes)
-        extent = (hidden.shape[0], head.vocab_size)
-        sizes = recompute_sizes(*extent, bytes_a_logit, hidden.device, chunk_bytes)
-        return cls(hidden, head, *sizes)
-
-    def columns_of(self) -> list[tuple[int, int]]:
-        starts = range(0, self.head.vocab_size, self.columns)
-        return [(first, min(first + self.columns, self.head.vocab_size)) for first in starts]
-
-    def rows_of(self) -> list[slice]:
-        tokens = self.hidden.shape[0]
-        return [slice(f, min(f + self.rows, tokens)) for f in range(0, tokens, self.rows)]
-
-    def buffer(self, dtype: torch.dtype) -> Callable[[slice, Tensor], Tensor]:
-        """One buffer that every chunk reuses: a function to its view for some rows and weights."""
-        memory = pages.empty((self.rows * self.columns,), self.hidden, dtype)
-
-        def view(rows: slice, weight: Tensor) -> Tensor:
-            shape = (rows.stop - rows.start, weight.shape[0])
-            return memory[: shape[0] * shape[1]].view(shape)
-
-        return view
+# dhidden [N, D], dweight [V_padded, D] and dbias [V_padded]; None for one that is not needed.
+HeadGradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def reduce_logits(
     hidden: Tensor, head: Head, state: RowState, epilogues: Epilogues, chunk_bytes: int | None
 ) -> None:
-    """One pass over the vocabulary: bring every logit of hidden [N, D] into the state. hidden is of
-    the operand dtype of products.py.
+    """Add every logit of hidden [N, D] to the state, in one pass over the vocabulary.
+
+    hidden has the operand dtype of products.py.
     """
     if hidden.shape[0] == 0:
         return
     fused = epilogues.fused(hidden.dtype, head, state.ids.shape[1])
     if fused is not None and not state.selects:
         fused.update(hidden.contiguous(), head, state)
-        state.close()
-        return
-    dtype = state.values.dtype
-    chunks = _Chunks.plan(hidden, head, {dtype}, chunk_bytes)
-    buffer = chunks.buffer(dtype)
-    for first, last in chunks.columns_of():
-        weight = head.rows(first, last)
-        for rows in chunks.rows_of():
-            logits = products.project(hidden[rows], weight, buffer(rows, weight))
-            epilogues.update(logits, first, head, state.rows(rows))
+    else:
+        dtype = state.values.dtype
+        walk = _VocabularyWalk.plan(hidden, head, {dtype}, chunk_bytes)
+        buffer = walk.buffer(dtype)
+        for columns in walk.columns():
+            weight = head.weight[columns]
+            for rows in walk.rows():
+                raw = products.project(hidden[rows], weight, _view(buffer, rows, columns))
+                epilogues.update(Chunk(raw, head, columns.start), state.rows(rows))
     state.close()
 
 
 def backpropagate(
     hidden: Tensor,
     head: Head,
-    ids: Tensor,
-    dvalues: Tensor,
-    tail: Tensor,
-    dtail: Tensor,
-    dhidden: Tensor | None,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
+    gradient: RowGradient,
+    sums: HeadGradients,
     epilogues: Epilogues,
     chunk_bytes: int | None,
 ) -> None:
-    """Recompute every chunk of logits and add its gradient to dhidden, dweight and dbias.
+    """Recompute every chunk of logits and add its gradient to the sums.
 
-    hidden is of the operand dtype of products.py. dhidden [N, D] is zeroed and in the dtype of
-    dvalues; dweight [V_padded, D] and dbias [V_padded] are zeroed and of any floating dtype: a row
-    block is accumulated apart and rounded once.
+    Args:
+        hidden: [N, D] in the operand dtype of products.py.
+        head: the head that `gradient` went through.
+        gradient: of the loss with respect to the final logits of all rows.
+        sums: zeroed tensors. dhidden has the dtype of the gradient; dweight and dbias have any
+            floating dtype, since a block of their rows is accumulated apart and rounded once.
+        epilogues: the backend.
+        chunk_bytes: the most memory for a chunk of logits; None for the device's default.
     """
     if hidden.shape[0] == 0:
         return
-    unit = float16.unit_of(hidden.dtype, head, 14, dvalues, dtail)
-    if unit is not None:
-        dvalues, dtail = dvalues / unit, dtail / unit
-    fused = epilogues.fused(hidden.dtype, head, ids.shape[1])
-    if fused is not None:
-        hidden = hidden.contiguous()
-    dtypes = {hidden.dtype} if fused is not None else {hidden.dtype, dvalues.dtype}
-    chunks = _Chunks.plan(hidden, head, dtypes, chunk_bytes)
-    on_rows = (ids, dvalues, tail, dtail)
-    if fused is not None:
-        gradient = _recomputed_inside(chunks, *on_rows, fused)
+    dtype = gradient.dvalues.dtype
+    scale = products.float16_loss_scale(hidden.dtype, head, 14, gradient.dvalues, gradient.dtail)
+    if scale is not None:
+        dvalues, dtail = gradient.dvalues / scale, gradient.dtail / scale
+        gradient = replace(gradient, dvalues=dvalues, dtail=dtail)
+    fused = epilogues.fused(hidden.dtype, head, gradient.ids.shape[1])
+    chunks: _Recomputed | _RecomputedInside
+    if fused is None:
+        walk = _VocabularyWalk.plan(hidden, head, {hidden.dtype, dtype}, chunk_bytes)
+        chunks = _Recomputed(walk, gradient, epilogues)
     else:
-        gradient = _recomputed(chunks, *on_rows, epilogues)
-    for first, last in chunks.columns_of():
-        weight = head.rows(first, last)
-        dweight_rows = dbias_rows = None
-        if dweight is not None:
-            # The first block of rows overwrites it.
-            dweight_rows = _in_dtype(dweight[first:last], dvalues.dtype, _empty_like)
-        if dbias is not None:
-            dbias_rows = _in_dtype(dbias[first:last], dvalues.dtype, torch.zeros_like)
-        for block, rows in enumerate(chunks.rows_of()):
-            dlogits = gradient(block, first, weight)
+        walk = _VocabularyWalk.plan(hidden.contiguous(), head, {hidden.dtype}, chunk_bytes)
+        chunks = _RecomputedInside(walk, gradient, fused)
+    dhidden, dweight, dbias = sums
+    for columns in walk.columns():
+        weight = head.weight[columns]
+        # The first block of rows overwrites dweight_rows, so they may be uninitialised.
+        dweight_rows = _rows_in_dtype(dweight, columns, dtype)
+        dbias_rows = _rows_in_dtype(dbias, columns, dtype)
+        for block, rows in enumerate(walk.rows()):
+            dlogits = chunks.gradient(block, rows, columns)
             if dhidden is not None:
                 products.add_hidden_gradient_(dhidden[rows], dlogits, weight)
             if dweight_rows is not None:
-                products.add_weight_gradient_(dweight_rows, dlogits, hidden[rows], block == 0)
+                products.add_weight_gradient_(
+                    dweight_rows, dlogits, walk.hidden[rows], overwrite=block == 0
+                )
             if dbias_rows is not None:
-                dbias_rows.add_(dlogits.sum(0, dtype=dbias_rows.dtype))
-        _write(dweight, dweight_rows, first, unit)
-        _write(dbias, dbias_rows, first, unit)
-    if dhidden is not None and unit is not None:
-        dhidden.mul_(unit)
+                total = dlogits.sum(0, dtype=dtype)
+                dbias_rows.copy_(total) if block == 0 else dbias_rows.add_(total)
+        _round_into(dweight, dweight_rows, columns, scale)
+        _round_into(dbias, dbias_rows, columns, scale)
+    if dhidden is not None and scale is not None:
+        dhidden.mul_(scale)
 
 
-# The gradient [n, v] of a block of rows at some rows of the weight, the first of them the given id;
-# in the operand dtype.
-_Gradient = Callable[[int, int, Tensor], Tensor]
+@dataclass(frozen=True)
+class _VocabularyWalk:
+    """Chunks of [N, V] logits: their sizes, their buffers, and the order in which they come."""
+
+    hidden: Tensor  # [N, D] in the operand dtype
+    head: Head
+    chunk_rows: int
+    chunk_columns: int
+
+    @classmethod
+    def plan(
+        cls, hidden: Tensor, head: Head, dtypes: set[torch.dtype], chunk_bytes: int | None
+    ) -> "_VocabularyWalk":
+        """Choose the sizes for one chunk of each of the dtypes."""
+        logit_bytes = sum(dtype.itemsize for dtype in dtypes)
+        sizes = recompute_sizes(
+            hidden.shape[0], head.vocab_size, logit_bytes, hidden.device, chunk_bytes
+        )
+        return cls(hidden, head, *sizes)
+
+    def columns(self) -> Iterator[slice]:
+        return _blocks(self.head.vocab_size, self.chunk_columns)
+
+    def rows(self) -> Iterator[slice]:
+        return _blocks(self.hidden.shape[0], self.chunk_rows)
+
+    def buffer(self, dtype: torch.dtype) -> Tensor:
+        """Memory for the largest chunk, which every chunk reuses."""
+        return pages.empty((self.chunk_rows * self.chunk_columns,), self.hidden, dtype)
 
 
-def _recomputed(
-    chunks: _Chunks, ids: Tensor, dvalues: Tensor, tail: Tensor, dtail: Tensor, epilogues: Epilogues
-) -> _Gradient:
-    hidden, blocks = chunks.hidden, chunks.rows_of()
-    logits = gradients = chunks.buffer(dvalues.dtype)
-    if hidden.dtype != dvalues.dtype:
-        gradients = chunks.buffer(hidden.dtype)
+class _Recomputed:
+    """Gradients of chunks of logits, by a matrix product and an epilogue."""
 
-    def gradient(block: int, first: int, weight: Tensor) -> Tensor:
-        rows = blocks[block]
-        chunk = products.project(hidden[rows], weight, logits(rows, weight))
-        out = chunk if logits is gradients else gradients(rows, weight)
-        on_rows = (ids[rows], dvalues[rows], tail[rows], dtail[rows])
-        epilogues.gradient(chunk, first, chunks.head, *on_rows, out)
+    def __init__(self, walk: _VocabularyWalk, gradient: RowGradient, epilogues: Epilogues) -> None:
+        self.walk, self.rows_gradient, self.epilogues = walk, gradient, epilogues
+        logits_dtype, operand = gradient.dvalues.dtype, walk.hidden.dtype
+        self.logits = self.gradients = walk.buffer(logits_dtype)
+        if operand != logits_dtype:
+            self.gradients = walk.buffer(operand)
+
+    def gradient(self, block: int, rows: slice, columns: slice) -> Tensor:
+        """The gradient [n, v] of a chunk in the operand dtype; the next call overwrites it."""
+        head = self.walk.head
+        weight, hidden = head.weight[columns], self.walk.hidden[rows]
+        raw = products.project(hidden, weight, _view(self.logits, rows, columns))
+        out = raw
+        if self.gradients is not self.logits:
+            out = _view(self.gradients, rows, columns)
+        self.epilogues.gradient(Chunk(raw, head, columns.start), self.rows_gradient.rows(rows), out)
         return out
 
-    return gradient
 
+class _RecomputedInside:
+    """Gradients of chunks of logits, by kernels with the matrix product inside."""
 
-def _recomputed_inside(
-    chunks: _Chunks,
-    ids: Tensor,
-    dvalues: Tensor,
-    tail: Tensor,
-    dtail: Tensor,
-    fused: FusedEpilogues,
-) -> _Gradient:
-    hidden, blocks = chunks.hidden, chunks.rows_of()
-    gradients = chunks.buffer(hidden.dtype)
-    supports = [fused.support(ids[rows], hidden, chunks.head) for rows in blocks]
+    def __init__(self, walk: _VocabularyWalk, gradient: RowGradient, fused: FusedEpilogues) -> None:
+        self.walk, self.rows_gradient, self.fused = walk, gradient, fused
+        self.gradients = walk.buffer(walk.hidden.dtype)
+        self.supports = [
+            fused.support(gradient.ids[rows], walk.hidden, walk.head) for rows in walk.rows()
+        ]
 
-    def gradient(block: int, first: int, weight: Tensor) -> Tensor:
-        rows = blocks[block]
-        out = gradients(rows, weight)
-        on_rows = (supports[block], dvalues[rows], tail[rows], dtail[rows])
-        fused.gradient(hidden[rows], first, chunks.head, *on_rows, out)
+    def gradient(self, block: int, rows: slice, columns: slice) -> Tensor:
+        """As _Recomputed.gradient."""
+        out = _view(self.gradients, rows, columns)
+        self.fused.gradient(
+            self.walk.hidden[rows],
+            self.walk.head,
+            columns.start,
+            self.supports[block],
+            self.rows_gradient.rows(rows),
+            out,
+        )
         return out
 
-    return gradient
+
+def _blocks(total: int, size: int) -> Iterator[slice]:
+    for first in range(0, total, size):
+        yield slice(first, min(first + size, total))
 
 
-def _in_dtype(rows: Tensor, dtype: torch.dtype, make: Callable[..., Tensor]) -> Tensor:
-    """The rows themselves, or a tensor like them to round into them later."""
-    return rows if rows.dtype == dtype else make(rows, dtype=dtype)
+def _view(buffer: Tensor, rows: slice, columns: slice) -> Tensor:
+    """The front of a buffer as a chunk [n, v]."""
+    n, v = rows.stop - rows.start, columns.stop - columns.start
+    return buffer[: n * v].view(n, v)
 
 
-def _empty_like(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    return pages.empty(rows.shape, rows, dtype)
+def _rows_in_dtype(total: Tensor | None, rows: slice, dtype: torch.dtype) -> Tensor | None:
+    """Rows of a gradient, or an uninitialised tensor in dtype that is rounded into them later."""
+    if total is None:
+        return None
+    part = total[rows]
+    return part if part.dtype == dtype else pages.empty(part.shape, part, dtype)
 
 
-def _write(gradient: Tensor | None, rows: Tensor | None, first: int, unit: Tensor | None) -> None:
-    """Round a row block's sum into the gradient, of which it may be a view."""
-    if gradient is None or rows is None:
+def _round_into(
+    total: Tensor | None, part: Tensor | None, rows: slice, scale: Tensor | None
+) -> None:
+    """Undo the loss scale of some rows and round them into the gradient, if they are not in it."""
+    if total is None or part is None:
         return
-    if unit is not None:
-        rows.mul_(unit)
-    gradient[first : first + rows.shape[0]].copy_(rows)
+    if scale is not None:
+        part.mul_(scale)
+    total[rows].copy_(part)

@@ -1,1 +1,1 @@
-"""distillation_loss and what it is made of: supports, objectives and the walk over tokens."""
+"""distillation_loss: supports, objectives, and the walk over tokens."""

@@ -1,26 +1,19 @@
-"""distillation_loss: from two LazyLogits to a scalar, in either order of walking."""
+"""distillation_loss: from two LazyLogits to a scalar, in either order."""
 
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from opd_kernels.backends.head import accumulator_dtype
-from opd_kernels.checks import check_execution, check_flags
+from opd_kernels.backends.records import accumulator_dtype
 from opd_kernels.divergences import reverse_kl
 from opd_kernels.lazy_logits import LazyLogits
+from opd_kernels.linear.operators import FlatLogits
 from opd_kernels.loss.objective import Objective
+from opd_kernels.loss.options import LossOptions, Missing, Support, TokenBatch
 from opd_kernels.loss.output import DistillationOutput, restore
-from opd_kernels.loss.refusals import (
-    check_arguments,
-    check_denominator,
-    check_gradient_filter,
-    check_shards,
-)
-from opd_kernels.loss.strategy import flat_loss
-from opd_kernels.loss.supports import Missing, Support
-from opd_kernels.loss.token_walk import LossOptions
-from opd_kernels.operands import check_ids, check_k
+from opd_kernels.loss.refusals import check_loss, check_support
+from opd_kernels.loss.strategy import compute
 from opd_kernels.sparse_logits import SparseLogits
 
 
@@ -45,37 +38,38 @@ def distillation_loss(
     """Distil teacher into student without ever holding the [N, V] logits.
 
     The teacher never gets a gradient. If the two vocabularies differ in size, both are cut to the
-    smaller: the larger one is taken to be padded.
+    smaller one: the rest of the larger one counts as padding.
 
     Args:
         student: hidden [..., D].
         teacher: LazyLogits with the same leading shape, of any width, or SparseLogits [..., K] from
             a server.
         k: size of the support.
-        support: "student" or "teacher" (whose top-K is S), "union", "intersection", "full" (all of
-            V), or integer ids [..., K].
+        support: S is the top-K of the "student" or the "teacher", their "union" or "intersection",
+            the "full" vocabulary, or integer ids [..., K].
         objective: a function (student, teacher) -> loss per token [...] of SparseLogits: a
             divergence, a functools.partial of one, or your own. It is differentiated with respect
             to the student only.
-        token_weights: [...] weight of each token's loss, default 1; they get no gradient.
+        token_weights: [...] weight of each token's loss, default 1; without gradient.
         reduction: "mean" = sum(w * loss) / denominator, "sum", or "none" (recompute only,
             unweighted).
         denominator: what "mean" divides by, default sum(token_weights). Pass the global number of
             tokens under gradient accumulation or several ranks.
-        method: "one_pass" (token chunks [c, V], gradient during forward, no recomputation),
-            "recompute" (vocabulary chunks [N, v], smallest memory), or "auto", whichever costs
-            less by cost_model.py.
-        missing: for a served teacher without a value on S: "error", or "drop" the slot from S.
-        entropy: also fill the entropy of student and teacher (of the whole rows), from the same
-            pass.
-        compact: leave out tokens of weight 0 before the first matrix product (synchronises with the
-            device, so not under torch.compile or in a CUDA graph).
-        chunk_bytes: most memory for the student's logits at a time, and for support="full" as much
-            again for the teacher's; default by the device.
+        method: the order. "one_pass" computes the gradient during the forward pass, from token
+            chunks [c, V], without recomputation. "recompute" takes vocabulary chunks [N, v] and the
+            least memory. "auto" takes the one that costs less by linear/cost_model.py.
+        missing: what happens if a served teacher has no value on S: "error", or "drop" the slot
+            from S.
+        entropy: also return the entropy of student and teacher (of whole rows), from the same pass.
+        compact: leave out tokens of weight 0 before the first matrix product. This synchronises
+            with the device, so it does not happen under torch.compile or in a CUDA graph.
+        chunk_bytes: the most memory for the student's logits at a time, and as much again for the
+            teacher's with support="full"; default by the device.
         backend: "auto", or a name of available_backends().
-        gradient_filter: leave tokens outside S whose probability is below this out of the gradient
-            (one_pass only, an approximation; the loss stays exact). Its error was measured, see
-            docs/objectives.md. Where the head is split, the k largest of each rank are always kept.
+        gradient_filter: leave tokens outside S with a lower probability than this out of the
+            gradient. It is an approximation, for one_pass only; the loss stays exact, and
+            docs/objectives.md has the measured error. Where the head is split, the k largest logits
+            of each rank always stay in the gradient.
 
     Returns:
         DistillationOutput(loss, per_token, student, teacher, dropped); all but loss are detached.
@@ -83,62 +77,24 @@ def distillation_loss(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and the remedy.
     """
-    check_arguments(student, teacher, support, objective, token_weights, reduction, method, missing)
-    check_denominator(denominator, reduction)
-    check_flags(entropy=entropy, compact=compact)
-    check_execution(chunk_bytes, backend)
-    check_gradient_filter(gradient_filter, support, reduction, method)
-    check_shards(student, teacher, support, objective)
-    student, teacher = _same_vocabulary(student, teacher)
-    if isinstance(support, Tensor):
-        check_ids(support, student.hidden)
-    else:
-        if support == "full" and isinstance(k, int):
-            k = min(k, student.shape[-1])  # the ids that are reported
-        check_k(k, student.shape[-1])
-    leading = student.hidden.shape[:-1]
-    student = student.flat()
-    teacher = teacher.flat() if isinstance(teacher, LazyLogits) else _flat_answer(teacher, leading)
-    ids = support.reshape(-1, support.shape[-1]) if isinstance(support, Tensor) else support
-    weights = None
-    if token_weights is not None:  # 16-bit weights would round, or overflow, in their own sum
-        weights = token_weights.detach().reshape(-1)
-        weights = weights.to(accumulator_dtype(student.hidden, student.weight))
-    kept = None
-    if compact and weights is not None and not _is_recorded(weights):
-        kept = weights.nonzero()[:, 0]
-        if kept.numel() == weights.numel():
-            kept = None
-        else:
-            student, weights = student[kept], weights[kept]
-            teacher = (
-                teacher[kept] if isinstance(teacher, LazyLogits) else teacher.map(lambda t: t[kept])
-            )
-            ids = ids[kept] if isinstance(ids, Tensor) else ids
-    elif weights is not None:
-        student, teacher = _without_weightless_rows(student, teacher, weights)
     options = LossOptions(
-        k,
-        ids,
-        objective,
-        missing,
-        entropy,
-        chunk_bytes,
-        backend,
+        k, support, objective, reduction, method, missing, entropy, compact, chunk_bytes, backend,
         gradient_filter,
-        student.shape[-1],
-        student.shard,
-    )
+    )  # fmt: skip
+    check_loss(student, teacher, options, token_weights, denominator)
+    batch, kept = _batch_of(student, teacher, options, token_weights)
+    if reduction == "mean":
+        denominator = _denominator_of(batch, denominator)
     with torch.autocast(student.hidden.device.type, enabled=False):
-        output = flat_loss(student, teacher, options, weights, reduction, denominator, method)
-    return restore(output, kept, leading)
+        output = compute(batch, denominator)
+    return restore(output, kept, student.hidden.shape[:-1])
 
 
 class TopKDistillationLoss(nn.Module):
-    """distillation_loss as a module: its options are fixed at construction.
+    """distillation_loss as a module with fixed options.
 
     Args:
-        options: the keyword arguments of distillation_loss but token_weights and denominator.
+        options: the keyword arguments of distillation_loss except token_weights and denominator.
     """
 
     def __init__(
@@ -177,33 +133,71 @@ class TopKDistillationLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-def _same_vocabulary(
-    student: LazyLogits, teacher: LazyLogits | SparseLogits
-) -> tuple[LazyLogits, LazyLogits | SparseLogits]:
+def _batch_of(
+    student: LazyLogits,
+    teacher: LazyLogits | SparseLogits,
+    options: LossOptions,
+    token_weights: Tensor | None,
+) -> tuple[TokenBatch, Tensor | None]:
+    """The flat operands of a loss, and the indices of the tokens that are kept, None for all."""
+    leading, vocab_size = student.hidden.shape[:-1], student.shape[-1]
+    if isinstance(teacher, LazyLogits):
+        vocab_size = min(vocab_size, teacher.shape[-1])
+    if options.is_full and isinstance(options.k, int):
+        options = replace(options, k=min(options.k, vocab_size))  # the ids that are reported
+    check_support(student, options, vocab_size)
+    flat, support, weights, kept = student.flat(vocab_size), options.support, None, None
+    answer: FlatLogits | SparseLogits
     if isinstance(teacher, SparseLogits):
-        return student, teacher
-    vocab_size = min(student.shape[-1], teacher.shape[-1])
-    return replace(student, vocab_size=vocab_size), replace(teacher, vocab_size=vocab_size)
+        dims = len(leading)
+        answer = teacher.map(lambda tensor: tensor.reshape((-1, *tensor.shape[dims:])))
+    else:  # a whole head is cut like the student's only where chunks lie side by side
+        answer = teacher.flat(vocab_size, flat.shard if options.is_full else None)
+    if isinstance(support, Tensor):
+        support = support.reshape(-1, support.shape[-1])
+    if token_weights is not None:
+        # 16-bit weights would round, or overflow, in their own sum.
+        weights = token_weights.detach().reshape(-1)
+        weights = weights.to(accumulator_dtype(flat.hidden, flat.head.weight))
+        if not options.compact or _is_recorded(weights):
+            flat, answer = _without_weightless_rows(flat, answer, weights)
+        else:
+            kept = weights.nonzero()[:, 0]
+            kept = None if kept.numel() == weights.numel() else kept
+    if kept is not None and weights is not None:
+        flat, weights = flat[kept], weights[kept]
+        answer = answer[kept] if isinstance(answer, FlatLogits) else answer.map(lambda t: t[kept])
+        support = support[kept] if isinstance(support, Tensor) else support
+    return TokenBatch(flat, answer, support, weights, options), kept
 
 
-def _flat_answer(teacher: SparseLogits, leading: torch.Size) -> SparseLogits:
-    dims = len(leading)
-    return teacher.map(lambda tensor: tensor.reshape((-1, *tensor.shape[dims:])))
+def _denominator_of(batch: TokenBatch, denominator: float | Tensor | None) -> float | Tensor:
+    """What a mean divides by."""
+    if denominator is None:
+        if batch.weights is not None:
+            return batch.weights.sum()
+        # A tensor: with a number a compiled graph would hold for one number of tokens only.
+        hidden = batch.student.hidden
+        return hidden.new_full((), hidden.shape[0], dtype=torch.int64)
+    if isinstance(denominator, Tensor):
+        # A copy: the caller may change the tensor before the backward pass.
+        return denominator.detach().clone().reshape(())
+    return denominator
 
 
 def _is_recorded(weights: Tensor) -> bool:
-    """Whether a compiler or a CUDA graph records this call, for other weights to come."""
+    """Whether a compiler or a CUDA graph records this call, to replay it with other weights."""
     if torch.compiler.is_compiling():
         return True
     return weights.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _without_weightless_rows(
-    student: LazyLogits, teacher: LazyLogits | SparseLogits, weights: Tensor
-) -> tuple[LazyLogits, LazyLogits | SparseLogits]:
-    """Rows of weight 0 that compact=False kept, with hidden states of 0: they may hold NaN."""
-    dead = (weights == 0)[:, None]
-    student = replace(student, hidden=student.hidden.masked_fill(dead, 0.0))
-    if isinstance(teacher, LazyLogits):
-        teacher = replace(teacher, hidden=teacher.hidden.masked_fill(dead, 0.0))
+    student: FlatLogits, teacher: FlatLogits | SparseLogits, weights: Tensor
+) -> tuple[FlatLogits, FlatLogits | SparseLogits]:
+    """Replace the hidden states of rows of weight 0 by 0: they may hold NaN."""
+    weightless = (weights == 0)[:, None]
+    student = replace(student, hidden=student.hidden.masked_fill(weightless, 0.0))
+    if isinstance(teacher, FlatLogits):
+        teacher = replace(teacher, hidden=teacher.hidden.masked_fill(weightless, 0.0))
     return student, teacher

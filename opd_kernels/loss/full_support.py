@@ -4,91 +4,98 @@ The package's own divergences are one epilogue on the pair of chunks. Any other 
 a few rows at a time, and is differentiated by autograd.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from opd_kernels.backends.torch import pair_gradient, pair_sums, row_blocks
-from opd_kernels.loss.chunk import LogitsChunk
+from opd_kernels.backends.epilogues import Epilogues, pair_gradient, pair_sums, row_blocks
+from opd_kernels.backends.records import Chunk
 from opd_kernels.loss.objective import Objective, jsd_beta, per_token_loss
+from opd_kernels.parallel import VocabShard
+from opd_kernels.sparse_logits import SparseLogits, TrustedSparseLogits
 
-# An objective's temporaries: about a dozen tensors of [rows, V].
+# A user's objective has temporaries of about a dozen tensors [rows, V]; this bounds one of them.
 _BLOCK_BYTES = 2 << 20
 
 
-def full_losses(
-    ours: LogitsChunk,
-    theirs: LogitsChunk,
-    objective: Objective,
-    upstream: Tensor | None,
-    out: Tensor,
-) -> Tensor:
-    """The loss [c] of each row over all of V.
+@dataclass(frozen=True)
+class ChunkPair:
+    """The raw products [c, V] of both models, and both models on the K reported ids."""
 
-    Given upstream [c], it writes upstream * dloss / draw to out [c, V], which may be ours.raw, used
-    up, or of a 16-bit dtype.
-    """
-    beta = jsd_beta(objective)
-    same_scale = ours.head.temperature == theirs.head.temperature
-    if beta is not None and same_scale and ours.raw.dtype == theirs.raw.dtype:
-        return ours.epilogues.divergence(
-            ours.raw, ours.head, theirs.raw, theirs.head, beta, upstream, out
-        )
-    rows = max(1, _BLOCK_BYTES // (ours.raw.shape[1] * ours.raw.element_size()))
-    blocks = [slice(first, first + rows) for first in range(0, max(1, ours.raw.shape[0]), rows)]
-    return torch.cat([_by_autograd(ours, theirs, objective, upstream, out, x) for x in blocks])
+    student: Chunk
+    teacher: Chunk
+    on_support: tuple[SparseLogits, SparseLogits]
 
+    def losses(
+        self, objective: Objective, upstream: Tensor | None, out: Tensor, epilogues: Epilogues
+    ) -> Tensor:
+        """The loss [c] of each row over the whole vocabulary.
 
-def shard_losses(
-    ours: LogitsChunk,
-    theirs: LogitsChunk,
-    objective: Objective,
-    upstream: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    teacher_lse: Tensor,
-) -> Tensor:
-    """As full_losses for the rows of the head that this rank has, given the logsumexp [c] of all of
-    them; of the package's own divergences, whose sums over V are summed over the ranks. In PyTorch
-    on every backend.
-    """
-    beta, shard = jsd_beta(objective), ours.shard
-    assert beta is not None  # check_shards refuses others
-    assert shard is not None
-    blocks = list(row_blocks(ours.raw)) or [slice(0, 0)]
+        Given upstream [c], write upstream * dloss/draw to out [c, V], which may be the student's
+        own chunk, or of a 16-bit dtype.
+        """
+        beta, student, teacher = jsd_beta(objective), self.student, self.teacher
+        same_scale = student.head.temperature == teacher.head.temperature
+        if beta is not None and same_scale and student.raw.dtype == teacher.raw.dtype:
+            return epilogues.divergence(student, teacher, beta, upstream, out)
+        raw = student.raw
+        rows = max(1, _BLOCK_BYTES // (raw.shape[1] * raw.element_size()))
+        blocks = [slice(first, first + rows) for first in range(0, max(1, raw.shape[0]), rows)]
+        return torch.cat([self._by_autograd(objective, upstream, out, block) for block in blocks])
 
-    def pair(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        scores = ours.head.scores(ours.raw[rows], 0)
-        log_p = ours.head.logits(scores) - lse[rows, None]
-        log_q = theirs.head.logits(theirs.head.scores(theirs.raw[rows], 0))
-        return scores, log_p, log_q - teacher_lse[rows, None]
+    def shard_losses(
+        self, objective: Objective, upstream: Tensor | None, out: Tensor, shard: VocabShard
+    ) -> Tensor:
+        """As `losses`, where the chunks hold this rank's rows of a vocabulary-parallel head.
 
-    sums = [torch.stack(pair_sums(*pair(rows)[1:], beta)[:2]) for rows in blocks]
-    loss, mean = shard.sum(torch.cat(sums, dim=1))
-    if upstream is None:
+        For the package's own divergences, whose sums over V are summed over the ranks; in PyTorch
+        on every backend.
+        """
+        beta = jsd_beta(objective)
+        assert beta is not None  # refusals.check_shards refuses other objectives
+        blocks = list(row_blocks(self.student.raw)) or [slice(0, 0)]
+        sums = [torch.stack(pair_sums(*self._log_probs(rows)[1:], beta)[:2]) for rows in blocks]
+        loss, mean = shard.sum(torch.cat(sums, dim=1))
+        if upstream is None:
+            return loss
+        for rows in blocks:
+            scores, log_p, log_q = self._log_probs(rows)
+            _, _, w = pair_sums(log_p, log_q, beta)
+            dlogits = pair_gradient(log_p, log_q, beta, w, mean[rows])
+            dlogits.mul_(upstream[rows, None]).masked_fill_((upstream[rows] == 0)[:, None], 0.0)
+            torch.mul(dlogits, self.student.head.derivative(scores), out=out[rows])
         return loss
-    for rows in blocks:
-        scores, log_p, log_q = pair(rows)
-        _, _, w = pair_sums(log_p, log_q, beta)
-        dlogits = pair_gradient(log_p, log_q, beta, w, mean[rows])
-        dlogits.mul_(upstream[rows, None]).masked_fill_((upstream[rows] == 0)[:, None], 0.0)
-        torch.mul(dlogits, ours.head.derivative(scores), out=out[rows])
-    return loss
+
+    def _log_probs(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Student's scores, and both models' log-probabilities at this rank's columns."""
+        student, teacher = self.student, self.teacher
+        lse_p, lse_q = (sparse.lse[rows, None] for sparse in self.on_support)
+        scores = student.scores(rows)
+        log_p = student.head.logits(scores) - lse_p
+        return scores, log_p, teacher.head.logits(teacher.scores(rows)) - lse_q
+
+    def _by_autograd(
+        self, objective: Objective, upstream: Tensor | None, out: Tensor, rows: slice
+    ) -> Tensor:
+        student, teacher = self.on_support
+        with torch.set_grad_enabled(upstream is not None):
+            s = _whole_rows(self.student, rows, student.entropy)
+            s.values.requires_grad_(upstream is not None)
+            t = _whole_rows(self.teacher, rows, teacher.entropy)
+            per_token = per_token_loss(objective, s, t)
+        if upstream is not None:
+            dlogits = torch.autograd.grad(per_token, s.values, upstream[rows])[0]
+            dlogits.masked_fill_((upstream[rows] == 0)[:, None], 0.0)
+            scores = self.student.scores(rows)
+            torch.mul(dlogits, self.student.head.derivative(scores), out=out[rows])
+        return per_token.detach()
 
 
-def _by_autograd(
-    ours: LogitsChunk,
-    theirs: LogitsChunk,
-    objective: Objective,
-    upstream: Tensor | None,
-    out: Tensor,
-    rows: slice,
-) -> Tensor:
-    with torch.set_grad_enabled(upstream is not None):
-        s = ours.whole_rows(rows)
-        per_token = per_token_loss(objective, s, theirs.whole_rows(rows).detach())
-    if upstream is not None:
-        dlogits = torch.autograd.grad(per_token, s.values, upstream[rows])[0]
-        dlogits.masked_fill_((upstream[rows] == 0)[:, None], 0.0)
-        scores = ours.head.scores(ours.raw[rows], 0)
-        torch.mul(dlogits, ours.head.derivative(scores), out=out[rows])
-    return per_token.detach()
+def _whole_rows(chunk: Chunk, rows: slice, entropy: Tensor | None) -> SparseLogits:
+    """Some rows with S = V."""
+    logits, head = chunk.head.logits(chunk.scores(rows)).detach(), chunk.head
+    ids = torch.arange(head.vocab_size, device=logits.device).expand(logits.shape)
+    nothing = logits.new_full(logits.shape[:-1], -torch.inf)
+    entropy = None if entropy is None else entropy[rows]
+    return TrustedSparseLogits(logits, ids, nothing, head.vocab_size, head.temperature, entropy)

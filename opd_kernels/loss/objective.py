@@ -1,4 +1,4 @@
-"""The objective as distillation_loss sees it: any function of two SparseLogits, and its checks."""
+"""The objective: any function of two SparseLogits, its checks, and the fast path for our own."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,15 +7,74 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from opd_kernels.divergences import forward_kl, jsd, reverse_kl
+from opd_kernels.backends.epilogues import Epilogues
+from opd_kernels.divergences import check_same_distribution, forward_kl, jsd, reverse_kl
 from opd_kernels.sparse_logits import SparseLogits
 
 Objective = Callable[[SparseLogits, SparseLogits], Tensor]
 
 
-def freeze_rows(sparse: SparseLogits, frozen: Tensor) -> SparseLogits:
-    """The same rows, of which the frozen [N] get no gradient, not even 0 * inf."""
+def loss_on_support(
+    objective: Objective,
+    student: SparseLogits,
+    teacher: SparseLogits,
+    epilogues: Epilogues | None,
+    frozen: Tensor | None,
+) -> Tensor:
+    """The loss [n] of each row, differentiable through the student's values [n, K] and tail [n].
+
+    The backend computes the package's reverse KL together with its gradient. On a GPU autograd
+    would launch about sixty kernels of a few microseconds for it.
+
+    Args:
+        objective: of student and teacher, on the same ids.
+        student, teacher: on the same ids; the teacher is detached.
+        epilogues: the backend; None computes every objective by autograd.
+        frozen: [n] rows that get no gradient, not even 0 * inf; None for no such row.
+    """
+    options = None if epilogues is None else reverse_kl_options(objective)
+    if options is None or epilogues is None:
+        student = student if frozen is None else _freeze_rows(student, frozen)
+        return per_token_loss(objective, student, teacher)
+    check_same_distribution(student, teacher)
+    assert student.values.shape == teacher.values.shape  # supports.align_teacher ensures it
+    values, tail = student.values, student.lse_outside
+    with torch.no_grad():
+        stop_gradient, bucket = options
+        result = epilogues.reverse_kl(
+            values,
+            tail,
+            teacher.values,
+            teacher.lse_outside,
+            stop_gradient=stop_gradient,
+            bucket=bucket,
+        )
+    return _KnownGradient.apply(values, tail, *result)
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A loss [n] whose gradient with respect to values [n, K] and tail [n] is already computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, tail: Tensor, loss: Tensor, dvalues: Tensor, dtail: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(dvalues, dtail)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
+        dvalues, dtail = ctx.saved_tensors
+        frozen = dloss == 0  # 0 * inf would be NaN
+        dvalues = (dvalues * dloss[:, None]).masked_fill_(frozen[:, None], 0.0)
+        return dvalues, (dtail * dloss).masked_fill_(frozen, 0.0), None, None, None
+
+
+def _freeze_rows(sparse: SparseLogits, frozen: Tensor) -> SparseLogits:
+    """The same rows, where frozen [n] rows get no gradient, not even 0 * inf."""
 
     def freeze(tensor: Tensor) -> Tensor:
         mask = frozen.reshape(-1, *[1] * (tensor.dim() - 1))
@@ -26,7 +85,7 @@ def freeze_rows(sparse: SparseLogits, frozen: Tensor) -> SparseLogits:
 
 
 def per_token_loss(objective: Objective, student: SparseLogits, teacher: SparseLogits) -> Tensor:
-    """objective(student, teacher), checked: one loss per row."""
+    """objective(student, teacher) [...]; raises ValueError unless it is a loss for each row."""
     loss = objective(student, teacher)
     rows = student.values.shape[:-1]
     if not isinstance(loss, Tensor) or loss.shape != rows or not loss.is_floating_point():
@@ -44,15 +103,16 @@ def per_token_loss(objective: Objective, student: SparseLogits, teacher: SparseL
 
 
 def reverse_kl_options(objective: Objective) -> tuple[bool, bool] | None:
-    """(stop_gradient, bucket) of the package's own reverse KL that does not renormalise; None for
-    other objectives.
+    """(stop_gradient, bucket) of the package's own reverse KL; None for any other objective.
+
+    None too with tail="renormalize".
     """
     function, options = _unpacked(objective)
     stop_gradient, tail = options.pop("stop_gradient", True), options.pop("tail", "drop")
     if function is not reverse_kl or options or tail not in ("drop", "bucket"):
         return None
     if not isinstance(stop_gradient, bool):
-        return None  # the function refuses it
+        return None  # reverse_kl refuses it
     return stop_gradient, tail == "bucket"
 
 
@@ -66,7 +126,7 @@ def jsd_beta(objective: Objective) -> float | None:
     tail, beta = options.pop("tail", "drop"), options.pop("beta", 0.5)
     stop_gradient = options.pop("stop_gradient", True)
     if options or tail not in ("drop", "bucket") or not isinstance(stop_gradient, bool):
-        return None  # another function's, or what these refuse
+        return None  # options of another function, or options that our divergences refuse
     is_number = isinstance(beta, (int, float)) and not isinstance(beta, bool)
     if objective is jsd and is_number and 0 <= beta <= 1:
         return float(beta)
@@ -74,7 +134,7 @@ def jsd_beta(objective: Objective) -> float | None:
 
 
 def _unpacked(objective: Objective) -> tuple[Objective, dict[str, Any]]:
-    """The function under a functools.partial of keywords, and these."""
+    """The function inside a functools.partial of keywords, and the keywords."""
     if isinstance(objective, partial) and not objective.args:
         return objective.func, dict(objective.keywords)
     return objective, {}

@@ -1,24 +1,24 @@
-"""What distillation_loss returns."""
+"""DistillationOutput, which distillation_loss returns."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from opd_kernels.sparse_logits import SparseLogits
+from opd_kernels.sparse_logits import SparseLogits, TrustedSparseLogits
 
 
 class DistillationOutput(NamedTuple):
-    """The loss, and what it was computed from, detached, for logging.
+    """The loss, and the detached values that it was computed from, for logging.
 
-    A token whose weight is 0 is not computed under compact=True: its loss is 0, its slots are empty
-    (id -1) and its tail 0.
+    With compact=True a token of weight 0 is not computed: its loss is 0, its slots are empty
+    (id -1) and its tail is 0.
 
     Attributes:
         loss: scalar; [...] with reduction="none".
         per_token: [...] the loss of each token, unweighted.
-        student: on the support.
-        teacher: on the same ids.
+        student: the student on the support.
+        teacher: the teacher on the same ids.
         dropped: [...] probability that gradient_filter left out of the gradient; None without one.
     """
 
@@ -32,7 +32,9 @@ class DistillationOutput(NamedTuple):
 def restore(
     output: DistillationOutput, kept: Tensor | None, leading: torch.Size
 ) -> DistillationOutput:
-    """Back from the kept tokens to the caller's leading shape."""
+    """Bring the results of the kept tokens back to the caller's leading shape."""
+    if kept is None and len(leading) == 1:
+        return output
 
     def spread(tensor: Tensor, empty: float) -> Tensor:
         if kept is not None:
@@ -41,7 +43,7 @@ def restore(
         return tensor.reshape((*leading, *tensor.shape[1:]))
 
     def spread_sparse(sparse: SparseLogits) -> SparseLogits:
-        return SparseLogits(
+        return TrustedSparseLogits(
             spread(sparse.values, -torch.inf),
             spread(sparse.ids, -1),
             None if sparse.tail is None else spread(sparse.tail, 0.0),
@@ -50,7 +52,10 @@ def restore(
             None if sparse.entropy is None else spread(sparse.entropy, 0.0),
         )
 
-    loss = output.loss if output.loss.dim() == 0 else spread(output.loss, 0.0)
-    student, teacher = spread_sparse(output.student), spread_sparse(output.teacher)
-    dropped = None if output.dropped is None else spread(output.dropped, 0.0)
-    return DistillationOutput(loss, spread(output.per_token, 0.0), student, teacher, dropped)
+    return DistillationOutput(
+        output.loss if output.loss.dim() == 0 else spread(output.loss, 0.0),
+        spread(output.per_token, 0.0),
+        spread_sparse(output.student),
+        spread_sparse(output.teacher),
+        None if output.dropped is None else spread(output.dropped, 0.0),
+    )

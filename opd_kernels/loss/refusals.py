@@ -5,63 +5,43 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from opd_kernels.checks import check_device, check_number, got
+from opd_kernels.checks import (
+    check_device,
+    check_execution,
+    check_flags,
+    check_ids,
+    check_k,
+    check_number,
+    got,
+)
 from opd_kernels.divergences import check_same_distribution
 from opd_kernels.lazy_logits import LazyLogits
-from opd_kernels.loss.objective import Objective, jsd_beta
-from opd_kernels.loss.supports import Missing, Support
+from opd_kernels.loss.objective import jsd_beta
+from opd_kernels.loss.options import LossOptions, Missing, Support
 from opd_kernels.sparse_logits import SparseLogits
 
+_CHOICES = {
+    "reduction": ("mean", "sum", "none"),
+    "method": ("auto", "one_pass", "recompute"),
+    "missing": get_args(Missing),
+    "support": get_args(Support),
+}
 
-def check_arguments(
+
+def check_loss(
     student: LazyLogits,
     teacher: LazyLogits | SparseLogits,
-    support: Support | Tensor,
-    objective: Objective,
+    options: LossOptions,
     token_weights: Tensor | None,
-    reduction: str,
-    method: str,
-    missing: str,
+    denominator: float | Tensor | None,
 ) -> None:
-    """Raise for what no annotation can rule out; the message names the argument and the remedy."""
-    if not isinstance(student, LazyLogits):
-        raise TypeError(f"student: expected LazyLogits, got {type(student).__name__}")
-    if not isinstance(teacher, (LazyLogits, SparseLogits)):
-        raise TypeError(
-            "teacher: expected LazyLogits, or SparseLogits from a server, got "
-            f"{type(teacher).__name__}"
-        )
-    if not callable(objective):
-        raise TypeError(
-            "objective: expected a function (student, teacher) -> loss per token, got "
-            f"{objective!r}; pass reverse_kl, or a functools.partial of it"
-        )
-    leading = student.hidden.shape[:-1]
-    rows = teacher.hidden if isinstance(teacher, LazyLogits) else teacher.values
-    check_device("teacher", rows, "student", student.hidden.device)
-    theirs = rows.shape[:-1]
-    if theirs != leading:
-        raise ValueError(
-            f"teacher: expected the student's leading shape {tuple(leading)}, got "
-            f"{tuple(theirs)}; select the same completion tokens from both, for example "
-            "student[mask] and teacher[teacher_mask]"
-        )
-    choices = {"reduction": (reduction, ("mean", "sum", "none")),
-               "method": (method, ("auto", "one_pass", "recompute")),
-               "missing": (missing, get_args(Missing))}  # fmt: skip
-    if not isinstance(support, (str, Tensor)):
-        raise TypeError(f"support: expected a name or a tensor of ids, got {got(support)}")
-    if isinstance(support, str):
-        choices["support"] = (support, get_args(Support))
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
-    if reduction == "none" and method == "one_pass":
-        raise ValueError(
-            "reduction: 'none' has a gradient only once the caller weighs the tokens, which "
-            "one_pass cannot wait for; use method='recompute' or 'auto'"
-        )
-    if isinstance(support, str) and support == "full" and isinstance(teacher, SparseLogits):
+    """Raise TypeError or ValueError for arguments that do not fit or do not go together."""
+    _check_models(student, teacher)
+    _check_choices(options)
+    check_flags(entropy=options.entropy, compact=options.compact)
+    check_execution(options.chunk_bytes, options.backend)
+    _check_gradient_filter(options)
+    if options.is_full and isinstance(teacher, SparseLogits):
         raise ValueError(
             "support: 'full' needs the teacher's whole distribution, got a server's SparseLogits; "
             "use support='teacher' with tail='bucket'"
@@ -69,68 +49,84 @@ def check_arguments(
     if isinstance(teacher, SparseLogits):
         _check_answer(student, teacher)
     if token_weights is not None:
-        if not isinstance(token_weights, Tensor) or token_weights.is_complex():
-            raise TypeError(
-                "token_weights: expected a real tensor, one weight for each token, got "
-                f"{got(token_weights)}"
-            )
-        if token_weights.shape != leading:
-            raise ValueError(
-                f"token_weights: expected the leading shape {tuple(leading)}, got "
-                f"{tuple(token_weights.shape)}"
-            )
-        check_device("token_weights", token_weights, "student", student.hidden.device)
+        _check_token_weights(token_weights, student)
+    _check_denominator(denominator, options.reduction)
+    if options.is_full:
+        assert isinstance(teacher, LazyLogits)
+        _check_shards(student, teacher, options)
 
 
-def check_gradient_filter(
-    gradient_filter: float | None, support: Support | Tensor, reduction: str, method: str
-) -> None:
+def check_support(student: LazyLogits, options: LossOptions, vocab_size: int) -> None:
+    """Raise unless the ids fit the student, or k the vocabulary that both models share."""
+    if isinstance(options.support, Tensor):
+        check_ids(options.support, student.hidden)
+    else:
+        check_k(options.k, vocab_size)
+
+
+def _check_models(student: LazyLogits, teacher: LazyLogits | SparseLogits) -> None:
+    if not isinstance(student, LazyLogits):
+        raise TypeError(f"student: expected LazyLogits, got {type(student).__name__}")
+    if not isinstance(teacher, (LazyLogits, SparseLogits)):
+        raise TypeError(
+            "teacher: expected LazyLogits, or SparseLogits from a server, got "
+            f"{type(teacher).__name__}"
+        )
+    leading = student.hidden.shape[:-1]
+    rows = teacher.hidden if isinstance(teacher, LazyLogits) else teacher.values
+    check_device("teacher", rows, "student", student.hidden.device)
+    if rows.shape[:-1] != leading:
+        raise ValueError(
+            f"teacher: expected the student's leading shape {tuple(leading)}, got "
+            f"{tuple(rows.shape[:-1])}; select the same completion tokens from both, for example "
+            "student[mask] and teacher[teacher_mask]"
+        )
+
+
+def _check_choices(options: LossOptions) -> None:
+    if not callable(options.objective):
+        raise TypeError(
+            "objective: expected a function (student, teacher) -> loss per token, got "
+            f"{options.objective!r}; pass reverse_kl, or a functools.partial of it"
+        )
+    if not isinstance(options.support, (str, Tensor)):
+        raise TypeError(f"support: expected a name or a tensor of ids, got {got(options.support)}")
+    for name, allowed in _CHOICES.items():
+        value = getattr(options, name)
+        if name == "support" and isinstance(value, Tensor):
+            continue
+        if value not in allowed:
+            raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
+    if options.reduction == "none" and options.method == "one_pass":
+        raise ValueError(
+            "reduction: 'none' has a gradient only once the caller weighs the tokens, which "
+            "one_pass cannot wait for; use method='recompute' or 'auto'"
+        )
+
+
+def _check_gradient_filter(options: LossOptions) -> None:
     """Raise unless the filter is a probability and the gradient has a part off S to filter."""
-    if gradient_filter is None:
+    least = options.gradient_filter
+    if least is None:
         return
-    if not isinstance(gradient_filter, float) or not 0.0 < gradient_filter < 1.0:
+    if not isinstance(least, float) or not 0.0 < least < 1.0:
         raise ValueError(
             "gradient_filter: expected a probability between 0 and 1 such as 2**-16, or None for "
-            f"the exact gradient, got {gradient_filter!r}"
+            f"the exact gradient, got {least!r}"
         )
-    if method == "recompute" or reduction == "none":
+    if options.method == "recompute" or options.reduction == "none":
         raise ValueError(
             "gradient_filter: only one_pass can filter, got "
-            f"method={method!r}, reduction={reduction!r}; drop one"
+            f"method={options.method!r}, reduction={options.reduction!r}; drop one"
         )
-    if isinstance(support, str) and support == "full":
+    if options.is_full:
         raise ValueError(
             "gradient_filter: support='full' has no entries outside S to leave out; drop one"
         )
 
 
-def check_shards(
-    student: LazyLogits,
-    teacher: LazyLogits | SparseLogits,
-    support: Support | Tensor,
-    objective: Objective,
-) -> None:
-    """Raise for what whole rows cannot do where a head is vocabulary-parallel."""
-    if isinstance(support, Tensor) or support != "full" or isinstance(teacher, SparseLogits):
-        return
-    ours, theirs = student.shard, teacher.shard
-    if theirs is not None and (ours is None or not theirs.is_like(ours)):
-        raise ValueError(
-            "teacher: with support='full', expected a whole head or one that is split as the "
-            "student's is; split them alike, or use a support of K ids"
-        )
-    if student.shard is None:
-        return
-    if jsd_beta(objective) is None or student.temperature != teacher.temperature:
-        raise ValueError(
-            "objective: with support='full' on a vocabulary-parallel head, expected reverse_kl, "
-            "forward_kl or jsd, at one temperature, without tail='renormalize'; others need whole "
-            "rows of logits: use a support of K ids"
-        )
-
-
 def _check_answer(student: LazyLogits, teacher: SparseLogits) -> None:
-    """Raise unless a server's answer is of the student's distribution."""
+    """Raise unless a server's answer describes the student's vocabulary and temperature."""
     if teacher.ids.dtype != torch.int64:
         raise TypeError(
             f"teacher: expected int64 ids, got {teacher.ids.dtype}; make it by "
@@ -139,9 +135,25 @@ def _check_answer(student: LazyLogits, teacher: SparseLogits) -> None:
     check_same_distribution(student, teacher)
 
 
-def check_denominator(denominator: float | Tensor | None, reduction: str) -> None:
-    """Raise unless the denominator is one number that is not negative, for a mean. A tensor's is
-    not looked at; of 0 the mean is 0.
+def _check_token_weights(token_weights: Tensor, student: LazyLogits) -> None:
+    if not isinstance(token_weights, Tensor) or token_weights.is_complex():
+        raise TypeError(
+            "token_weights: expected a real tensor, one weight for each token, got "
+            f"{got(token_weights)}"
+        )
+    leading = student.hidden.shape[:-1]
+    if token_weights.shape != leading:
+        raise ValueError(
+            f"token_weights: expected the leading shape {tuple(leading)}, got "
+            f"{tuple(token_weights.shape)}"
+        )
+    check_device("token_weights", token_weights, "student", student.hidden.device)
+
+
+def _check_denominator(denominator: float | Tensor | None, reduction: str) -> None:
+    """Raise unless the denominator is one number for a mean, not negative.
+
+    The number in a tensor is not looked at, since that would wait for the device.
     """
     if denominator is None:
         return
@@ -167,4 +179,22 @@ def check_denominator(denominator: float | Tensor | None, reduction: str) -> Non
     if denominator < 0:
         raise ValueError(
             f"denominator: expected a number of tokens, or 0 for a mean of 0, got {denominator}"
+        )
+
+
+def _check_shards(student: LazyLogits, teacher: LazyLogits, options: LossOptions) -> None:
+    """Raise for what support="full" cannot do where a head is vocabulary-parallel."""
+    ours, theirs = student.shard, teacher.shard
+    if theirs is not None and (ours is None or not theirs.is_like(ours)):
+        raise ValueError(
+            "teacher: with support='full', expected a whole head or one that is split as the "
+            "student's is; split them alike, or use a support of K ids"
+        )
+    if ours is None:
+        return
+    if jsd_beta(options.objective) is None or student.temperature != teacher.temperature:
+        raise ValueError(
+            "objective: with support='full' on a vocabulary-parallel head, expected reverse_kl, "
+            "forward_kl or jsd, at one temperature, without tail='renormalize'; others need whole "
+            "rows of logits: use a support of K ids"
         )

@@ -1,44 +1,37 @@
-"""Where the support S comes from: puts student and teacher on the same ids."""
+"""The support S: which ids it holds, and both models on them."""
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from opd_kernels.lazy_logits import LazyLogits
+from opd_kernels.linear.operators import FlatLogits
+from opd_kernels.loss.options import LossOptions
 from opd_kernels.sparse_logits import SparseLogits
-
-Support = Literal["student", "teacher", "union", "intersection", "full"]
-Missing = Literal["error", "drop"]
 
 
 class Source(Protocol):
-    """Anything that can put rows of logits on a support."""
+    """Rows of logits that can be reduced to SparseLogits."""
 
-    def topk(self, k: int) -> SparseLogits: ...
-
-    def gather(self, ids: Tensor) -> SparseLogits: ...
+    def reduce(self, wanted: int | Tensor) -> SparseLogits:
+        """The top-K of each row for wanted = K, or the logits at wanted = ids [N, K]."""
+        ...
 
 
 @dataclass(frozen=True)
 class Recomputed:
     """Logits that are computed from the hidden states at each request."""
 
-    logits: LazyLogits
-    entropy: bool
-    chunk_bytes: int | None
-    backend: str
+    logits: FlatLogits
+    options: LossOptions
 
-    def topk(self, k: int) -> SparseLogits:
-        return self.logits.topk(
-            k, entropy=self.entropy, chunk_bytes=self.chunk_bytes, backend=self.backend
-        )
-
-    def gather(self, ids: Tensor) -> SparseLogits:
-        return self.logits.gather(
-            ids, entropy=self.entropy, chunk_bytes=self.chunk_bytes, backend=self.backend
-        )
+    def reduce(self, wanted: int | Tensor) -> SparseLogits:
+        options = self.options
+        execution = (options.entropy, options.chunk_bytes, options.backend)
+        if isinstance(wanted, Tensor):
+            return self.logits.gather(wanted, *execution)
+        return self.logits.topk(wanted, *execution)
 
 
 @dataclass(frozen=True)
@@ -47,51 +40,78 @@ class Served:
 
     answer: SparseLogits
 
-    def topk(self, k: int) -> SparseLogits:
-        if k >= self.answer.ids.shape[-1]:
-            return self.answer
-        best = self.answer.values.topk(k, dim=-1).indices
-        return self.answer.at(self.answer.ids.gather(-1, best))
+    def reduce(self, wanted: int | Tensor) -> SparseLogits:
+        answer = self.answer
+        if isinstance(wanted, Tensor):
+            return answer.at(wanted)
+        if wanted >= answer.ids.shape[-1]:
+            return answer
+        best = answer.values.topk(wanted, dim=-1).indices
+        return answer.at(answer.ids.gather(-1, best))
 
-    def gather(self, ids: Tensor) -> SparseLogits:
-        return self.answer.at(ids)
+
+def source_of(logits: FlatLogits | SparseLogits, options: LossOptions) -> Recomputed | Served:
+    """The source of a model that is recomputed or was served."""
+    if isinstance(logits, SparseLogits):
+        return Served(logits)
+    return Recomputed(logits, options)
 
 
-def align(
-    student: Source, teacher: Source, support: str | Tensor, k: int, missing: str
-) -> tuple[SparseLogits, SparseLogits]:
-    """Student and teacher on the same ids, in that order.
+@torch.no_grad()
+def select_support(
+    student: Source, teacher: Source, support: str | Tensor, k: int
+) -> tuple[int | Tensor, SparseLogits | None]:
+    """What the student has to be reduced to, K or ids [N, K], and the teacher if that is known.
 
     "union" costs each model a second pass: its tail cannot be recovered from the top-K's by
     subtraction. "intersection" costs none: the slots that are left out join the tail.
+    """
+    if isinstance(support, Tensor):
+        return support, None
+    if support == "teacher":
+        answer = teacher.reduce(k)
+        return answer.ids, answer
+    if support == "union":
+        return torch.cat([student.reduce(k).ids, teacher.reduce(k).ids], dim=-1), None
+    return k, None
+
+
+def align_teacher(
+    student: SparseLogits,
+    answer: SparseLogits | None,
+    teacher: Source,
+    support: str | Tensor,
+    options: LossOptions,
+) -> tuple[SparseLogits, SparseLogits]:
+    """Student and teacher on the same ids; the teacher without gradient.
+
+    Args:
+        student: reduced to what select_support says.
+        answer: the teacher as select_support returns it.
+        teacher: where the teacher's values come from if there is no answer.
+        support: a name, or ids [N, K].
+        options: k, and what to do where a served teacher has no value.
 
     Raises:
         ValueError: missing="error" and a served teacher lacks a value that the support needs.
     """
-    if isinstance(support, Tensor):
-        s, t = student.gather(support), teacher.gather(support)
-    elif support == "student":
-        s = student.topk(k)
-        t = teacher.gather(s.ids)
-    elif support == "teacher":
-        t = teacher.topk(k)
-        s = student.gather(t.ids)
-    elif support == "union":
+    in_both = isinstance(support, str) and support == "intersection"
+    if answer is None:
         with torch.no_grad():
-            ids = torch.cat([student.topk(k).ids, teacher.topk(k).ids], dim=-1)
-        s, t = student.gather(ids), teacher.gather(ids)
-    else:
-        s = student.topk(k)
-        t = teacher.topk(k).at(s.ids)
-        s = s.keep(t.values != -torch.inf)
+            if in_both:
+                answer = teacher.reduce(options.k).at(student.ids)
+            else:
+                answer = teacher.reduce(student.ids)
+    if in_both:
+        student = student.keep(answer.values != -torch.inf)
     if isinstance(teacher, Served):
-        s = _resolve_missing(s, t, missing)
-    return s, t
+        student = _resolve_missing(student, answer, options.missing)
+    return student, answer
 
 
 def _resolve_missing(student: SparseLogits, teacher: SparseLogits, missing: str) -> SparseLogits:
-    absent = student.values > -torch.inf  # and not NaN, which is not the server's fault
-    absent &= teacher.values == -torch.inf
+    # The comparison excludes NaN of the student, which is not the server's fault.
+    absent = (student.values > -torch.inf) & (teacher.values == -torch.inf)
     if missing == "error" and absent.any():
         raise ValueError(
             f"teacher: no value for {int(absent.sum())} of the support's {absent.numel()} slots, "

@@ -1,271 +1,313 @@
-"""The one-pass order: chunks of tokens, loss and gradient while a chunk's logits are there.
+"""The walk of the one_pass order: chunks of tokens, loss and gradient while the logits are there.
 
 A chunk of the student's logits [c, V] is computed once, reduced to SparseLogits, and overwritten
 with the loss's gradient: one forward and two backward matrix products, no recomputation. The
 objective is any callable; PyTorch differentiates it on the chunk's small tensors. With
 support="full" the teacher's chunk lies beside the student's, see full_support.py.
+
+Ranks of a vocabulary-parallel head walk the same chunks, each with its own rows of the head, and
+FlatLogits merges their results.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from opd_kernels.backends import Epilogues, select_backend
-from opd_kernels.backends.head import Head, accumulator_dtype
-from opd_kernels.lazy_logits import LazyLogits
-from opd_kernels.linear import float16, products
-from opd_kernels.linear.plan import chunk_buffer, one_pass_rows
-from opd_kernels.loss.chunk import LogitsChunk
-from opd_kernels.loss.full_support import full_losses, shard_losses
-from opd_kernels.loss.gradients import Gradients
-from opd_kernels.loss.objective import Objective
-from opd_kernels.loss.support_loss import support_loss
-from opd_kernels.loss.supports import Recomputed, Served, align
-from opd_kernels.parallel import VocabShard
-from opd_kernels.sparse_logits import SparseLogits
+from opd_kernels.backends import select_backend
+from opd_kernels.backends.epilogues import Epilogues
+from opd_kernels.backends.records import Chunk, RowGradient, RowState, accumulator_dtype
+from opd_kernels.linear import products
+from opd_kernels.linear.operators import FlatLogits
+from opd_kernels.linear.pages import empty_chunk
+from opd_kernels.linear.plan import one_pass_rows
+from opd_kernels.loss.full_support import ChunkPair
+from opd_kernels.loss.gradients import GradientSums
+from opd_kernels.loss.objective import loss_on_support
+from opd_kernels.loss.options import TokenBatch
+from opd_kernels.loss.supports import align_teacher, select_support, source_of
+from opd_kernels.sparse_logits import SparseLogits, canonical_ids
 
-
-@dataclass(frozen=True)
-class LossOptions:
-    """What distillation_loss was asked for, checked; and the student's shard and V."""
-
-    k: int
-    support: str | Tensor  # ids are [N, K]
-    objective: Objective
-    missing: str
-    entropy: bool
-    chunk_bytes: int | None
-    backend: str
-    gradient_filter: float | None
-    vocab_size: int
-    shard: VocabShard | None = None
-
-    @property
-    def columns(self) -> int:
-        """What chunks are planned by: V, or the most rows that a rank of the shard has."""
-        return self.vocab_size if self.shard is None else self.shard.largest
+Needs = tuple[bool, bool, bool]  # whether hidden, weight and bias need a gradient
 
 
 @dataclass(frozen=True)
 class WalkResult:
-    """The loss [N] and both models on S, detached; and the gradients, if any were needed.
+    """What a walk returns, without gradient.
 
-    dropped [N] is the student's probability in the entries that a gradient filter left out.
+    Attributes:
+        per_token: [N] the loss of each token.
+        student, teacher: both models on S.
+        gradients: sums over all tokens; None if none was needed.
+        dropped: [N] the student's probability in the entries that a gradient filter left out.
     """
 
     per_token: Tensor
     student: SparseLogits
     teacher: SparseLogits
-    gradients: Gradients | None
+    gradients: GradientSums | None
     dropped: Tensor | None
 
 
-def walk(
-    student: LazyLogits,
-    teacher: LazyLogits | SparseLogits,
-    options: LossOptions,
-    upstream: Tensor | None,
-    needs: tuple[bool, bool, bool],
-) -> WalkResult:
-    """The loss of each token of student [N, D] and, given dL/dper_token [N], the gradients."""
-    walker = _Walker.plan(student, teacher, options, upstream, needs)
-    pieces = [walker.chunk(rows) for rows in walker.rows_of()]
-    losses, students, teachers = zip(*pieces, strict=True)
+class OnePassLoss(torch.autograd.Function):
+    """sum_n weights_n * loss_n, and the WalkResult; forward computes the gradient too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: TokenBatch
+    ) -> tuple[Tensor, WalkResult]:
+        upstream = batch.weights
+        if upstream is None:
+            upstream = hidden.new_ones(len(hidden), dtype=accumulator_dtype(hidden, weight))
+        result = walk(batch, upstream, ctx.needs_input_grad[:3])
+        ctx.gradients = result.gradients
+        return weighted_sum(result.per_token, batch.weights), replace(result, gradients=None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor, _: None) -> tuple[Any, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "distillation_loss: the one_pass gradient was used up by an earlier backward; "
+                "call backward once, or use method='recompute'"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*gradients.scaled(dtotal), None)
+
+
+class RecomputedFullLoss(torch.autograd.Function):
+    """The loss per token [N] over the whole vocabulary, and the WalkResult.
+
+    Backward walks the token chunks again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: TokenBatch
+    ) -> tuple[Tensor, WalkResult]:
+        result, teacher = walk(batch, None, (False, False, False)), batch.teacher
+        assert isinstance(teacher, FlatLogits)
+        # An inference tensor cannot be saved, nor changed in place outside of inference mode.
+        operands = (teacher.hidden, teacher.head.weight, teacher.head.bias)
+        saved = [t for t in operands if t is not None and not t.is_inference()]
+        ctx.save_for_backward(hidden, weight, bias, *saved)
+        ctx.batch = replace(batch, student=batch.student.detach())
+        return result.per_token, result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dper_token: Tensor, _: None) -> tuple[Any, ...]:
+        _ = ctx.saved_tensors  # raises if an operand was modified in place since
+        result = walk(ctx.batch, dper_token.contiguous(), ctx.needs_input_grad[:3])
+        assert result.gradients is not None
+        return (*result.gradients.scaled(None), None)
+
+
+def one_pass_loss(batch: TokenBatch) -> tuple[Tensor, WalkResult]:
+    """sum_n weights_n * loss_n, differentiable, and what the walk returns."""
+    student = batch.student
+    if not student.requires_grad:
+        with torch.no_grad():
+            result = walk(batch, None, (False, False, False))
+        return weighted_sum(result.per_token, batch.weights), result
+    return OnePassLoss.apply(student.hidden, student.head.weight, student.head.bias, batch)
+
+
+def recomputed_full_loss(batch: TokenBatch) -> tuple[Tensor, WalkResult]:
+    """The loss per token [N] over whole rows, differentiable, and what the walk returns."""
+    student = batch.student
+    return RecomputedFullLoss.apply(student.hidden, student.head.weight, student.head.bias, batch)
+
+
+def weighted_sum(per_token: Tensor, weights: Tensor | None) -> Tensor:
+    """sum_n weights_n * per_token_n; a token of weight 0 adds 0, also where its loss is NaN."""
+    if weights is None:
+        return per_token.sum()
+    return (per_token * weights).masked_fill(weights == 0, 0.0).sum()
+
+
+def walk(batch: TokenBatch, upstream: Tensor | None, needs: Needs) -> WalkResult:
+    """The loss of each token and, given dL/dper_token [N] upstream, the gradients."""
+    walker = _TokenWalk(batch, upstream, needs)
+    losses, students, teachers = zip(*map(walker.chunk, walker.blocks()), strict=True)
+    dropped = torch.cat(walker.dropped) if walker.dropped else None
     return WalkResult(
-        torch.cat(losses),
-        _concatenate(students),
-        _concatenate(teachers),
-        walker.gradients,
-        torch.cat(walker.dropped) if walker.dropped else None,
+        torch.cat(losses), _concatenated(students), _concatenated(teachers), walker.sums, dropped
     )
 
 
-def _concatenate(pieces: tuple[SparseLogits, ...]) -> SparseLogits:
-    first = pieces[0]
+def _concatenated(pieces: tuple[SparseLogits, ...]) -> SparseLogits:
+    if len(pieces) == 1:
+        return pieces[0]
 
     def joined(name: str) -> Any:
         tensors = [getattr(piece, name) for piece in pieces]
         return None if tensors[0] is None else torch.cat(tensors)
 
     names = ("values", "ids", "tail", "entropy")
-    return replace(first, **{name: joined(name) for name in names})
+    return replace(pieces[0], **{name: joined(name) for name in names})
 
 
-@dataclass
-class _Walker:
-    student: LazyLogits
-    teacher: LazyLogits | SparseLogits
-    options: LossOptions
-    upstream: Tensor | None
-    gradients: Gradients | None
-    hidden: Tensor  # [N, D] in the operand dtype of products.py
-    head: Head
+@dataclass(frozen=True)
+class _ChunkSource:
+    """A chunk of the student's raw products as a source of SparseLogits."""
+
+    chunk: Chunk
+    student: FlatLogits
     epilogues: Epilogues
-    buffer: Tensor  # [c, V] logits
-    gradient_buffer: Tensor  # [c, V] of the operand dtype; the same one, if it is of that dtype
-    teacher_buffer: Tensor | None  # [c, V] for support="full"
-    dropped: list[Tensor] = field(default_factory=list)  # a gradient filter's, by chunk
+    entropy: bool
 
-    @classmethod
-    def plan(
-        cls,
-        student: LazyLogits,
-        teacher: LazyLogits | SparseLogits,
-        options: LossOptions,
-        upstream: Tensor | None,
-        needs: tuple[bool, bool, bool],
-    ) -> "_Walker":
-        head = student.head
-        hidden = student.hidden.to(products.operand_dtype(student.hidden, student.weight))
-        dtype = accumulator_dtype(student.hidden, student.weight)
-        full = options.support == "full" if isinstance(options.support, str) else False
+    def local(self, wanted: int | Tensor) -> SparseLogits:
+        """The top-K, or the logits at given ids, of this rank's rows of the head."""
+        raw, vocab_size = self.chunk.raw, self.chunk.head.vocab_size
+        if isinstance(wanted, Tensor):
+            ids = canonical_ids(self.student.local_ids(wanted), vocab_size)
+            state = RowState.for_ids(ids, self.entropy, like=raw)
+        else:
+            k = min(wanted, vocab_size)
+            state = RowState.for_topk(raw.shape[0], k, self.entropy, like=raw)
+        self.epilogues.update(self.chunk, state)
+        state.close()
+        entropy = state.entropy() if self.entropy else None
+        return self.student.sparse(state.values, state.ids, state.tail(), entropy)
+
+    def reduce(self, wanted: int | Tensor) -> SparseLogits:
+        """See supports.Source."""
+        return self.student.merged(self.local(wanted), wanted)
+
+
+class _TokenWalk:
+    """The buffers and sums of one walk."""
+
+    def __init__(self, batch: TokenBatch, upstream: Tensor | None, needs: Needs) -> None:
+        self.batch, self.upstream, self.sums = batch, upstream, None
+        student, options, head = batch.student, batch.options, batch.student.head
+        device, operand = student.hidden.device, products.operand_dtype(student.hidden, head.weight)
+        dtype = accumulator_dtype(student.hidden, head.weight)
+        self.hidden = student.hidden.to(operand)  # [N, D]
+        self.epilogues = select_backend(options.backend, device)
+        self.dropped: list[Tensor] = []  # by chunk, with a gradient filter
+        tokens, logit_bytes = self.hidden.shape[0], sum(d.itemsize for d in {dtype, operand})
         rows = one_pass_rows(
-            hidden.shape[0],
-            options.columns,
-            sum(dtype.itemsize for dtype in {dtype, hidden.dtype}),
-            hidden.device,
-            options.chunk_bytes,
+            tokens, student.planned_columns, logit_bytes, device, options.chunk_bytes
         )
-        buffer = gradient_buffer = chunk_buffer(rows, head.vocab_size, hidden, dtype)
-        if hidden.dtype != dtype and upstream is not None:
-            gradient_buffer = chunk_buffer(rows, head.vocab_size, hidden, hidden.dtype)
-        gradients = None
+        shape = (rows, head.vocab_size, self.hidden)
+        self.logits = self.dlogits = empty_chunk(*shape, dtype)
         if upstream is not None:
-            gradients = Gradients.zeros(student, needs, chunks=-(-hidden.shape[0] // max(1, rows)))
-            # The objective's slopes are not known yet: they have 2^16 of room.
-            gradients.unit = float16.unit_of(hidden.dtype, head, 0, upstream)
-            if gradients.unit is not None:
-                upstream = upstream / gradients.unit
-        teacher_buffer = None
-        if full:
-            assert isinstance(teacher, LazyLogits)  # distillation_loss refuses a server here
-            teacher_dtype = accumulator_dtype(teacher.hidden, teacher.weight)
-            teacher_buffer = chunk_buffer(rows, head.vocab_size, hidden, teacher_dtype)
-        return cls(
-            student,
-            teacher,
-            options,
-            upstream,
-            gradients,
-            hidden,
-            head,
-            select_backend(options.backend, hidden.device),
-            buffer,
-            gradient_buffer,
-            teacher_buffer,
-        )
+            if operand != dtype:
+                self.dlogits = empty_chunk(*shape, operand)
+            self.sums = GradientSums.zeros(student, needs, chunks=-(-tokens // max(1, rows)))
+            # The objective's gradient multiplies upstream by an unknown factor, so we leave a
+            # factor of 2^16 of headroom before float16 overflows.
+            scale = products.float16_loss_scale(operand, head, 0, upstream)
+            if scale is not None:
+                self.sums.loss_scale, self.upstream = scale, upstream / scale
+        if options.is_full:
+            assert isinstance(batch.teacher, FlatLogits)  # refusals.py refuses a server here
+            self.teacher = batch.teacher
+            weight = self.teacher.head.weight
+            dtype = accumulator_dtype(self.teacher.hidden, weight)
+            self.teacher_logits = empty_chunk(*shape, dtype)
 
-    def rows_of(self) -> list[slice]:
-        tokens, rows = self.hidden.shape[0], self.buffer.shape[0]
+    def blocks(self) -> list[slice]:
+        """The tokens of each chunk; one empty chunk where there are no tokens."""
+        tokens, rows = self.hidden.shape[0], self.logits.shape[0]
         starts = range(0, tokens, rows) if tokens else [0]
         return [slice(first, min(first + rows, tokens)) for first in starts]
 
     def chunk(self, rows: slice) -> tuple[Tensor, SparseLogits, SparseLogits]:
-        count = rows.stop - rows.start
-        raw = self.buffer[:count]
-        products.project(self.hidden[rows], self.head.rows(0, self.head.vocab_size), raw)
-        logits = self._logits(raw, self.head)
-        if self.teacher_buffer is not None:
-            return self._full_chunk(rows, logits)
-        return self._support_chunk(rows, logits)
+        """Loss and both models on S of some tokens, whose gradient is added to the sums."""
+        student, options = self.batch.student, self.batch.options
+        head, raw = student.head, self.logits[: rows.stop - rows.start]
+        products.project(self.hidden[rows], head.weight[: head.vocab_size], raw)
+        source = _ChunkSource(Chunk(raw, head), student, self.epilogues, options.entropy)
+        return (self._full if options.is_full else self._on_support)(rows, source)
 
-    def _logits(self, raw: Tensor, head: Head) -> LogitsChunk:
-        options = self.options
-        return LogitsChunk(
-            raw, head, self.epilogues, options.entropy, options.vocab_size, options.shard
-        )
-
-    def _support_chunk(
-        self, rows: slice, logits: LogitsChunk
+    def _on_support(
+        self, rows: slice, source: _ChunkSource
     ) -> tuple[Tensor, SparseLogits, SparseLogits]:
-        options = self.options
-        support = options.support if isinstance(options.support, str) else options.support[rows]
-        with torch.set_grad_enabled(self.upstream is not None):
-            s, t = align(logits, self._teacher_rows(rows), support, options.k, options.missing)
-            t, frozen = t.detach(), None if self.upstream is None else self.upstream[rows] == 0
-            per_token = support_loss(s, t, options.objective, self.epilogues, frozen)
-        if self.gradients is not None:
-            assert self.upstream is not None
-            assert logits.leaf is not None
-            leaf = logits.leaf
-            dvalues, dtail = torch.autograd.grad(
-                per_token, (leaf.values, leaf.lse_outside), self.upstream[rows], allow_unused=True
-            )
+        batch, options = self.batch, self.batch.options
+        support = batch.support if isinstance(batch.support, str) else batch.support[rows]
+        teacher = source_of(_rows_of(batch.teacher, rows), options)
+        upstream = None if self.upstream is None else self.upstream[rows]
+        wanted, answer = select_support(source, teacher, support, options.k)
+        local = source.local(wanted)
+        if upstream is not None:
+            local.values.requires_grad_()
+            local.lse_outside.requires_grad_()
+        with torch.set_grad_enabled(upstream is not None):
+            s = batch.student.merged(local, wanted)
+            s, t = align_teacher(s, answer, teacher, support, options)
+            frozen = None if upstream is None else upstream == 0
+            per_token = loss_on_support(options.objective, s, t, self.epilogues, frozen)
+        if upstream is not None:
+            leaves = (local.values, local.lse_outside)
+            dvalues, dtail = torch.autograd.grad(per_token, leaves, upstream, allow_unused=True)
             if dvalues is None:
-                dvalues = torch.zeros_like(leaf.values)
-            self._backpropagate(
-                self.gradients, rows, logits.raw, leaf.detach(), s.detach(), dvalues, dtail
-            )
+                dvalues = torch.zeros_like(local.values)
+            self._backpropagate(rows, source.chunk, local, s, dvalues, dtail)
         return per_token.detach(), s.detach(), t
 
+    @torch.no_grad()
     def _backpropagate(
         self,
-        gradients: Gradients,
         rows: slice,
-        raw: Tensor,
-        leaf: SparseLogits,
+        chunk: Chunk,
+        local: SparseLogits,
         student: SparseLogits,
         dvalues: Tensor,
         dtail: Tensor | None,
     ) -> None:
         """Add the gradient of a chunk through values and tail; may overwrite the chunk."""
-        hidden, head, tail = self.hidden[rows], self.head, leaf.lse_outside
-        eps = self.options.gradient_filter
+        assert self.sums is not None
+        hidden, head, tail = self.hidden[rows], chunk.head, local.lse_outside
+        least = self.batch.options.gradient_filter
         if dtail is None:
-            gradients.add_sparse(rows, hidden, head, leaf, dvalues, self.epilogues)
+            self.sums.add_sparse(rows, hidden, head, local, dvalues, self.epilogues)
             kept = torch.ones_like(tail)  # the gradient off S is 0
-        elif eps is None:
-            out = self._gradient_chunk(raw)
-            self.epilogues.gradient(raw, 0, head, leaf.ids, dvalues, tail, dtail, out)
-            gradients.add_dense(rows, out, hidden, head)
+        elif least is None:
+            out = self._gradient_chunk(chunk.raw)
+            self.epilogues.gradient(chunk, RowGradient(local.ids, dvalues, tail, dtail), out)
+            self.sums.add_dense(rows, out, hidden, head)
         else:
-            threshold = student.lse + math.log(eps)
+            gradient = RowGradient(local.ids, dvalues, tail, dtail)
             entries, kept = self.epilogues.filtered_gradient(
-                raw, head, leaf.ids, dvalues, tail, dtail, threshold
+                chunk, gradient, student.lse + math.log(least)
             )
-            gradients.add_entries(rows, entries, hidden, head)
-        if eps is not None:
-            dropped = (leaf.lse_outside - student.lse).exp() * (1.0 - kept).clamp_min(0.0)
-            shard = self.options.shard
+            self.sums.add_entries(rows, entries, hidden, head)
+        if least is not None:
+            dropped = (tail - student.lse).exp() * (1.0 - kept).clamp_min(0.0)
+            shard = self.batch.student.shard
             self.dropped.append(dropped if shard is None else shard.sum(dropped))
 
     def _gradient_chunk(self, raw: Tensor) -> Tensor:
-        """Where the gradient of a chunk of logits goes: the chunk itself, if that has the dtype."""
-        same = self.gradient_buffer.dtype == raw.dtype
-        return raw if same else self.gradient_buffer[: raw.shape[0]]
+        """Where the gradient of a chunk of logits goes: the chunk itself if it has the dtype."""
+        return raw if self.dlogits is self.logits else self.dlogits[: raw.shape[0]]
 
-    def _teacher_rows(self, rows: slice) -> Recomputed | Served:
-        if isinstance(self.teacher, SparseLogits):
-            return Served(self.teacher.map(lambda tensor: tensor[rows]))
-        options = self.options
-        return Recomputed(
-            self.teacher[rows].detach(), options.entropy, options.chunk_bytes, options.backend
-        )
-
-    def _full_chunk(
-        self, rows: slice, logits: LogitsChunk
-    ) -> tuple[Tensor, SparseLogits, SparseLogits]:
-        assert isinstance(self.teacher, LazyLogits)
-        assert self.teacher_buffer is not None
-        teacher = self.teacher[rows].detach().local(self.options.shard)
-        teacher_head = teacher.head
-        teacher_raw = self.teacher_buffer[: rows.stop - rows.start]
-        products.project(
-            teacher.hidden.to(products.operand_dtype(teacher.hidden, teacher.weight)),
-            teacher_head.rows(0, teacher_head.vocab_size),
-            teacher_raw,
-        )
-        teacher_logits = self._logits(teacher_raw, teacher_head)
-        s = logits.topk(self.options.k).detach()
-        t = teacher_logits.gather(s.ids).detach()
+    def _full(self, rows: slice, source: _ChunkSource) -> tuple[Tensor, SparseLogits, SparseLogits]:
+        options, student, teacher = self.batch.options, source.chunk, self.teacher[rows]
+        head, raw = teacher.head, self.teacher_logits[: rows.stop - rows.start]
+        operand = teacher.hidden.to(products.operand_dtype(teacher.hidden, head.weight))
+        products.project(operand, head.weight[: head.vocab_size], raw)
+        chunk = Chunk(raw, head)
+        s = source.reduce(options.k)
+        t = _ChunkSource(chunk, teacher, self.epilogues, options.entropy).reduce(s.ids)
         upstream = None if self.upstream is None else self.upstream[rows]
-        out = self._gradient_chunk(logits.raw)
-        pair = (logits, teacher_logits, self.options.objective, upstream, out)
-        shard = self.options.shard
-        per_token = full_losses(*pair) if shard is None else shard_losses(*pair, s.lse, t.lse)
-        if self.gradients is not None:
-            self.gradients.add_dense(rows, out, self.hidden[rows], self.head)
+        pair, out = ChunkPair(student, chunk, (s, t)), self._gradient_chunk(student.raw)
+        if self.batch.student.shard is None:
+            per_token = pair.losses(options.objective, upstream, out, self.epilogues)
+        else:
+            shard = self.batch.student.shard
+            per_token = pair.shard_losses(options.objective, upstream, out, shard)
+        if self.sums is not None:
+            self.sums.add_dense(rows, out, self.hidden[rows], student.head)
         return per_token, s, t
+
+
+def _rows_of(logits: FlatLogits | SparseLogits, rows: slice) -> FlatLogits | SparseLogits:
+    if isinstance(logits, SparseLogits):
+        return logits.map(lambda tensor: tensor[rows])
+    return logits[rows]

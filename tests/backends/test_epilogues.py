@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from opd_kernels.backends import select_backend
-from opd_kernels.backends import torch as definition
+from opd_kernels.backends.epilogues import Epilogues
+from opd_kernels.backends.records import Chunk, RowGradient
 from tests.device import DEVICE
 from tests.epilogue_cases import assert_no_worse, in_float64, make_chunk, state_of, statistics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+definition = Epilogues()
 
 
 @pytest.fixture
@@ -49,14 +51,16 @@ def test_update_and_gradient_at_given_ids(kernels, dtype, k):
     dtail[2] = 0.0
     exact, exact_head = in_float64(raw, head)
     tail = reference.tail()
-    wide = (exact_head, reference.ids, dvalues.double(), tail, dtail.double())
-    definition.gradient(exact, 0, *wide, exact)
+    wide = RowGradient(reference.ids, dvalues.double(), tail, dtail.double())
+    definition.gradient(Chunk(exact, exact_head), wide, exact)
     same = raw.to(torch.float32, copy=True)
-    definition.gradient(same, 0, head, theirs.ids, dvalues, theirs.tail(), dtail, same)
+    single = RowGradient(theirs.ids, dvalues, theirs.tail(), dtail)
+    definition.gradient(Chunk(same, head), single, same)
     apart = torch.empty(6, 203, dtype=torch.bfloat16, device=DEVICE)
-    kernels.gradient(raw, 0, head, ours.ids, dvalues, ours.tail(), dtail, apart)
+    gradient = RowGradient(ours.ids, dvalues, ours.tail(), dtail)
+    kernels.gradient(Chunk(raw, head), gradient, apart)
     assert_no_worse(apart, same.to(apart.dtype), exact)
-    kernels.gradient(raw, 0, head, ours.ids, dvalues, ours.tail(), dtail, raw)
+    kernels.gradient(Chunk(raw, head), gradient, raw)
     assert_no_worse(raw, same.to(dtype), exact)
 
 
@@ -95,7 +99,8 @@ def test_infinite_logits(kernels):
     torch.testing.assert_close(ours.values[:3], theirs.values[:3], rtol=1e-6, atol=0)
     torch.testing.assert_close(ours.tail()[:3], theirs.tail()[:3], rtol=1e-6, atol=0)
     dvalues, dtail = torch.ones(4, 3, device=DEVICE), torch.ones(4, device=DEVICE)
-    kernels.gradient(raw, 0, head, ours.ids, dvalues, ours.tail(), dtail, raw)
+    gradient = RowGradient(ours.ids, dvalues, ours.tail(), dtail)
+    kernels.gradient(Chunk(raw, head), gradient, raw)
     assert raw[0].tolist() == [0.0] * 3 + [1.0] * 2 + [0.0] * 92
     assert raw[1, 5:].abs().max() == 0
     assert raw[3].isnan().any()
@@ -110,18 +115,19 @@ def test_divergence(kernels, dtype, beta, options):
     upstream = torch.randn(5, device=DEVICE)
     upstream[3] = 0.0
     exact, exact_head = in_float64(raw, head)
-    wide = (teacher_raw.double(), teacher_head, beta, upstream.double())
-    reference = definition.divergence(exact, exact_head, *wide, exact)
+    wide = (Chunk(teacher_raw.double(), teacher_head), beta, upstream.double())
+    reference = definition.divergence(Chunk(exact, exact_head), *wide, exact)
     same = raw.to(torch.float32, copy=True)
-    single = (teacher_raw.float(), teacher_head, beta, upstream)
-    theirs = definition.divergence(same, head, *single, same)
+    single = (Chunk(teacher_raw.float(), teacher_head), beta, upstream)
+    theirs = definition.divergence(Chunk(same, head), *single, same)
     untouched = raw.clone()
-    without = kernels.divergence(raw, head, teacher_raw, teacher_head, beta, None, raw)
+    chunk, teacher = Chunk(raw, head), Chunk(teacher_raw, teacher_head)
+    without = kernels.divergence(chunk, teacher, beta, None, raw)
     apart = torch.empty(5, 131, dtype=torch.bfloat16, device=DEVICE)
-    kernels.divergence(raw, head, teacher_raw, teacher_head, beta, upstream, apart)
+    kernels.divergence(chunk, teacher, beta, upstream, apart)
     assert torch.equal(raw, untouched)
     assert_no_worse(apart, same.to(apart.dtype), exact)
-    loss = kernels.divergence(raw, head, teacher_raw, teacher_head, beta, upstream, raw)
+    loss = kernels.divergence(chunk, teacher, beta, upstream, raw)
     assert torch.equal(loss, without)
     assert_no_worse(loss, theirs, reference)
     assert_no_worse(raw, same.to(dtype), exact)
@@ -138,9 +144,9 @@ def test_divergence_of_padded_and_masked_vocabularies(kernels, beta):
     teacher_raw[2, 5] = -torch.inf
     same = raw.clone()
     upstream = torch.ones(3, device=DEVICE)
-    teacher = (teacher_raw, teacher_head, beta, upstream)
-    expected = definition.divergence(same, head, *teacher, same)
-    actual = kernels.divergence(raw, head, *teacher, raw)
+    teacher = (Chunk(teacher_raw, teacher_head), beta, upstream)
+    expected = definition.divergence(Chunk(same, head), *teacher, same)
+    actual = kernels.divergence(Chunk(raw, head), *teacher, raw)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(raw[:2], same[:2], rtol=1e-4, atol=1e-6)
 
@@ -149,7 +155,8 @@ def test_no_rows(kernels):
     raw, head = make_chunk(0, 40)
     state = state_of(kernels, raw, head, 4)
     assert state.values.shape == (0, 4)
-    assert kernels.divergence(raw, head, raw, head, 1.0, None, raw).shape == (0,)
+    chunk = Chunk(raw, head)
+    assert kernels.divergence(chunk, chunk, 1.0, None, raw).shape == (0,)
 
 
 def test_exp_ends_in_0_and_infinity(backend):
@@ -160,7 +167,7 @@ def test_exp_ends_in_0_and_infinity(backend):
     ids = torch.full((2, 1), -1, device=DEVICE)
     dvalues, tail = torch.zeros(2, 1, device=DEVICE), torch.zeros(2, device=DEVICE)
     ours = select_backend(backend, DEVICE)
-    ours.gradient(raw, 0, head, ids, dvalues, tail, tail + 1, raw)
+    ours.gradient(Chunk(raw, head), RowGradient(ids, dvalues, tail, tail + 1), raw)
     expected = logits.double().exp().float().to(DEVICE).expand_as(raw)
     finfo = torch.finfo(raw.dtype)  # GPUs round x * log2(e), which is up to 128
     torch.testing.assert_close(raw, expected, rtol=128 * finfo.eps, atol=finfo.tiny)

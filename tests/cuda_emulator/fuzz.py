@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd_kernels.backends import RowState
 from opd_kernels.backends import torch as definition
 from opd_kernels.backends.cuda import CudaEpilogues
-from opd_kernels.backends.head import Head
-from opd_kernels.linear.sparse import canonical_ids
+from opd_kernels.backends.records import Head, RowState
+from opd_kernels.sparse_logits import canonical_ids
 from tests.cuda_emulator import load
 from tests.reference import head_in_float64
 

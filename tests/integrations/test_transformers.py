@@ -229,7 +229,7 @@ def test_a_model_compiled_in_place_runs_as_it_is():
 def test_autocast_reaches_the_loss():
     model, (ids, mask) = tiny_model("llama"), tiny_batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        dtype = call_with_lazy_logits(model, lambda x: x.flat().weight.dtype, ids, mask)
+        dtype = call_with_lazy_logits(model, lambda x: x.flat().head.weight.dtype, ids, mask)
         expected = model(ids, attention_mask=mask).logits.float()
         actual = lazy_logits(model, ids, mask).materialize()
     assert dtype == torch.bfloat16

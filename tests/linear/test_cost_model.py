@@ -10,10 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd_kernels import LazyLogits, SparseLogits, backends, reverse_kl
-from opd_kernels.backends import RowState, available_backends, select_backend
+from opd_kernels.backends import available_backends, select_backend
+from opd_kernels.backends.records import RowGradient, RowState
 from opd_kernels.linear import cost_model, plan, products
 from opd_kernels.linear.vocabulary_walk import backpropagate, reduce_logits
-from opd_kernels.loss.token_walk import LossOptions, walk
+from opd_kernels.loss.options import LossOptions, TokenBatch
+from opd_kernels.loss.token_walk import walk
 
 pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason="needs Triton")
 TOKENS, VOCAB, K = 3_000, 151_936, 20
@@ -123,7 +125,7 @@ def model_of(dim):
 @pytest.mark.parametrize("selects", [True, False])
 def test_reduction(recorder, selects):
     hidden, weight = operands(recorder.dim)
-    head = LazyLogits(hidden, weight).head
+    head = LazyLogits(hidden, weight).flat().head
     state = RowState.for_topk(TOKENS, K, False, torch.empty(0, device="meta"))
     state = replace(state, selects=selects)
     with recorder:
@@ -139,12 +141,11 @@ def test_backpropagation(recorder):
     values = torch.empty(TOKENS, K, device="meta")
     ids = torch.empty(TOKENS, K, dtype=torch.int64, device="meta")
     dhidden, dweight = torch.zeros_like(hidden, dtype=torch.float32), torch.zeros_like(weight)
+    head, tail = LazyLogits(hidden, weight).flat().head, values[:, 0].contiguous()
+    gradient = RowGradient(ids, values, tail, tail)
+    epilogues = select_backend("triton", hidden.device)
     with recorder:
-        backpropagate(
-            hidden, LazyLogits(hidden, weight).head, ids, values, values[:, 0].contiguous(),
-            values[:, 0].contiguous(), dhidden, dweight, None,
-            select_backend("triton", hidden.device), None,
-        )  # fmt: skip
+        backpropagate(hidden, head, gradient, (dhidden, dweight, None), epilogues, None)
     sizes = plan.recompute_sizes(TOKENS, VOCAB, 2 if fused else 6, hidden.device, None)
     assert_same(recorder.records, cost_model.backpropagation(shape, *sizes, machine, fused))
 
@@ -156,11 +157,15 @@ def test_one_pass(recorder, tokens):
     ids = torch.empty(tokens, K, dtype=torch.int64, device="meta")
     rows = torch.empty(tokens, K, device="meta")
     teacher = SparseLogits(rows, ids, rows[:, 0], VOCAB)  # a served one: no kernel of its own
-    plan = (K, "student", reverse_kl, "drop", False, None, "triton", None)
-    options = LossOptions(*plan, student.shape[-1])
+    options = LossOptions(
+        k=K, support="student", objective=reverse_kl, reduction="sum", method="one_pass",
+        missing="drop", entropy=False, compact=True, chunk_bytes=None, backend="triton",
+        gradient_filter=None,
+    )  # fmt: skip
+    batch = TokenBatch(student.flat(), teacher, "student", None, options)
     with torch.no_grad(), recorder:
-        result = walk(student, teacher, options, rows[:, 0], (True, True, False))
-        result.gradients.scaled(torch.empty((), device="meta"), student)
+        result = walk(batch, rows[:, 0], (True, True, False))
+        result.gradients.scaled(torch.empty((), device="meta"))
     shape, machine, _ = model_of(recorder.dim)
     count = plan.one_pass_rows(tokens, VOCAB, 6, hidden.device, None)
     assert_same(

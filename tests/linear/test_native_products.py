@@ -12,6 +12,7 @@ import torch
 
 from opd_kernels import LazyLogits, distillation_loss, jsd, reverse_kl
 from opd_kernels.backends import select_backend
+from opd_kernels.backends.records import RowGradient
 from opd_kernels.linear import products as linear_products
 from opd_kernels.linear.vocabulary_walk import backpropagate
 from tests.device import DEVICE
@@ -154,9 +155,10 @@ def test_recompute_in_float16_neither_flushes_nor_overflows(backend, factor):
         operands = (student.hidden, student.weight, student.bias)
         dhidden, dweight, dbias = (torch.zeros_like(t, dtype=torch.float32) for t in operands)
         epilogues = select_backend(backend, student.hidden.device)
-        rows = (sparse.ids, dvalues * factor, sparse.tail, dtail * factor)
-        backpropagate(student.hidden, student.head, *rows, dhidden, dweight, dbias, epilogues, None)
-        return dhidden, dweight, dbias
+        rows = RowGradient(sparse.ids, dvalues * factor, sparse.tail, dtail * factor)
+        head, sums = student.flat().head, (dhidden, dweight, dbias)
+        backpropagate(student.hidden, head, rows, sums, epilogues, None)
+        return sums
 
     with torch.no_grad():
         for a, b in zip(sums(factor), sums(1.0), strict=True):
@@ -184,7 +186,7 @@ def test_without_an_accumulating_addmm(monkeypatch):
     monkeypatch.setattr(linear_products, "_ADDS_IN_PLACE", False)
     monkeypatch.setattr(linear_products, "_GPU_BYTES", 40)  # two rows at a time
     monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: (a @ b).to(out_dtype))
-    products._add_product_(total, a, b)
+    linear_products._add_product_(total, a, b)
     torch.testing.assert_close(total, 1 + a @ b)
 
 
@@ -192,7 +194,7 @@ def test_mixed_operands_are_upcast(backend):
     student, teacher = make_pair(torch.float32)
     hidden = student.hidden.detach().bfloat16().requires_grad_()
     mixed = replace(student, hidden=hidden)
-    assert products.operand_dtype(hidden, student.weight) == torch.float32
+    assert linear_products.operand_dtype(hidden, student.weight) == torch.float32
     loss = distillation_loss(mixed, teacher, k=K, backend=backend).loss
     expected = distillation_loss(replace(student, hidden=hidden.float()), teacher, k=K).loss
     torch.testing.assert_close(loss, expected)

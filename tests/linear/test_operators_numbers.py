@@ -131,7 +131,7 @@ def test_chunk_sizes_do_not_matter(backend, chunk_bytes):
 @pytest.mark.parametrize("tail", [True, False])
 def test_a_weight_gradient_is_summed_over_tokens_in_float32(backend, tail, monkeypatch):
     """Of ones, which a sum in bfloat16 would stop counting at 256, in parts of one."""
-    monkeypatch.setattr("opd_kernels.sparse_rows._BLOCK_BYTES", 1)
+    monkeypatch.setattr("opd_kernels.backends.sparse_rows._BLOCK_BYTES", 1)
     tokens = 600
     hidden = torch.ones(tokens, 8, dtype=torch.bfloat16)
     weight = torch.zeros(40, 8, dtype=torch.bfloat16, requires_grad=True)

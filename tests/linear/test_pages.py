@@ -90,7 +90,7 @@ def test_pages_that_are_locked_stay():
 @pytest.mark.parametrize("huge", [0, 1 << 21])
 @pytest.mark.parametrize("shape", [(0, 5), (3, 7), (1000, 3000), (5_000_003,)])
 def test_an_empty_tensor_is_an_ordinary_one(shape, huge, dtype, monkeypatch):
-    monkeypatch.setattr("opd_kernels.pages._huge_page_bytes", lambda: huge)
+    monkeypatch.setattr("opd_kernels.linear.pages._huge_page_bytes", lambda: huge)
     tensor = pages.empty(shape, torch.empty(0), dtype)
     assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
     assert torch.equal(tensor.fill_(1), torch.ones(shape, dtype=dtype))
@@ -107,10 +107,12 @@ def test_a_loss_on_pages_is_the_same(method, dtype, monkeypatch):
         return [loss, *gradients(loss, student)]
 
     expected, taken = run(), []
-    monkeypatch.setattr("opd_kernels.pages._LEAST_HUGE_BYTES", 1)
-    monkeypatch.setattr("opd_kernels.pages._huge_page_bytes", lambda: 1)
+    monkeypatch.setattr("opd_kernels.linear.pages._LEAST_HUGE_BYTES", 1)
+    monkeypatch.setattr("opd_kernels.linear.pages._huge_page_bytes", lambda: 1)
     fresh = pages._fresh
-    monkeypatch.setattr("opd_kernels.pages._fresh", lambda size: taken.append(size) or fresh(size))
+    monkeypatch.setattr(
+        "opd_kernels.linear.pages._fresh", lambda size: taken.append(size) or fresh(size)
+    )
     for one, other in zip(run(), expected, strict=True):
         assert torch.equal(one, other)
     assert taken

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from opd_kernels.backends.cpu_extension import extension
+from opd_kernels.backends.extensions import cpu_extension as extension
 from opd_kernels.linear import products
 
 FLOATING = [torch.float32, torch.bfloat16, torch.float16]

@@ -184,7 +184,7 @@ def test_no_grad_computes_no_gradient(method, monkeypatch):
     def refuse(*args):
         raise AssertionError("a gradient was computed")
 
-    monkeypatch.setattr("opd_kernels.gradients.Gradients.zeros", refuse)
+    monkeypatch.setattr("opd_kernels.loss.gradients.GradientSums.zeros", refuse)
     with torch.no_grad():
         out = distillation_loss(student, teacher, k=K, method=method)
     assert torch.equal(out.loss, expected)
@@ -218,7 +218,7 @@ def test_a_failed_backward_of_one_pass_cannot_be_called_again(monkeypatch):
         def refuse(*args):
             raise MemoryError("out of memory")
 
-        patch.setattr("opd_kernels.pages.PagedTensor.rounded", refuse)
+        patch.setattr("opd_kernels.linear.pages.PagedTensor.rounded", refuse)
         with pytest.raises(MemoryError):
             torch.autograd.grad(out.loss, student.hidden, retain_graph=True)
     with pytest.raises(RuntimeError, match="used up by an earlier backward"):

@@ -52,7 +52,7 @@ def test_what_a_graph_records_has_no_shape_that_depends_on_weights(monkeypatch):
     weights = torch.ones(TOKENS)
     weights[2] = 0
     expected = distillation_loss(student, teacher, k=K, token_weights=weights).loss
-    monkeypatch.setattr("opd_kernels.distill._is_recorded", lambda _: True)
+    monkeypatch.setattr("opd_kernels.loss.distill._is_recorded", lambda _: True)
     monkeypatch.setattr(torch.Tensor, "nonzero", None)  # what waits for the device
     assert_close(distillation_loss(student, teacher, k=K, token_weights=weights).loss, expected)
 

@@ -1,27 +1,24 @@
-"""What every launch needs of a head: its operands and flags."""
+"""What every launch passes of a head: its operands, and the compile-time flags of its options."""
 
 from typing import Any
 
 from torch import Tensor
 
-from opd_kernels.backends.head import Head
+from opd_kernels.backends.records import Head
 
 
 def operands(
     head: Head, first_id: int, columns: int, placeholder: Tensor
 ) -> tuple[Tensor, float, float]:
-    """The bias of some columns, or the placeholder, and the two scalars of elementwise.py."""
-    bias = placeholder
-    if head.bias is not None:
-        bias = head.bias.detach()[first_id : first_id + columns].contiguous()
-    return bias, *head.factors
+    """The bias of some columns and the head's two factors (elementwise.py).
+
+    Without a bias a kernel gets the placeholder and never reads it.
+    """
+    bias = head.bias_of(first_id, columns)
+    _, inner, outer = head.factors
+    return placeholder if bias is None else bias, inner, outer
 
 
 def flags(head: Head) -> dict[str, Any]:
-    """The compile-time arguments that say what a head has."""
-    return {"HAS_BIAS": head.bias is not None, "CAPPED": head.softcap is not None}
-
-
-def is_plain(head: Head) -> bool:
-    """Whether a logit is its product times a scalar."""
-    return head.bias is None and head.softcap is None
+    """The compile-time arguments that say which options a head has."""
+    return {"HAS_BIAS": head.bias is not None, "CAPPED": head.factors[0]}

@@ -13,12 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from opd_kernels.backends.devices import device_of
-from opd_kernels.backends.head import Head
-from opd_kernels.backends.state import RowState
+from opd_kernels.backends.records import Head, RowGradient, RowState
 from opd_kernels.backends.triton import configs
 from opd_kernels.backends.triton.configs import Case, TileConfig
 from opd_kernels.backends.triton.elementwise import derivatives_of, logits_of
-from opd_kernels.backends.triton.launch import flags, is_plain, operands
+from opd_kernels.backends.triton.launch import flags, operands
 from opd_kernels.backends.triton.online_sum import absorb
 
 _NO_COLUMN = 2**31 - 1
@@ -35,8 +34,8 @@ class Support:
     k: int
 
     @classmethod
-    def of(cls, ids: Tensor, block: int, vocab: int) -> "Support":
-        """ids [n, K] from sparse.canonical_ids, for blocks of so many rows."""
+    def from_ids(cls, ids: Tensor, block: int, vocab: int) -> "Support":
+        """Sort canonical ids [n, K] for blocks of `block` rows."""
         rows, k = ids.shape
         blocks = triton.cdiv(rows, block)
         columns = ids.new_full((blocks * block * k + blocks,), _NO_COLUMN, dtype=torch.int32)
@@ -218,36 +217,67 @@ def linear_gradient_kernel(
     tl.store(at, draw.to(out.dtype.element_ty), mask=live_rows[:, None] & live[None, :])
 
 
-def update(hidden: Tensor, head: Head, state: RowState) -> None:
-    """Fill the state of given ids [N, K] from hidden [N, D], without a logits chunk in memory.
+class TritonFusedEpilogues:
+    """See FusedEpilogues. hidden and the weight share a 16-bit dtype, or are float32.
 
-    hidden and the weight share a 16-bit dtype, or are float32 (multiplied exactly, not in TF32).
+    float32 operands are multiplied exactly, not in TF32.
     """
-    (rows, depth), k = hidden.shape, state.ids.shape[1]
-    config = _config("linear_update", k, head, hidden)
-    blocks = triton.cdiv(rows, config.rows)
-    tiles = triton.cdiv(head.vocab_size, config.columns)
-    # Two programs for every multiprocessor at least, so that few rows fill the machine too.
-    pieces = min(tiles, triton.cdiv(2 * configs.multiprocessors(hidden.device), blocks))
-    tiles_a_piece = triton.cdiv(tiles, pieces)
-    pieces = triton.cdiv(tiles, tiles_a_piece)
-    support = Support.of(state.ids, config.rows, head.vocab_size)
-    maxima = state.max.new_empty((pieces, rows))
-    sums, moments = torch.empty_like(maxima), torch.empty_like(maxima)
-    with device_of(hidden):
-        linear_update_kernel[(blocks, pieces)](
-            hidden, hidden.stride(0), head.weight, head.weight.stride(0), rows, depth,
-            head.vocab_size, *operands(head, 0, head.vocab_size, hidden),
-            support.columns, support.places, support.columns.shape[1],
-            support.starts, support.starts.shape[1], tiles_a_piece,
-            state.values, k, maxima, sums, moments,
-            HAS_MOMENT=state.moment is not None, **flags(head), **config.options(),
-        )  # fmt: skip
-    _merge(maxima, sums, moments, state)
+
+    def update(self, hidden: Tensor, head: Head, state: RowState) -> None:
+        (rows, depth), k = hidden.shape, state.ids.shape[1]
+        config = _config("linear_update", k, head, hidden)
+        blocks = triton.cdiv(rows, config.rows)
+        tiles = triton.cdiv(head.vocab_size, config.columns)
+        # At least two programs for every multiprocessor, so that few rows fill the machine too.
+        pieces = min(tiles, triton.cdiv(2 * configs.multiprocessors(hidden.device), blocks))
+        tiles_per_piece = triton.cdiv(tiles, pieces)
+        pieces = triton.cdiv(tiles, tiles_per_piece)
+        support = Support.from_ids(state.ids, config.rows, head.vocab_size)
+        maxima = state.max.new_empty((pieces, rows))
+        sums, moments = torch.empty_like(maxima), torch.empty_like(maxima)
+        with device_of(hidden):
+            linear_update_kernel[(blocks, pieces)](
+                hidden, hidden.stride(0), head.weight, head.weight.stride(0), rows, depth,
+                head.vocab_size, *operands(head, 0, head.vocab_size, hidden),
+                support.columns, support.places, support.columns.shape[1],
+                support.starts, support.starts.shape[1], tiles_per_piece,
+                state.values, k, maxima, sums, moments,
+                HAS_MOMENT=state.moment is not None, **flags(head), **config.options(),
+            )  # fmt: skip
+        _merge(maxima, sums, moments, state)
+
+    def support(self, ids: Tensor, hidden: Tensor, head: Head) -> Support:
+        """Canonical ids [n, K] in the order in which `gradient` meets them."""
+        rows = _config("linear_gradient", ids.shape[1], head, hidden).rows
+        return Support.from_ids(ids, rows, head.vocab_size)
+
+    def gradient(
+        self,
+        hidden: Tensor,
+        head: Head,
+        first_id: int,
+        support: Support,
+        rows: RowGradient,
+        out: Tensor,
+    ) -> None:
+        (tokens, depth), columns = hidden.shape, out.shape[1]
+        weight = head.weight[first_id : first_id + columns]
+        config = _config("linear_gradient", support.k, head, hidden)
+        blocks, tiles = triton.cdiv(tokens, config.rows), triton.cdiv(columns, config.columns)
+        _, dvalues, tail, dtail = rows.contiguous()
+        with device_of(hidden):
+            linear_gradient_kernel[(blocks, tiles)](
+                hidden, hidden.stride(0), weight, weight.stride(0), tokens, depth, columns,
+                first_id, *operands(head, first_id, columns, hidden),
+                support.columns, support.places, support.columns.shape[1],
+                support.starts, support.starts.shape[1],
+                dvalues, support.k, tail, dtail, out, out.stride(0),
+                **flags(head), **config.options(),
+            )  # fmt: skip
 
 
 def _merge(maxima: Tensor, sums: Tensor, moments: Tensor, state: RowState) -> None:
-    """The pieces' [pieces, N] running sums as one."""
+    """Write the running sums [pieces, N] of all pieces to the state."""
     peak = maxima.amax(0)
     gap = maxima - peak.masked_fill(peak == -torch.inf, 0.0)
     decay = gap.exp()
@@ -258,42 +288,6 @@ def _merge(maxima: Tensor, sums: Tensor, moments: Tensor, state: RowState) -> No
         torch.sum(decay * (moments + moved), 0, out=state.moment)
 
 
-def support(ids: Tensor, hidden: Tensor, head: Head) -> Support:
-    """ids [n, K] from sparse.canonical_ids in the order in which `gradient` meets them."""
-    rows = _config("linear_gradient", ids.shape[1], head, hidden).rows
-    return Support.of(ids, rows, head.vocab_size)
-
-
-def gradient(
-    hidden: Tensor,
-    first_id: int,
-    head: Head,
-    support: Support,
-    dvalues: Tensor,
-    tail: Tensor,
-    dtail: Tensor,
-    out: Tensor,
-) -> None:
-    """Recompute the logits of columns [first_id, first_id + v) and write their gradient to out
-    [n, v], of any dtype: the row kernel's gradient after a matrix product, in one kernel. first_id
-    is a multiple of 16.
-    """
-    (rows, depth), columns = hidden.shape, out.shape[1]
-    weight = head.rows(first_id, first_id + columns)
-    config = _config("linear_gradient", support.k, head, hidden)
-    blocks, tiles = triton.cdiv(rows, config.rows), triton.cdiv(columns, config.columns)
-    dvalues, tail, dtail = (t.contiguous() for t in (dvalues, tail, dtail))
-    with device_of(hidden):
-        linear_gradient_kernel[(blocks, tiles)](
-            hidden, hidden.stride(0), weight, weight.stride(0), rows, depth, columns, first_id,
-            *operands(head, first_id, columns, hidden),
-            support.columns, support.places, support.columns.shape[1],
-            support.starts, support.starts.shape[1],
-            dvalues, support.k, tail, dtail, out, out.stride(0),
-            **flags(head), **config.options(),
-        )  # fmt: skip
-
-
 def _config(kernel: str, k: int, head: Head, hidden: Tensor) -> TileConfig:
-    case = Case(kernel, k, is_plain(head), dim=hidden.shape[1])
+    case = Case(kernel, k, head.is_plain, dim=hidden.shape[1])
     return configs.tile_config(case, hidden.device)

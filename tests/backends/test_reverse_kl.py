@@ -1,4 +1,4 @@
-"""The reverse KL's Triton kernel against autograd through divergences.reverse_kl."""
+"""Each backend's reverse KL with its gradient against autograd through divergences.reverse_kl."""
 
 from dataclasses import replace
 from functools import partial
@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from opd_kernels import SparseLogits, distillation_loss, jsd, reverse_kl
-from opd_kernels.backends import available_backends, select_backend
+from opd_kernels.backends import available_backends, reaches, select_backend
+from opd_kernels.backends.epilogues import Epilogues
 from opd_kernels.loss.objective import reverse_kl_options
 from tests.device import DEVICE
 from tests.epilogue_cases import assert_no_worse
 from tests.reference import gradients, make_logits
 
-pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason="needs Triton")
 OPTIONS = [
     {},
     {"stop_gradient": False},
@@ -23,9 +23,12 @@ OPTIONS = [
 VOCAB = 2_000
 
 
-@pytest.fixture
-def kernels():
-    return select_backend("triton", DEVICE)
+@pytest.fixture(params=[name for name in available_backends() if name in ("torch", "triton")])
+def kernels(request):
+    """The definition, and the one backend that overrides it."""
+    if not reaches(request.param, DEVICE):
+        pytest.skip(f"{request.param} does not reach tensors on {DEVICE}")
+    return select_backend(request.param, DEVICE)
 
 
 def make_rows(rows, k):
@@ -52,7 +55,8 @@ def by_autograd(tensors, options, dtype):
 @pytest.mark.parametrize(("rows", "k"), [(1, 1), (7, 3), (70, 20), (3, 1024)])
 def test_loss_and_gradient(kernels, options, rows, k):
     tensors = make_rows(rows, k)
-    ours = kernels.reverse_kl(*tensors, *reverse_kl_options(partial(reverse_kl, **options)))
+    stop_gradient, bucket = reverse_kl_options(partial(reverse_kl, **options))
+    ours = kernels.reverse_kl(*tensors, stop_gradient=stop_gradient, bucket=bucket)
     theirs = by_autograd(tensors, options, torch.float32)
     exact = by_autograd(tensors, options, torch.float64)
     for a, t, e in zip(ours, theirs, exact, strict=True):
@@ -63,7 +67,8 @@ def test_infinite_losses_and_nan(kernels):
     values, tail, teacher, teacher_tail = make_rows(5, 4)
     teacher[0, 0] = -torch.inf  # the student's mass has no place in the teacher
     values[2, 0] = torch.nan
-    loss, dvalues, _ = kernels.reverse_kl(values, tail, teacher, teacher_tail, True, False)
+    models = (values, tail, teacher, teacher_tail)
+    loss, dvalues, _ = kernels.reverse_kl(*models, stop_gradient=True, bucket=False)
     assert loss[0] == torch.inf
     assert loss[2].isnan()
     assert dvalues[2].isnan().all()
@@ -71,7 +76,7 @@ def test_infinite_losses_and_nan(kernels):
 
 
 @pytest.mark.parametrize("method", ["one_pass", "recompute"])
-def test_an_infinite_loss_of_weight_zero_gets_no_gradient(method):
+def test_an_infinite_loss_of_weight_zero_gets_no_gradient(kernels, method):
     logits = make_logits(dtype=torch.float32, softcap=None)
     student, teacher = logits, make_logits(dtype=torch.float32, softcap=None, requires_grad=False)
     hidden = teacher.hidden.clone()
@@ -79,7 +84,8 @@ def test_an_infinite_loss_of_weight_zero_gets_no_gradient(method):
     teacher = replace(teacher, hidden=hidden)
     weights = torch.ones(hidden.shape[0])
     weights[2] = 0.0
-    options = {"k": 4, "backend": "triton", "method": method, "compact": False}
+    name = "torch" if type(kernels) is Epilogues else "triton"
+    options = {"k": 4, "backend": name, "method": method, "compact": False}
     out = distillation_loss(student, teacher, token_weights=weights, **options)
     for gradient in torch.autograd.grad(out.loss, (student.hidden, student.weight)):
         assert gradient.isfinite().all()
@@ -105,19 +111,20 @@ def test_which_objectives_are_the_kernels():
 def test_distillation_loss_uses_it(monkeypatch, kernels, options, support, method):
     calls = []
 
-    def counted(*args):
+    def counted(*args, **options):
         calls.append(args)
-        return launched(*args)
+        return launched(*args, **options)
 
     launched = kernels.reverse_kl
     monkeypatch.setattr(kernels, "reverse_kl", counted)
+    name = "torch" if type(kernels) is Epilogues else "triton"
     student, teacher = (make_logits(tokens=5, dtype=torch.float32) for _ in range(2))
     objective = partial(reverse_kl, **options)
     weights = torch.rand(5)
     weights[2] = 0.0
     run = partial(
         distillation_loss, student, teacher, k=4, support=support, method=method,
-        backend="triton", token_weights=weights, compact=False,
+        backend=name, token_weights=weights, compact=False,
     )  # fmt: skip
     ours = run(objective=objective)
     assert len(calls) == 1

@@ -1,0 +1,46 @@
+"""The options of a loss, and the tokens that a loss is computed of."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from opd_kernels.linear.operators import FlatLogits
+from opd_kernels.loss.objective import Objective
+from opd_kernels.sparse_logits import SparseLogits
+
+Support = Literal["student", "teacher", "union", "intersection", "full"]
+Missing = Literal["error", "drop"]
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The options of distillation_loss by name, as the caller gave them."""
+
+    k: int
+    support: Support | Tensor
+    objective: Objective
+    reduction: str
+    method: str
+    missing: str
+    entropy: bool
+    compact: bool
+    chunk_bytes: int | None
+    backend: str
+    gradient_filter: float | None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether S is the whole vocabulary."""
+        return isinstance(self.support, str) and self.support == "full"
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The tokens of a loss: flat operands of both models, checked and on one vocabulary."""
+
+    student: FlatLogits
+    teacher: FlatLogits | SparseLogits
+    support: str | Tensor  # a name, or ids [N, K]
+    weights: Tensor | None  # [N] in the dtype of the loss; None for weights of 1
+    options: LossOptions
