@@ -3,7 +3,8 @@
 from opd_kernels.backends import available_backends
 from opd_kernels.divergences import forward_kl, jsd, policy_gradient, reverse_kl
 from opd_kernels.lazy_logits import LazyLogits
-from opd_kernels.loss.distill import TopKDistillationLoss, distillation_loss
+from opd_kernels.loss.distill import distillation_loss
+from opd_kernels.loss.module import TopKDistillationLoss
 from opd_kernels.loss.output import DistillationOutput
 from opd_kernels.parallel import VocabShard
 from opd_kernels.sparse_logits import SparseLogits

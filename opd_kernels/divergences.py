@@ -12,13 +12,13 @@ final logits z; the teacher never gets one. `tail` says what becomes of the mass
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from opd_kernels.checks import check_beta, check_device, check_flags, got
-from opd_kernels.sparse_logits import SparseLogits
+from opd_kernels.sparse_logits import SparseLogits, check_same_distribution
 
 Tail = Literal["drop", "bucket", "renormalize"]
 
@@ -163,17 +163,6 @@ def _renormalized(values_p: Tensor, values_q: Tensor) -> _Bins:
     enough = live.any(-1, keepdim=True)
     log_p, log_q = (x.masked_fill(~enough, 0.0).log_softmax(-1) for x in (values_p, values_q))
     return _masked(log_p, log_q, live)
-
-
-def check_same_distribution(student: Any, teacher: SparseLogits) -> None:
-    """Raise unless student, SparseLogits or LazyLogits, has the teacher's vocabulary and scale."""
-    for name in ("vocab_size", "temperature"):
-        ours, theirs = getattr(student, name), getattr(teacher, name)
-        if ours != theirs:
-            raise ValueError(
-                f"{name}: expected the same of student and teacher, got {ours} and {theirs}; pass "
-                f"{name}= to both"
-            )
 
 
 def _check_pair(student: SparseLogits, teacher: SparseLogits) -> None:

@@ -1,6 +1,6 @@
 """LazyLogits: hidden states and the head that would turn them into logits."""
 
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,6 +63,7 @@ class LazyLogits:
     vocab_size: int | None = None
     shard: VocabShard | None = None
     check_finite: InitVar[bool] = False
+    head: Head = field(init=False, repr=False)  # the operands without hidden
 
     def __post_init__(self, check_finite: bool) -> None:
         check_flags(check_finite=check_finite)
@@ -89,6 +90,10 @@ class LazyLogits:
         check_vocab_size(self.vocab_size, rows)
         if check_finite:
             check_hidden_is_finite(self.hidden)
+        softcap = None if self.softcap is None else float(self.softcap)
+        scalars = (softcap, float(self.scale), float(self.temperature))
+        head = Head(self.weight, self.bias, *scalars, self._vocab_size)
+        object.__setattr__(self, "head", head)
 
     @property
     def shape(self) -> torch.Size:
@@ -217,31 +222,9 @@ class LazyLogits:
             logits = flat.shard.merge_rows(logits, flat.vocab_size)
         return logits.reshape(self.shape)
 
-    def flat(self, vocab_size: int | None = None, shard: VocabShard | None = None) -> FlatLogits:
-        """The same logits with hidden as [N, D] and the operands in autocast's dtype.
-
-        Args:
-            vocab_size: V, if fewer tokens are wanted.
-            shard: the split of another head, by which a whole head is cut to this rank's rows.
-        """
-        hidden, weight, bias = self.hidden, self.weight, self.bias
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        device_type = hidden.device.type
-        if (
-            torch.is_autocast_enabled(device_type)
-            and accumulator_dtype(hidden, weight) != torch.float64
-        ):
-            dtype = torch.get_autocast_dtype(device_type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        softcap = None if self.softcap is None else float(self.softcap)
-        scalars = (softcap, float(self.scale), float(self.temperature))
-        vocab_size = self._vocab_size if vocab_size is None else vocab_size
-        head = Head(weight, bias, *scalars, vocab_size)
-        shard = self.shard or shard
-        if shard is None:
-            return FlatLogits(hidden, head, vocab_size)
-        return FlatLogits.split(hidden, head, shard, whole=self.shard is None)
+    def flat(self) -> FlatLogits:
+        """The same logits with hidden as [N, D] and the operands in autocast's dtype."""
+        return FlatLogits.flatten(self.hidden, self.head, self.shard)
 
     @property
     def _vocab_size(self) -> int:

@@ -234,6 +234,17 @@ class TrustedSparseLogits(SparseLogits):
 _FIELDS = ("values", "ids", "tail", "vocab_size", "temperature", "entropy")
 
 
+def check_same_distribution(student: Any, teacher: SparseLogits) -> None:
+    """Raise unless student, SparseLogits or LazyLogits, has the teacher's vocabulary and scale."""
+    for name in ("vocab_size", "temperature"):
+        ours, theirs = getattr(student, name), getattr(teacher, name)
+        if ours != theirs:
+            raise ValueError(
+                f"{name}: expected the same of student and teacher, got {ours} and {theirs}; pass "
+                f"{name}= to both"
+            )
+
+
 def canonical_ids(ids: Tensor, vocab_size: int) -> Tensor:
     """ids [..., K] with -1 for those outside [0, vocab_size) and repeats of earlier ones."""
     ids = ids.to(torch.int64)

@@ -62,8 +62,10 @@ def select_backend(name: str, device: device_type) -> Epilogues:
         name = os.environ.get("OPD_BACKEND", "auto")
     backends = _backends()
     if name == "auto":
-        names = (n for n in _FASTEST.get(device.type, ()) if n in backends and reaches(n, device))
-        name = next(names, "torch")
+        for candidate in _FASTEST.get(device.type, ()):
+            if candidate in backends and reaches(candidate, device):
+                return backends[candidate]
+        return backends["torch"]
     is_known = isinstance(name, str) and name in backends
     if is_known and not reaches(name, device):
         raise ValueError(

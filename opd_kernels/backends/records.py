@@ -1,6 +1,6 @@
 """Records that travel between the walks and the epilogues: Head, Chunk, RowState, RowGradient."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -31,12 +31,13 @@ class Head:
 
     def flat(self) -> tuple[Any, ...]:
         """The fields as the arguments that SCHEMA names; `Head(*flat)` undoes it."""
-        return tuple(getattr(self, field) for field in _HEAD_FIELDS)
+        scalars = (self.softcap, self.scale, self.temperature, self.vocab_size)
+        return (self.weight, self.bias, *scalars)
 
     def detach(self) -> "Head":
         """The same head without gradient."""
         bias = None if self.bias is None else self.bias.detach()
-        return replace(self, weight=self.weight.detach(), bias=bias)
+        return Head(self.weight.detach(), bias, *self.flat()[2:])
 
     @property
     def factors(self) -> tuple[bool, float, float]:
@@ -74,13 +75,14 @@ class Head:
 
 
 HEAD_ARGUMENTS = len(fields(Head))
-_HEAD_FIELDS = tuple(field.name for field in fields(Head))
 
 
 def accumulator_dtype(*operands: Tensor) -> torch.dtype:
     """The dtype of logits, tails and losses: float64 if any operand has it, else float32."""
-    has_float64 = any(operand.dtype == torch.float64 for operand in operands)
-    return torch.float64 if has_float64 else torch.float32
+    for operand in operands:
+        if operand.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 @dataclass(frozen=True)

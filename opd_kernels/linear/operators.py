@@ -6,7 +6,9 @@ pass of both is `linear_backward`. Operands here are two-dimensional and checked
 public door.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -43,16 +45,34 @@ class FlatLogits:
     shard: VocabShard | None = None
 
     @classmethod
-    def split(cls, hidden: Tensor, head: Head, shard: VocabShard, whole: bool) -> "FlatLogits":
-        """The logits of a vocabulary-parallel head; dhidden is summed over the ranks.
+    def flatten(
+        cls, hidden: Tensor, head: Head, shard: VocabShard | None, whole: bool = False
+    ) -> "FlatLogits":
+        """Flatten hidden to [N, D]; under autocast cast all operands to its dtype.
 
         Args:
-            hidden: [N, D], the same on every rank.
-            head: with this rank's rows of the weight, or with all of them if `whole`; its
-                vocab_size counts the tokens of all ranks.
-            shard: which rows each rank has.
-            whole: whether the head still has to be cut to this rank's rows.
+            hidden: [..., D], the same on every rank of a vocabulary-parallel head.
+            head: its vocab_size counts the tokens of all ranks.
+            shard: which rows of the head each rank has; None without ranks.
+            whole: whether the head has the rows of all ranks and is to be cut to this rank's.
         """
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        device_type = hidden.device.type
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+            if accumulator_dtype(hidden, head.weight) != torch.float64:
+                bias = None if head.bias is None else head.bias.to(dtype)
+                hidden, head = (
+                    hidden.to(dtype),
+                    replace(head, weight=head.weight.to(dtype), bias=bias),
+                )
+        if shard is None:
+            return cls(hidden, head, head.vocab_size)
+        return cls._split(hidden, head, shard, whole)
+
+    @classmethod
+    def _split(cls, hidden: Tensor, head: Head, shard: VocabShard, whole: bool) -> "FlatLogits":
+        """The logits of a vocabulary-parallel head; dhidden is summed over the ranks."""
         vocab_size, rows = head.vocab_size, shard.rows(head.vocab_size)
         weight, bias, size = head.weight, head.bias, rows.stop - rows.start
         if whole:
@@ -121,7 +141,7 @@ class FlatLogits:
 
     def detach(self) -> "FlatLogits":
         """The same logits without gradient."""
-        return replace(self, hidden=self.hidden.detach(), head=self.head.detach())
+        return FlatLogits(self.hidden.detach(), self.head.detach(), self.vocab_size, self.shard)
 
     def merged(self, rows: SparseLogits, wanted: int | Tensor) -> SparseLogits:
         """Combine the SparseLogits of all ranks: the top-K for wanted = K, or at wanted = ids."""
@@ -137,17 +157,33 @@ _OPTIONS = "bool entropy, SymInt? chunk_bytes, str backend"
 _FORWARD = f"Tensor hidden, {Head.SCHEMA}"
 
 
+def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as an operator of this package for every device, without autocast."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def implementation(*arguments: Any) -> Any:
+            device_type = next(t for t in arguments if isinstance(t, Tensor)).device.type
+            if not torch.is_autocast_enabled(device_type):
+                return function(*arguments)
+            with torch.autocast(device_type, enabled=False):
+                return function(*arguments)
+
+        qualified = f"opd_kernels::{name}"
+        torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(qualified, "CompositeExplicitAutograd", implementation)
+        return function
+
+    return register
+
+
 def _unpack(arguments: tuple[Any, ...]) -> tuple[Head, tuple[Any, ...]]:
     """The head at the front of an operator's arguments, and the arguments behind it."""
     return Head(*arguments[:HEAD_ARGUMENTS]), arguments[HEAD_ARGUMENTS:]
 
 
-@torch.library.custom_op(
-    "opd_kernels::linear_topk",
-    mutates_args=(),
-    schema=f"({_FORWARD}, SymInt k, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def linear_topk(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@_operator("linear_topk", f"({_FORWARD}, SymInt k, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)")
+def _linear_topk(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """values [N, K], ids [N, K], tail [N] and entropy [N] (or [0]) of hidden [N, D]."""
     head, (k, entropy, chunk_bytes, backend) = _unpack(arguments)
     like = hidden.new_empty(0, dtype=accumulator_dtype(hidden, head.weight))
@@ -156,19 +192,16 @@ def linear_topk(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor
     return state.values, state.ids, state.tail(), state.entropy() if entropy else like
 
 
-@torch.library.custom_op(
-    "opd_kernels::linear_gather",
-    mutates_args=(),
-    schema=f"({_FORWARD}, Tensor ids, bool tail, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+@_operator(
+    "linear_gather", f"({_FORWARD}, Tensor ids, bool tail, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
 )
-def linear_gather(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_gather(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """values [N, K], tail [N] (or [0]) and entropy [N] (or [0]) of hidden [N, D] at ids [N, K]."""
     head, (ids, tail, entropy, chunk_bytes, backend) = _unpack(arguments)
     ids = canonical_ids(ids, head.vocab_size)
     like = hidden.new_empty(0, dtype=accumulator_dtype(hidden, head.weight))
     if not tail:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return gather_logits(hidden.to(like.dtype), head, ids), like, like.clone()
+        return gather_logits(hidden.to(like.dtype), head, ids), like, like.clone()
     state = RowState.for_ids(ids, entropy, like)
     _reduce(hidden, head, state, chunk_bytes, backend)
     return state.values, state.tail(), state.entropy() if entropy else like
@@ -177,19 +210,17 @@ def linear_gather(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
 def _reduce(
     hidden: Tensor, head: Head, state: RowState, chunk_bytes: int | None, backend: str
 ) -> None:
-    with torch.autocast(hidden.device.type, enabled=False):
-        operand = hidden.to(operand_dtype(hidden, head.weight))
-        epilogues = select_backend(backend, hidden.device)
-        reduce_logits(operand, head, state, epilogues, chunk_bytes)
+    operand = hidden.to(operand_dtype(hidden, head.weight))
+    epilogues = select_backend(backend, hidden.device)
+    reduce_logits(operand, head, state, epilogues, chunk_bytes)
 
 
-@torch.library.custom_op(
-    "opd_kernels::linear_backward",
-    mutates_args=(),
-    schema=f"(Tensor? dvalues, Tensor? dtail, {_FORWARD}, Tensor ids, Tensor values, Tensor tail, "
+@_operator(
+    "linear_backward",
+    f"(Tensor? dvalues, Tensor? dtail, {_FORWARD}, Tensor ids, Tensor values, Tensor tail, "
     "bool[] needs, SymInt? chunk_bytes, str backend) -> (Tensor, Tensor, Tensor)",
 )
-def linear_backward(
+def _linear_backward(
     dvalues: Tensor | None, dtail: Tensor | None, hidden: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden [N, D], dweight [V, D] and dbias [V], each [0] where it is not needed.
@@ -210,14 +241,13 @@ def linear_backward(
     epilogues = select_backend(backend, hidden.device)
     if dvalues is None:
         dvalues = torch.zeros_like(values)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if dtail is None:
-            operand = hidden.to(dtype)
-            add_sparse_gradients(operand, head, ids, values, dvalues, sums, epilogues)
-        else:
-            operand = hidden.to(operand_dtype(hidden, weight))
-            gradient = RowGradient(ids, dvalues, tail, dtail)
-            backpropagate(operand, head, gradient, sums, epilogues, chunk_bytes)
+    if dtail is None:
+        operand = hidden.to(dtype)
+        add_sparse_gradients(operand, head, ids, values, dvalues, sums, epilogues)
+    else:
+        operand = hidden.to(operand_dtype(hidden, weight))
+        gradient = RowGradient(ids, dvalues, tail, dtail)
+        backpropagate(operand, head, gradient, sums, epilogues, chunk_bytes)
     nothing = hidden.new_empty(0)
     return (
         nothing if dhidden is None else dhidden.to(hidden.dtype),
@@ -226,7 +256,7 @@ def linear_backward(
     )
 
 
-@linear_topk.register_fake
+@torch.library.register_fake("opd_kernels::linear_topk")
 def _fake_topk(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     head, (k, entropy, _, _) = _unpack(arguments)
     tokens, dtype = hidden.shape[0], accumulator_dtype(hidden, head.weight)
@@ -236,7 +266,7 @@ def _fake_topk(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
     return values, ids, rows, hidden.new_empty(tokens if entropy else 0, dtype=dtype)
 
 
-@linear_gather.register_fake
+@torch.library.register_fake("opd_kernels::linear_gather")
 def _fake_gather(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     head, (ids, tail, entropy, _, _) = _unpack(arguments)
     tokens, dtype = hidden.shape[0], accumulator_dtype(hidden, head.weight)
@@ -245,7 +275,7 @@ def _fake_gather(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
     return values, rows, hidden.new_empty(tokens if tail and entropy else 0, dtype=dtype)
 
 
-@linear_backward.register_fake
+@torch.library.register_fake("opd_kernels::linear_backward")
 def _fake_backward(
     dvalues: Tensor | None, dtail: Tensor | None, hidden: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -296,5 +326,12 @@ def _gradients(ctx: Any, dvalues: Tensor | None, dtail: Tensor | None) -> tuple[
     return (*wanted, *[None] * (len(ctx.needs_input_grad) - len(needs)))
 
 
-linear_topk.register_autograd(_backward_topk, setup_context=_save_topk)
-linear_gather.register_autograd(_backward_gather, setup_context=_save_gather)
+torch.library.register_autograd(
+    "opd_kernels::linear_topk", _backward_topk, setup_context=_save_topk
+)
+torch.library.register_autograd(
+    "opd_kernels::linear_gather", _backward_gather, setup_context=_save_gather
+)
+linear_topk = torch.ops.opd_kernels.linear_topk.default
+linear_gather = torch.ops.opd_kernels.linear_gather.default
+linear_backward = torch.ops.opd_kernels.linear_backward.default

@@ -118,21 +118,19 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _extension_takes(hidden: Tensor, weight: Tensor, logits: Tensor) -> bool:
     """Whether the C++ extension is built, multiplies these matrices, and is faster."""
-    is_narrow = weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return (
-        extension is not None
-        and _IS_X86
-        and (is_narrow or weight.dtype == logits.dtype)
-        and all(map(_has_plain_rows, (hidden, weight, logits)))
-    )
-
-
-def _has_plain_rows(matrix: Tensor) -> bool:
-    """Whether a matrix is an ordinary tensor in a CPU's memory with contiguous rows."""
-    stride, step = matrix.stride()
-    is_plain = type(matrix) in (Tensor, torch.nn.Parameter) and matrix.device.type == "cpu"
-    is_plain = is_plain and not matrix.is_neg() and not matrix._is_zerotensor()
-    return is_plain and step == 1 and stride >= matrix.shape[1]
+    if extension is None or not _IS_X86:
+        return False
+    if weight.dtype == torch.float64 != logits.dtype:
+        return False
+    for matrix in (hidden, weight, logits):  # ordinary tensors in a CPU's memory
+        stride, step = matrix.stride()
+        if type(matrix) not in (Tensor, torch.nn.Parameter) or matrix.device.type != "cpu":
+            return False
+        if matrix.is_neg() or matrix._is_zerotensor():
+            return False
+        if step != 1 or stride < matrix.shape[1]:
+            return False
+    return True
 
 
 def _slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -5,8 +5,8 @@ chunk by chunk, each row block of dweight is written once, and dhidden accumulat
 (float64). Where a backend has the matrix product inside its kernels, logits are never in memory.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -34,11 +34,11 @@ def reduce_logits(
         fused.update(hidden.contiguous(), head, state)
     else:
         dtype = state.values.dtype
-        walk = _VocabularyWalk.plan(hidden, head, {dtype}, chunk_bytes)
+        walk = _VocabularyWalk.plan(hidden, head, dtype.itemsize, chunk_bytes)
         buffer = walk.buffer(dtype)
-        for columns in walk.columns():
+        for columns in walk.columns:
             weight = head.weight[columns]
-            for rows in walk.rows():
+            for rows in walk.rows:
                 raw = products.project(hidden[rows], weight, _view(buffer, rows, columns))
                 epilogues.update(Chunk(raw, head, columns.start), state.rows(rows))
     state.close()
@@ -72,19 +72,22 @@ def backpropagate(
         gradient = replace(gradient, dvalues=dvalues, dtail=dtail)
     fused = epilogues.fused(hidden.dtype, head, gradient.ids.shape[1])
     chunks: _Recomputed | _RecomputedInside
+    logit_bytes = hidden.dtype.itemsize  # of the chunk of gradients
     if fused is None:
-        walk = _VocabularyWalk.plan(hidden, head, {hidden.dtype, dtype}, chunk_bytes)
+        if dtype != hidden.dtype:
+            logit_bytes += dtype.itemsize  # of the chunk of logits beside it
+        walk = _VocabularyWalk.plan(hidden, head, logit_bytes, chunk_bytes)
         chunks = _Recomputed(walk, gradient, epilogues)
     else:
-        walk = _VocabularyWalk.plan(hidden.contiguous(), head, {hidden.dtype}, chunk_bytes)
+        walk = _VocabularyWalk.plan(hidden.contiguous(), head, logit_bytes, chunk_bytes)
         chunks = _RecomputedInside(walk, gradient, fused)
     dhidden, dweight, dbias = sums
-    for columns in walk.columns():
+    for columns in walk.columns:
         weight = head.weight[columns]
         # The first block of rows overwrites dweight_rows, so they may be uninitialised.
         dweight_rows = _rows_in_dtype(dweight, columns, dtype)
         dbias_rows = _rows_in_dtype(dbias, columns, dtype)
-        for block, rows in enumerate(walk.rows()):
+        for block, rows in enumerate(walk.rows):
             dlogits = chunks.gradient(block, rows, columns)
             if dhidden is not None:
                 products.add_hidden_gradient_(dhidden[rows], dlogits, weight)
@@ -107,29 +110,21 @@ class _VocabularyWalk:
 
     hidden: Tensor  # [N, D] in the operand dtype
     head: Head
-    chunk_rows: int
-    chunk_columns: int
+    rows: tuple[slice, ...]  # of each chunk, the largest first
+    columns: tuple[slice, ...]
 
     @classmethod
     def plan(
-        cls, hidden: Tensor, head: Head, dtypes: set[torch.dtype], chunk_bytes: int | None
+        cls, hidden: Tensor, head: Head, logit_bytes: int, chunk_bytes: int | None
     ) -> "_VocabularyWalk":
-        """Choose the sizes for one chunk of each of the dtypes."""
-        logit_bytes = sum(dtype.itemsize for dtype in dtypes)
-        sizes = recompute_sizes(
-            hidden.shape[0], head.vocab_size, logit_bytes, hidden.device, chunk_bytes
-        )
-        return cls(hidden, head, *sizes)
-
-    def columns(self) -> Iterator[slice]:
-        return _blocks(self.head.vocab_size, self.chunk_columns)
-
-    def rows(self) -> Iterator[slice]:
-        return _blocks(self.hidden.shape[0], self.chunk_rows)
+        """Choose the sizes of chunks that take logit_bytes for each logit."""
+        extent = (hidden.shape[0], head.vocab_size)
+        rows, columns = recompute_sizes(*extent, logit_bytes, hidden.device, chunk_bytes)
+        return cls(hidden, head, _blocks(extent[0], rows), _blocks(extent[1], columns))
 
     def buffer(self, dtype: torch.dtype) -> Tensor:
         """Memory for the largest chunk, which every chunk reuses."""
-        return pages.empty((self.chunk_rows * self.chunk_columns,), self.hidden, dtype)
+        return pages.empty((self.rows[0].stop * self.columns[0].stop,), self.hidden, dtype)
 
 
 class _Recomputed:
@@ -161,7 +156,7 @@ class _RecomputedInside:
         self.walk, self.rows_gradient, self.fused = walk, gradient, fused
         self.gradients = walk.buffer(walk.hidden.dtype)
         self.supports = [
-            fused.support(gradient.ids[rows], walk.hidden, walk.head) for rows in walk.rows()
+            fused.support(gradient.ids[rows], walk.hidden, walk.head) for rows in walk.rows
         ]
 
     def gradient(self, block: int, rows: slice, columns: slice) -> Tensor:
@@ -178,9 +173,9 @@ class _RecomputedInside:
         return out
 
 
-def _blocks(total: int, size: int) -> Iterator[slice]:
-    for first in range(0, total, size):
-        yield slice(first, min(first + size, total))
+@lru_cache(maxsize=256)
+def _blocks(total: int, size: int) -> tuple[slice, ...]:
+    return tuple(slice(first, min(first + size, total)) for first in range(0, total, size))
 
 
 def _view(buffer: Tensor, rows: slice, columns: slice) -> Tensor:

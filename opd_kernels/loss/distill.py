@@ -1,20 +1,22 @@
 """distillation_loss: from two LazyLogits to a scalar, in either order."""
 
 from dataclasses import replace
+from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opd_kernels.backends.records import accumulator_dtype
 from opd_kernels.divergences import reverse_kl
 from opd_kernels.lazy_logits import LazyLogits
 from opd_kernels.linear.operators import FlatLogits
-from opd_kernels.loss.objective import Objective
+from opd_kernels.loss import token_walk
+from opd_kernels.loss.objective import Objective, weighted_sum
 from opd_kernels.loss.options import LossOptions, Missing, Support, TokenBatch
-from opd_kernels.loss.output import DistillationOutput, restore
+from opd_kernels.loss.output import DistillationOutput
 from opd_kernels.loss.refusals import check_loss, check_support
-from opd_kernels.loss.strategy import compute
-from opd_kernels.sparse_logits import SparseLogits
+from opd_kernels.loss.strategy import choose_order, recomputed_loss
+from opd_kernels.sparse_logits import SparseLogits, TrustedSparseLogits
 
 
 def distillation_loss(
@@ -79,58 +81,15 @@ def distillation_loss(
     """
     options = LossOptions(
         k, support, objective, reduction, method, missing, entropy, compact, chunk_bytes, backend,
-        gradient_filter,
+        gradient_filter, full=isinstance(support, str) and support == "full",
     )  # fmt: skip
     check_loss(student, teacher, options, token_weights, denominator)
     batch, kept = _batch_of(student, teacher, options, token_weights)
     if reduction == "mean":
         denominator = _denominator_of(batch, denominator)
     with torch.autocast(student.hidden.device.type, enabled=False):
-        output = compute(batch, denominator)
-    return restore(output, kept, student.hidden.shape[:-1])
-
-
-class TopKDistillationLoss(nn.Module):
-    """distillation_loss as a module with fixed options.
-
-    Args:
-        options: the keyword arguments of distillation_loss except token_weights and denominator.
-    """
-
-    def __init__(
-        self,
-        *,
-        k: int = 20,
-        support: Support = "student",
-        objective: Objective = reverse_kl,
-        reduction: str = "mean",
-        method: str = "auto",
-        missing: Missing = "error",
-        entropy: bool = False,
-        compact: bool = True,
-        chunk_bytes: int | None = None,
-        backend: str = "auto",
-        gradient_filter: float | None = None,
-    ) -> None:
-        super().__init__()
-        self.options = {
-            name: value for name, value in locals().items() if name not in ("self", "__class__")
-        }
-
-    def forward(
-        self,
-        student: LazyLogits,
-        teacher: LazyLogits | SparseLogits,
-        token_weights: Tensor | None = None,
-        denominator: float | Tensor | None = None,
-    ) -> DistillationOutput:
-        """As distillation_loss."""
-        return distillation_loss(
-            student, teacher, token_weights=token_weights, denominator=denominator, **self.options
-        )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        output = _compute(batch, denominator)
+    return _restored(output, kept, student.hidden.shape[:-1])
 
 
 def _batch_of(
@@ -140,19 +99,26 @@ def _batch_of(
     token_weights: Tensor | None,
 ) -> tuple[TokenBatch, Tensor | None]:
     """The flat operands of a loss, and the indices of the tokens that are kept, None for all."""
-    leading, vocab_size = student.hidden.shape[:-1], student.shape[-1]
-    if isinstance(teacher, LazyLogits):
-        vocab_size = min(vocab_size, teacher.shape[-1])
-    if options.is_full and isinstance(options.k, int):
+    leading, head = student.hidden.shape[:-1], student.head
+    if isinstance(teacher, LazyLogits) and teacher.head.vocab_size < head.vocab_size:
+        head = replace(head, vocab_size=teacher.head.vocab_size)
+    vocab_size = head.vocab_size
+    if options.full and isinstance(options.k, int):
         options = replace(options, k=min(options.k, vocab_size))  # the ids that are reported
     check_support(student, options, vocab_size)
-    flat, support, weights, kept = student.flat(vocab_size), options.support, None, None
+    flat = FlatLogits.flatten(student.hidden, head, student.shard)
+    support, weights, kept = options.support, None, None
     answer: FlatLogits | SparseLogits
     if isinstance(teacher, SparseLogits):
         dims = len(leading)
-        answer = teacher.map(lambda tensor: tensor.reshape((-1, *tensor.shape[dims:])))
-    else:  # a whole head is cut like the student's only where chunks lie side by side
-        answer = teacher.flat(vocab_size, flat.shard if options.is_full else None)
+        answer = teacher.detach().map(lambda tensor: tensor.reshape((-1, *tensor.shape[dims:])))
+    else:
+        # Chunks of both models lie side by side for a full support: a whole head of the teacher is
+        # then cut as the student's head is.
+        shard = teacher.shard or (flat.shard if options.full else None)
+        head = replace(teacher.head, vocab_size=vocab_size)
+        whole = teacher.shard is None
+        answer = FlatLogits.flatten(teacher.hidden, head, shard, whole).detach()
     if isinstance(support, Tensor):
         support = support.reshape(-1, support.shape[-1])
     if token_weights is not None:
@@ -169,6 +135,43 @@ def _batch_of(
         answer = answer[kept] if isinstance(answer, FlatLogits) else answer.map(lambda t: t[kept])
         support = support[kept] if isinstance(support, Tensor) else support
     return TokenBatch(flat, answer, support, weights, options), kept
+
+
+def _compute(batch: TokenBatch, denominator: float | Tensor | None) -> DistillationOutput:
+    """The reduced loss of a batch, in the order that the options name or that costs less."""
+    options, dropped = batch.options, None
+    order = choose_order(batch) if options.method == "auto" else options.method
+    if order == "one_pass":
+        total, result = _token_walks().one_pass_loss(batch)
+        per_token, s, t, dropped = result.per_token, result.student, result.teacher, result.dropped
+        return DistillationOutput(_divided(total, denominator), per_token, s, t, dropped)
+    if options.full:
+        per_token, result = _token_walks().recomputed_full_loss(batch)
+        s, t = result.student, result.teacher
+    else:
+        per_token, s, t = recomputed_loss(batch)
+    loss = per_token
+    if options.reduction != "none":
+        loss = _divided(weighted_sum(per_token, batch.weights), denominator)
+    return DistillationOutput(loss, per_token.detach(), s, t)
+
+
+def _token_walks() -> ModuleType:
+    """The module of the walks over tokens; under torch.compile, of walks outside the graph."""
+    if torch.compiler.is_compiling():
+        from opd_kernels.loss import outside_graphs
+
+        return outside_graphs
+    return token_walk
+
+
+def _divided(total: Tensor, denominator: float | Tensor | None) -> Tensor:
+    """total / denominator, and 0 where the denominator is 0; decided on the device."""
+    if denominator is None:
+        return total
+    divisor = torch.as_tensor(denominator, dtype=total.dtype, device=total.device)
+    quotient = total / divisor.masked_fill(divisor == 0, 1.0)
+    return torch.where(divisor == 0, torch.zeros_like(total), quotient)
 
 
 def _denominator_of(batch: TokenBatch, denominator: float | Tensor | None) -> float | Tensor:
@@ -201,3 +204,35 @@ def _without_weightless_rows(
     if isinstance(teacher, FlatLogits):
         teacher = replace(teacher, hidden=teacher.hidden.masked_fill(weightless, 0.0))
     return student, teacher
+
+
+def _restored(
+    output: DistillationOutput, kept: Tensor | None, leading: torch.Size
+) -> DistillationOutput:
+    """Bring the results of the kept tokens back to the caller's leading shape."""
+    if kept is None and len(leading) == 1:
+        return output
+
+    def spread(tensor: Tensor, empty: float) -> Tensor:
+        if kept is not None:
+            full = tensor.new_full((leading.numel(), *tensor.shape[1:]), empty)
+            tensor = full.index_copy(0, kept, tensor)
+        return tensor.reshape((*leading, *tensor.shape[1:]))
+
+    def spread_sparse(sparse: SparseLogits) -> SparseLogits:
+        return TrustedSparseLogits(
+            spread(sparse.values, -torch.inf),
+            spread(sparse.ids, -1),
+            None if sparse.tail is None else spread(sparse.tail, 0.0),
+            sparse.vocab_size,
+            sparse.temperature,
+            None if sparse.entropy is None else spread(sparse.entropy, 0.0),
+        )
+
+    return DistillationOutput(
+        output.loss if output.loss.dim() == 0 else spread(output.loss, 0.0),
+        spread(output.per_token, 0.0),
+        spread_sparse(output.student),
+        spread_sparse(output.teacher),
+        None if output.dropped is None else spread(output.dropped, 0.0),
+    )

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opd_kernels.backends.epilogues import Epilogues
-from opd_kernels.divergences import check_same_distribution, forward_kl, jsd, reverse_kl
-from opd_kernels.sparse_logits import SparseLogits
+from opd_kernels.divergences import forward_kl, jsd, reverse_kl
+from opd_kernels.sparse_logits import SparseLogits, check_same_distribution
 
 Objective = Callable[[SparseLogits, SparseLogits], Tensor]
 
@@ -40,17 +40,9 @@ def loss_on_support(
         return per_token_loss(objective, student, teacher)
     check_same_distribution(student, teacher)
     assert student.values.shape == teacher.values.shape  # supports.align_teacher ensures it
-    values, tail = student.values, student.lse_outside
-    with torch.no_grad():
-        stop_gradient, bucket = options
-        result = epilogues.reverse_kl(
-            values,
-            tail,
-            teacher.values,
-            teacher.lse_outside,
-            stop_gradient=stop_gradient,
-            bucket=bucket,
-        )
+    values, tail, (stop_gradient, bucket) = student.values, student.lse_outside, options
+    models = (values.detach(), tail.detach(), teacher.values, teacher.lse_outside)
+    result = epilogues.reverse_kl(*models, stop_gradient=stop_gradient, bucket=bucket)
     return _KnownGradient.apply(values, tail, *result)
 
 
@@ -100,6 +92,13 @@ def per_token_loss(objective: Objective, student: SparseLogits, teacher: SparseL
             "student in it, or call distillation_loss under torch.no_grad() to measure only"
         )
     return loss
+
+
+def weighted_sum(per_token: Tensor, weights: Tensor | None) -> Tensor:
+    """sum_n weights_n * per_token_n; a token of weight 0 adds 0, also where its loss is NaN."""
+    if weights is None:
+        return per_token.sum()
+    return (per_token * weights).masked_fill(weights == 0, 0.0).sum()
 
 
 def reverse_kl_options(objective: Objective) -> tuple[bool, bool] | None:

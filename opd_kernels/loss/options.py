@@ -28,16 +28,15 @@ class LossOptions:
     chunk_bytes: int | None
     backend: str
     gradient_filter: float | None
-
-    @property
-    def is_full(self) -> bool:
-        """Whether S is the whole vocabulary."""
-        return isinstance(self.support, str) and self.support == "full"
+    full: bool  # whether S is the whole vocabulary
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """The tokens of a loss: flat operands of both models, checked and on one vocabulary."""
+    """The tokens of a loss: flat operands of both models, checked and on one vocabulary.
+
+    The teacher has no gradient.
+    """
 
     student: FlatLogits
     teacher: FlatLogits | SparseLogits

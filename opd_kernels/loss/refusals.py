@@ -14,11 +14,10 @@ from opd_kernels.checks import (
     check_number,
     got,
 )
-from opd_kernels.divergences import check_same_distribution
 from opd_kernels.lazy_logits import LazyLogits
 from opd_kernels.loss.objective import jsd_beta
 from opd_kernels.loss.options import LossOptions, Missing, Support
-from opd_kernels.sparse_logits import SparseLogits
+from opd_kernels.sparse_logits import SparseLogits, check_same_distribution
 
 _CHOICES = {
     "reduction": ("mean", "sum", "none"),
@@ -41,7 +40,7 @@ def check_loss(
     check_flags(entropy=options.entropy, compact=options.compact)
     check_execution(options.chunk_bytes, options.backend)
     _check_gradient_filter(options)
-    if options.is_full and isinstance(teacher, SparseLogits):
+    if options.full and isinstance(teacher, SparseLogits):
         raise ValueError(
             "support: 'full' needs the teacher's whole distribution, got a server's SparseLogits; "
             "use support='teacher' with tail='bucket'"
@@ -51,7 +50,7 @@ def check_loss(
     if token_weights is not None:
         _check_token_weights(token_weights, student)
     _check_denominator(denominator, options.reduction)
-    if options.is_full:
+    if options.full:
         assert isinstance(teacher, LazyLogits)
         _check_shards(student, teacher, options)
 
@@ -119,7 +118,7 @@ def _check_gradient_filter(options: LossOptions) -> None:
             "gradient_filter: only one_pass can filter, got "
             f"method={options.method!r}, reduction={options.reduction!r}; drop one"
         )
-    if options.is_full:
+    if options.full:
         raise ValueError(
             "gradient_filter: support='full' has no entries outside S to leave out; drop one"
         )

@@ -57,7 +57,6 @@ def source_of(logits: FlatLogits | SparseLogits, options: LossOptions) -> Recomp
     return Recomputed(logits, options)
 
 
-@torch.no_grad()
 def select_support(
     student: Source, teacher: Source, support: str | Tensor, k: int
 ) -> tuple[int | Tensor, SparseLogits | None]:
@@ -72,7 +71,8 @@ def select_support(
         answer = teacher.reduce(k)
         return answer.ids, answer
     if support == "union":
-        return torch.cat([student.reduce(k).ids, teacher.reduce(k).ids], dim=-1), None
+        with torch.no_grad():  # of the student's pass only the ids are wanted
+            return torch.cat([student.reduce(k).ids, teacher.reduce(k).ids], dim=-1), None
     return k, None
 
 
@@ -83,7 +83,7 @@ def align_teacher(
     support: str | Tensor,
     options: LossOptions,
 ) -> tuple[SparseLogits, SparseLogits]:
-    """Student and teacher on the same ids; the teacher without gradient.
+    """Student and teacher on the same ids.
 
     Args:
         student: reduced to what select_support says.
@@ -97,11 +97,10 @@ def align_teacher(
     """
     in_both = isinstance(support, str) and support == "intersection"
     if answer is None:
-        with torch.no_grad():
-            if in_both:
-                answer = teacher.reduce(options.k).at(student.ids)
-            else:
-                answer = teacher.reduce(student.ids)
+        if in_both:
+            answer = teacher.reduce(options.k).at(student.ids)
+        else:
+            answer = teacher.reduce(student.ids)
     if in_both:
         student = student.keep(answer.values != -torch.inf)
     if isinstance(teacher, Served):

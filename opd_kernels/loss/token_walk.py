@@ -26,7 +26,7 @@ from opd_kernels.linear.pages import empty_chunk
 from opd_kernels.linear.plan import one_pass_rows
 from opd_kernels.loss.full_support import ChunkPair
 from opd_kernels.loss.gradients import GradientSums
-from opd_kernels.loss.objective import loss_on_support
+from opd_kernels.loss.objective import loss_on_support, weighted_sum
 from opd_kernels.loss.options import TokenBatch
 from opd_kernels.loss.supports import align_teacher, select_support, source_of
 from opd_kernels.sparse_logits import SparseLogits, canonical_ids
@@ -122,13 +122,6 @@ def recomputed_full_loss(batch: TokenBatch) -> tuple[Tensor, WalkResult]:
     return RecomputedFullLoss.apply(student.hidden, student.head.weight, student.head.bias, batch)
 
 
-def weighted_sum(per_token: Tensor, weights: Tensor | None) -> Tensor:
-    """sum_n weights_n * per_token_n; a token of weight 0 adds 0, also where its loss is NaN."""
-    if weights is None:
-        return per_token.sum()
-    return (per_token * weights).masked_fill(weights == 0, 0.0).sum()
-
-
 def walk(batch: TokenBatch, upstream: Tensor | None, needs: Needs) -> WalkResult:
     """The loss of each token and, given dL/dper_token [N] upstream, the gradients."""
     walker = _TokenWalk(batch, upstream, needs)
@@ -205,7 +198,7 @@ class _TokenWalk:
             scale = products.float16_loss_scale(operand, head, 0, upstream)
             if scale is not None:
                 self.sums.loss_scale, self.upstream = scale, upstream / scale
-        if options.is_full:
+        if options.full:
             assert isinstance(batch.teacher, FlatLogits)  # refusals.py refuses a server here
             self.teacher = batch.teacher
             weight = self.teacher.head.weight
@@ -224,7 +217,7 @@ class _TokenWalk:
         head, raw = student.head, self.logits[: rows.stop - rows.start]
         products.project(self.hidden[rows], head.weight[: head.vocab_size], raw)
         source = _ChunkSource(Chunk(raw, head), student, self.epilogues, options.entropy)
-        return (self._full if options.is_full else self._on_support)(rows, source)
+        return (self._full if options.full else self._on_support)(rows, source)
 
     def _on_support(
         self, rows: slice, source: _ChunkSource
