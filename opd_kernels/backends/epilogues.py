@@ -168,8 +168,7 @@ class Epilogues:
         Returns:
             The loss [n], and its gradient with respect to values [n, K] and tail [n].
         """
-        log_p = torch.cat([values, tail[:, None]], dim=1).log_softmax(1)
-        log_q = torch.cat([teacher_values, teacher_tail[:, None]], dim=1).log_softmax(1)
+        log_p, log_q = _log_probs(values, tail), _log_probs(teacher_values, teacher_tail)
         p = log_p.exp()
         nothing = p == 0  # such a slot costs nothing, whatever its logarithms are
         c = (log_p - log_q).masked_fill_(nothing, 0.0)
@@ -222,6 +221,17 @@ def row_blocks(raw: Tensor) -> Iterator[slice]:
     rows = max(1, _BLOCK_ELEMENTS // max(1, raw.shape[1]))
     for first in range(0, raw.shape[0], rows):
         yield slice(first, min(first + rows, raw.shape[0]))
+
+
+def _log_probs(values: Tensor, tail: Tensor) -> Tensor:
+    """Log-probabilities [n, K + 1] of values [n, K] and tail [n], relative to the row's largest.
+
+    log_softmax sums 1,025 terms less exactly: the loss had more than twice the rms error.
+    """
+    z = torch.cat([values, tail[:, None]], dim=1)
+    peak = z.amax(1, keepdim=True)
+    z -= peak.masked_fill_(peak == -torch.inf, 0.0)
+    return z - z.logsumexp(1, keepdim=True)
 
 
 def _expectation(weight: Tensor, term: Tensor) -> Tensor:

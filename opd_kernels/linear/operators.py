@@ -58,7 +58,7 @@ class FlatLogits:
         """
         hidden = hidden.reshape(-1, hidden.shape[-1])
         device_type = hidden.device.type
-        if torch.is_autocast_enabled(device_type):
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
             if accumulator_dtype(hidden, head.weight) != torch.float64:
                 bias = None if head.bias is None else head.bias.to(dtype)
@@ -157,14 +157,22 @@ _OPTIONS = "bool entropy, SymInt? chunk_bytes, str backend"
 _FORWARD = f"Tensor hidden, {Head.SCHEMA}"
 
 
-def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as an operator of this package for every device, without autocast."""
+def _operator(
+    name: str, schema: str, hidden: int = 0
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as an operator of this package for every device, without autocast.
+
+    Args:
+        name: of the operator.
+        schema: of the operator.
+        hidden: the position of the hidden states among its arguments.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def implementation(*arguments: Any) -> Any:
-            device_type = next(t for t in arguments if isinstance(t, Tensor)).device.type
-            if not torch.is_autocast_enabled(device_type):
+            device_type = arguments[hidden].device.type
+            if device_type == "meta" or not torch.is_autocast_enabled(device_type):
                 return function(*arguments)
             with torch.autocast(device_type, enabled=False):
                 return function(*arguments)
@@ -219,6 +227,7 @@ def _reduce(
     "linear_backward",
     f"(Tensor? dvalues, Tensor? dtail, {_FORWARD}, Tensor ids, Tensor values, Tensor tail, "
     "bool[] needs, SymInt? chunk_bytes, str backend) -> (Tensor, Tensor, Tensor)",
+    hidden=2,
 )
 def _linear_backward(
     dvalues: Tensor | None, dtail: Tensor | None, hidden: Tensor, *arguments: Any
@@ -326,6 +335,14 @@ def _gradients(ctx: Any, dvalues: Tensor | None, dtail: Tensor | None) -> tuple[
     return (*wanted, *[None] * (len(ctx.needs_input_grad) - len(needs)))
 
 
+def _no_second_backward(ctx: Any, *gradients: Any) -> None:
+    raise RuntimeError(
+        "opd_kernels::linear_backward has no autograd formula: these losses can be differentiated "
+        "once; compute a gradient penalty from materialize()"
+    )
+
+
+torch.library.register_autograd("opd_kernels::linear_backward", _no_second_backward)
 torch.library.register_autograd(
     "opd_kernels::linear_topk", _backward_topk, setup_context=_save_topk
 )

@@ -75,6 +75,10 @@ def add_hidden_gradient_(dhidden: Tensor, dlogits: Tensor, weight: Tensor) -> No
     """dhidden [n, D] += dlogits [n, v] @ weight [v, D]; dlogits has the operand dtype."""
     if dlogits.dtype != dhidden.dtype:
         _add_product_(dhidden, dlogits, weight)
+    elif dlogits.shape[0] == 1 and weight.dtype == dlogits.dtype:
+        # MKL divides the sum of a single row among threads. Slices that are added one after the
+        # other had 1.4 (2 threads) to 2.6 times (8 threads) its rms error.
+        dhidden.addmm_(dlogits, weight)
     elif _extension_takes(dhidden, weight, dlogits):
         extension.add_hidden_gradient_(dhidden, dlogits, weight, SLICE_ROWS)
     else:

@@ -127,12 +127,12 @@ def test_opcheck(dtype, with_bias):
     logits = make_logits(tokens=5, dim=3, vocab=13, dtype=dtype, with_bias=with_bias)
     head = (logits.hidden, logits.weight, logits.bias)
     scalars = (logits.softcap, logits.scale, logits.temperature, logits.vocab_size)
-    torch.library.opcheck(linear_topk, (*head, 4, *scalars, True, None, "torch"))
-    torch.library.opcheck(linear_topk, (*head, 4, *scalars, False, 64, "torch"))
+    torch.library.opcheck(linear_topk, (*head, *scalars, 4, True, None, "torch"))
+    torch.library.opcheck(linear_topk, (*head, *scalars, 4, False, 64, "torch"))
     ids = random_ids(logits, 4)
-    torch.library.opcheck(linear_gather, (*head, ids, *scalars, True, True, None, "torch"))
-    torch.library.opcheck(linear_gather, (*head, ids, *scalars, True, False, None, "torch"))
-    torch.library.opcheck(linear_gather, (*head, ids, *scalars, False, False, None, "torch"))
+    torch.library.opcheck(linear_gather, (*head, *scalars, ids, True, True, None, "torch"))
+    torch.library.opcheck(linear_gather, (*head, *scalars, ids, True, False, None, "torch"))
+    torch.library.opcheck(linear_gather, (*head, *scalars, ids, False, False, None, "torch"))
 
 
 @pytest.mark.parametrize("operand", [0, 1, 2])
@@ -143,11 +143,11 @@ def test_backward_computes_what_is_needed_only(with_bias, with_tail, operand):
     head = (logits.hidden, logits.weight, logits.bias)
     scalars = (logits.softcap, logits.scale, logits.temperature, logits.vocab_size)
     ids = random_ids(logits, 4)
-    values, tail, _ = linear_gather(*head, ids, *scalars, with_tail, False, None, "torch")
+    values, tail, _ = linear_gather(*head, *scalars, ids, with_tail, False, None, "torch")
     upstream = (torch.randn_like(values), torch.randn_like(tail) if with_tail else None)
     results = []
-    for needs in ((True, True, True), [number == operand for number in range(3)]):
-        arguments = (*upstream, *head, ids, values, tail, *scalars, *needs, None, "torch")
+    for needs in ([True, True, True], [number == operand for number in range(3)]):
+        arguments = (*upstream, *head, *scalars, ids, values, tail, needs, None, "torch")
         torch.library.opcheck(linear_backward, arguments)
         results.append(linear_backward(*arguments))
     for number, (everything, one) in enumerate(zip(*results, strict=True)):
