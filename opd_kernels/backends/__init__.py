@@ -12,7 +12,7 @@ from torch.cuda import is_available as has_gpu
 from opd_kernels.backends import cpu, cuda
 from opd_kernels.backends.epilogues import Epilogues
 
-__all__ = ["available_backends", "select_backend"]
+__all__ = ["available_backends", "resolve_backend", "select_backend"]
 
 # What "auto" prefers among the installed backends. No report of `make gpu` has shown "cuda" to be
 # faster than "triton" yet.
@@ -45,10 +45,20 @@ def available_backends() -> list[str]:
     return sorted(_backends())
 
 
-def select_backend(name: str, device: device_type) -> Epilogues:
-    """Return the backend of that name for a device.
+def resolve_backend(name: str, device: device_type) -> str:
+    """Return the name that "auto" stands for: OPD_BACKEND, else the fastest one for the device."""
+    if name == "auto":
+        name = os.environ.get("OPD_BACKEND", "auto")
+    if name != "auto":
+        return name
+    for candidate in _FASTEST.get(device.type, ()):
+        if candidate in _backends() and reaches(candidate, device):
+            return candidate
+    return "torch"
 
-    "auto" takes OPD_BACKEND where it is set, else the fastest one for the device.
+
+def select_backend(name: str, device: device_type) -> Epilogues:
+    """Return the backend of that name for a device; "auto" as in resolve_backend.
 
     Raises:
         TypeError: the device is not a torch.device.
@@ -59,13 +69,8 @@ def select_backend(name: str, device: device_type) -> Epilogues:
             f"device: expected a torch.device, got {device!r}; pass the device of a tensor"
         )
     if name == "auto":
-        name = os.environ.get("OPD_BACKEND", "auto")
+        name = resolve_backend(name, device)
     backends = _backends()
-    if name == "auto":
-        for candidate in _FASTEST.get(device.type, ()):
-            if candidate in backends and reaches(candidate, device):
-                return backends[candidate]
-        return backends["torch"]
     is_known = isinstance(name, str) and name in backends
     if is_known and not reaches(name, device):
         raise ValueError(

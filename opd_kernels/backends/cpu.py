@@ -51,4 +51,5 @@ class CpuEpilogues(Epilogues):
 def _head(chunk: Chunk) -> tuple[Tensor | None, float | None, float, float]:
     """bias [v] of the chunk's columns, in its dtype, softcap, scale and temperature."""
     head = chunk.head
-    return chunk.bias(chunk.raw.dtype), head.softcap, head.scale, head.temperature
+    bias = None if head.bias is None else chunk.bias(chunk.raw.dtype)
+    return bias, head.softcap, head.scale, head.temperature

@@ -6,6 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from opd_kernels.backends import resolve_backend
 from opd_kernels.backends.records import accumulator_dtype
 from opd_kernels.divergences import reverse_kl
 from opd_kernels.lazy_logits import LazyLogits
@@ -84,6 +85,8 @@ def distillation_loss(
         gradient_filter, full=isinstance(support, str) and support == "full",
     )  # fmt: skip
     check_loss(student, teacher, options, token_weights, denominator)
+    if backend == "auto" and not torch.compiler.is_compiling():
+        options = replace(options, backend=resolve_backend(backend, student.hidden.device))
     batch, kept = _batch_of(student, teacher, options, token_weights)
     if reduction == "mean":
         denominator = _denominator_of(batch, denominator)
