@@ -1,4 +1,4 @@
-"""Where a kernel is launched, and what that device can do."""
+"""The device that a kernel is launched on, and its compute capability."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager:
-    """A launch goes to the current device, which need not be the tensor's."""
+    """Make the tensor's device the current one: a launch goes to the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""A gradient of logits that is zero nearly everywhere, and its products with weight and hidden."""
+"""SparseRows: a gradient of logits that is zero nearly everywhere, and its matrix products."""
 
 import warnings
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ _BLOCK_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class SparseRows:
-    """Entries of an [n, V] matrix in the order of their rows."""
+    """The entries of an [n, V] matrix, sorted by row."""
 
     rows: Tensor  # [E] int64, ascending
     columns: Tensor  # [E] int64
@@ -20,7 +20,7 @@ class SparseRows:
 
     @classmethod
     def of_support(cls, ids: Tensor, values: Tensor) -> "SparseRows":
-        """values [n, K] at ids [n, K]; a slot of a negative id is empty."""
+        """Take values [n, K] at ids [n, K]; a slot with a negative id is empty."""
         rows, slots = (ids >= 0).nonzero(as_tuple=True)
         return cls(rows, ids[rows, slots], values[rows, slots])
 
@@ -30,7 +30,7 @@ class SparseRows:
 
     def add_to_weight_(self, dweight: Tensor, hidden: Tensor) -> None:
         """dweight [V, D] += self.T @ hidden [n, D]."""
-        # Stable, so that every row of dweight is summed in the order of the tokens.
+        # The stable sort adds to every row of dweight in the order of the tokens.
         columns, order = self.columns.sort(stable=True)
         _accumulate_(dweight, columns, self.rows[order], self.values[order], hidden)
 
@@ -44,14 +44,14 @@ def _accumulate_(out: Tensor, rows: Tensor, columns: Tensor, values: Tensor, den
     if values.numel() == 0:
         return
     has_product = out.device.type == "cpu" and torch.backends.mkl.is_available()
-    # MKL's product goes through all of out, so it pays where most rows of out are written.
+    # MKL's product passes over all of out, so it pays if most rows of out are written.
     if has_product and dense.dtype == out.dtype and out.shape[0] <= 4 * values.shape[0]:
         torch.addmm(
             out, _csr(rows, columns, values, (out.shape[0], dense.shape[0])), dense, out=out
         )
         return
     for block in _blocks(values, dense.shape[1]):
-        # Without a name, by which one block would live until the next is there.
+        # No name for the product: it would keep one block alive until the next one is there.
         _add_rows_(out, rows[block], dense[columns[block]].to(out.dtype).mul_(values[block, None]))
 
 
@@ -74,5 +74,5 @@ def _add_rows_(out: Tensor, ids: Tensor, rows: Tensor) -> None:
     if out.device.type == "cpu":
         out.index_add_(0, ids, rows)
     else:
-        # On CUDA index_add_ uses atomics, an accumulating index_put_ sorts.
+        # On CUDA index_add_ uses atomics; an accumulating index_put_ sorts, so it is repeatable.
         out.index_put_((ids,), rows, accumulate=True)

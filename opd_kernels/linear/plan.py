@@ -1,10 +1,10 @@
-"""How much of the logits lives at a time, and which order is cheaper so.
+"""The sizes of chunks of logits within a memory budget, and the order that is cheaper with them.
 
-In the one-pass order every token chunk reads and writes the whole [V, D] gradient of the weight, so
-a chunk is as large as the budget allows; where that is too small, recomputing the logits is cheaper
-by the cost model. In the recompute order a chunk is to stay in the cache between the kernels that
-use it, but every vocabulary chunk reads and writes the [N, D] gradient of the hidden states, so it
-holds MIN_COLUMNS at least. The measurements are in docs/log.md.
+In the one_pass order every token chunk reads and writes the whole [V, D] gradient of the weight, so
+a chunk is as large as the budget allows. Where that is too small, recomputing the logits is cheaper
+by the cost model. In the recompute order a chunk should stay in the cache between the kernels that
+use it. Every vocabulary chunk reads and writes the [N, D] gradient of the hidden states, so a chunk
+has at least MIN_COLUMNS columns. The measurements are in docs/log.md.
 """
 
 from collections.abc import Iterator
@@ -29,18 +29,18 @@ from opd_kernels.linear.pages import ALIGNMENT, aligned
 MIN_COLUMNS = 4096
 _MIB = 1 << 20
 _LEAST_CHUNK = 24 * _MIB
-# Bytes of logits that may live at a time, unless the user sets chunk_bytes.
+# The most bytes of logits at a time, unless the user sets chunk_bytes.
 _CPU_BUDGET, _GPU_BUDGET = 192 * _MIB, 1536 * _MIB
 
 
 def _even_size(total: int, most: int) -> int:
-    """The size of equal pieces of `total`, none over `most`."""
+    """The size of the pieces when `total` is divided evenly into pieces of at most `most`."""
     pieces = -(-total // max(1, most))
     return -(-total // max(1, pieces))
 
 
 def budget_of(device: torch.device, chunk_bytes: int | None) -> int:
-    """Bytes of logits that may live at a time: the user's, or the device's default."""
+    """The most bytes of logits at a time: chunk_bytes, or the device's default."""
     if chunk_bytes is None:
         return _CPU_BUDGET if device.type == "cpu" else _GPU_BUDGET
     return chunk_bytes
@@ -56,12 +56,12 @@ def recompute_sizes(
 
 
 def _near(machine: Machine, budget: int) -> int:
-    """Bytes of a recompute chunk: within the cache, but enough rows to pay for dweight's sum."""
+    """Bytes of a recompute chunk: it fits the cache, but has rows enough to pay for dweight's sum."""
     return min(budget, max(machine.cache, _LEAST_CHUNK))
 
 
 def _recompute_sizes(tokens: int, vocab: int, budget: int) -> tuple[int, int]:
-    """Within a budget of so many logits."""
+    """Rows and columns of a recompute chunk of at most `budget` logits."""
     most = max(MIN_COLUMNS, budget // max(tokens, 1) // ALIGNMENT * ALIGNMENT)
     columns = min(vocab, aligned(_even_size(vocab, most)))
     rows = _even_size(tokens, max(1, budget // columns))
@@ -72,12 +72,12 @@ def _recompute_sizes(tokens: int, vocab: int, budget: int) -> tuple[int, int]:
 def one_pass_rows(
     tokens: int, vocab: int, bytes_a_logit: int, device: torch.device, chunk_bytes: int | None
 ) -> int:
-    """Rows of a logits chunk in the one-pass order: as many as the budget holds, or one."""
+    """Rows of a logits chunk in the one_pass order: as many as the budget holds, at least one."""
     return rows_within(tokens, vocab, budget_of(device, chunk_bytes) // bytes_a_logit)
 
 
 def rows_within(tokens: int, vocab: int, budget: int) -> int:
-    """Rows of a one-pass chunk within a budget of so many logits."""
+    """Rows of a one_pass chunk of at most `budget` logits."""
     return _even_size(tokens, budget // aligned(vocab))
 
 
@@ -89,7 +89,8 @@ def prefers_one_pass(
     if shape.tokens == 0:
         return True
     machine = Machine.of(device, shape.operand_bytes)
-    # The number of tokens may be another in every step, and to count kernels takes milliseconds.
+    # Counting kernels takes milliseconds and the number of tokens changes from step to step, so
+    # the result is cached for a rounded number of tokens.
     rounding = 1 << max(0, shape.tokens.bit_length() - 4)
     rounded = replace(shape, tokens=-(-shape.tokens // rounding) * rounding)
     return cheaper_order(rounded, machine, budget_of(device, chunk_bytes), fused) == "one_pass"
@@ -97,7 +98,7 @@ def prefers_one_pass(
 
 @cache
 def cheaper_order(shape: Shape, machine: Machine, budget: int, fused: bool) -> str:
-    """The order in which the student's kernels take less, by the cost model."""
+    """The order in which the student's kernels take less time by the cost model."""
     orders = orders_of(shape, machine, budget, fused)
     return min(orders, key=lambda order: seconds(orders[order], machine))
 
@@ -105,7 +106,7 @@ def cheaper_order(shape: Shape, machine: Machine, budget: int, fused: bool) -> s
 def recompute_chunks(
     shape: Shape, machine: Machine, budget: int, fused: bool
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Rows and columns of a chunk of the recompute order's forward and of its backward pass."""
+    """Rows and columns of a recompute chunk, for the forward and for the backward pass."""
     near = _near(machine, budget)
     bytes_a_logit = shape.operand_bytes if fused else shape.bytes_a_logit
     extent = (shape.tokens, shape.vocab)
@@ -118,8 +119,9 @@ def recompute_chunks(
 def orders_of(
     shape: Shape, machine: Machine, budget: int, fused: bool, teacher: Shape | None = None
 ) -> dict[str, Iterator[Kernel]]:
-    """The kernels of student and teacher in both orders, in the chunks that a budget of bytes
-    holds; a teacher that gathers at the student's ids, or none.
+    """The kernels of student and teacher in both orders, in chunks of at most `budget` bytes.
+
+    The teacher, if there is one, gathers at the student's ids.
     """
     rows = rows_within(shape.tokens, shape.vocab, budget // shape.bytes_a_logit)
     forward, backward = recompute_chunks(shape, machine, budget, fused)
