@@ -56,7 +56,7 @@ def recompute_sizes(
 
 
 def _near(machine: Machine, budget: int) -> int:
-    """Bytes of a recompute chunk: it fits the cache, but has rows enough to pay for dweight's sum."""
+    """Bytes of a recompute chunk: it fits the cache, but has enough rows to pay for dweight."""
     return min(budget, max(machine.cache, _LEAST_CHUNK))
 
 
