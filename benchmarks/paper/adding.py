@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from paper.models import write_random_model
-from paper.runs import Laboratory, Line, Run, curve
-from paper.sums import Style, sums
+from benchmarks.paper.models import write_random_model
+from benchmarks.paper.runs import Laboratory, Line, Run, curve
+from benchmarks.paper.sums import Style, sums
 
 PLAIN: tuple[Style, ...] = ("plain",)
 RESTATED: tuple[Style, ...] = ("restated",)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from paper.adding import Adding
-from paper.figures import level, panels, points, save
-from paper.page import Claim, Finding, falls, spread, table
-from paper.runs import Laboratory, Line, by_seed, last
+from benchmarks.paper.adding import Adding
+from benchmarks.paper.figures import level, panels, points, save
+from benchmarks.paper.page import Claim, Finding, falls, spread, table
+from benchmarks.paper.runs import Laboratory, Line, by_seed, last
 
 TRAINED = (30, 45, 60)  # batches of SFT that the students have seen
 

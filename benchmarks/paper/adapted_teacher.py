@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from paper.adding import PLAIN, RESTATED, Adding, nearest
-from paper.figures import band, level, panels, save
-from paper.page import Claim, Finding, falls, rises, spread, table
-from paper.runs import Laboratory, Line, Run, by_seed, first, last
+from benchmarks.paper.adding import PLAIN, RESTATED, Adding, nearest
+from benchmarks.paper.figures import band, level, panels, save
+from benchmarks.paper.page import Claim, Finding, falls, rises, spread, table
+from benchmarks.paper.runs import Laboratory, Line, Run, by_seed, first, last
 
 TRAINED = 60  # batches of SFT that the student has seen
 REINFORCED, ALIKE, OTHER = "the student after RLVR", "larger, same format", "larger, other format"

@@ -7,11 +7,11 @@ from statistics import fmean
 
 import torch
 
-from paper.adding import RESTATED, Adding
-from paper.figures import band, level, panels, save
-from paper.page import Claim, Finding, falls, rises, spread, table
-from paper.runs import Laboratory, Line, Run, by_seed, first, last
-from paper.sums import DIGITS
+from benchmarks.paper.adding import RESTATED, Adding
+from benchmarks.paper.figures import band, level, panels, save
+from benchmarks.paper.page import Claim, Finding, falls, rises, spread, table
+from benchmarks.paper.runs import Laboratory, Line, Run, by_seed, first, last
+from benchmarks.paper.sums import DIGITS
 from trainer.__main__ import load
 from trainer.models import eval_mode, load_model
 from trainer.teacher import on_students, token_ids

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from paper.biased_gradient_figure import draw
-from paper.counting import (
+from benchmarks.paper.biased_gradient_figure import draw
+from benchmarks.paper.counting import (
     BIASED,
     BUCKET,
     FULL,
@@ -26,8 +26,8 @@ from paper.counting import (
     Objective,
     best_rate,
 )
-from paper.page import Claim, Finding, falls, rises, spread, table
-from paper.runs import Laboratory, Line, Run, by_seed, first, last
+from benchmarks.paper.page import Claim, Finding, falls, rises, spread, table
+from benchmarks.paper.runs import Laboratory, Line, Run, by_seed, first, last
 
 Lines = list[Line]
 DRIFTING = ((BUCKET, 20), (FULL, 20), (STOPPED, 20), (BUCKET, 5), (STOPPED, 5))

@@ -6,7 +6,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from paper.tasks import LETTERS
+from benchmarks.paper.tasks import LETTERS
 
 # A system message stands behind "<", the user's behind ">", and the answer behind "=".
 CHAT = (

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from paper.models import write_random_model
-from paper.runs import RECIPES, Laboratory, Line, Run, last
-from paper.tasks import Language, Row, alternating, mixed, shuffled
+from benchmarks.paper.models import write_random_model
+from benchmarks.paper.runs import RECIPES, Laboratory, Line, Run, last
+from benchmarks.paper.tasks import Language, Row, alternating, mixed, shuffled
 
 Rows = Callable[[], list[Row]]
 SUPPORTS = (1, 3, 5, 20)  # K

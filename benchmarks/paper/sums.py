@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from paper.tasks import LETTERS, Row
+from benchmarks.paper.tasks import LETTERS, Row
 
 DIGITS, LARGEST = 6, 3  # of a prompt
 Style = Literal["plain", "restated"]

@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from paper.runs import Line, curve
+from benchmarks.paper.runs import Line, curve
 
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from paper.counting import BIASED, BUCKET, STOPPED, Counting
-from paper.page import Claim, Finding, apart, spread, write_page
-from paper.runs import Laboratory, curve, first, last
-from paper.self_distillation import FORWARD, REVERSE, closed_forms, compare, measure
-from paper.tasks import LETTERS, Language, counts_on, follows_rule, shuffled, with_rules
+from benchmarks.paper.counting import BIASED, BUCKET, STOPPED, Counting
+from benchmarks.paper.page import Claim, Finding, apart, spread, write_page
+from benchmarks.paper.runs import Laboratory, curve, first, last
+from benchmarks.paper.self_distillation import FORWARD, REVERSE, closed_forms, compare, measure
+from benchmarks.paper.tasks import LETTERS, Language, counts_on, follows_rule, shuffled, with_rules
 
 
 def test_a_biased_gradient_collapses_the_student_and_stop_gradient_does_not(tmp_path):

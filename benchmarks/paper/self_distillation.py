@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paper.figures import band, level, panels, points, save
-from paper.models import write_random_model
-from paper.page import Claim, Finding, apart, falls, rises, spread, table
-from paper.runs import Laboratory, Line, Run, by_seed, first, last
-from paper.tasks import RULES, instructed, with_rules
+from benchmarks.paper.figures import band, level, panels, points, save
+from benchmarks.paper.models import write_random_model
+from benchmarks.paper.page import Claim, Finding, apart, falls, rises, spread, table
+from benchmarks.paper.runs import Laboratory, Line, Run, by_seed, first, last
+from benchmarks.paper.tasks import RULES, instructed, with_rules
 from trainer.__main__ import load
 from trainer.models import eval_mode, load_model
 from trainer.teacher import on_students

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from matplotlib.axes import Axes
 
-from paper.counting import (
+from benchmarks.paper.counting import (
     BIASED,
     BUCKET,
     FULL,
@@ -21,8 +21,8 @@ from paper.counting import (
     TEMPERATURES,
     Measured,
 )
-from paper.figures import band, level, panels, points, save
-from paper.runs import by_seed, first, last
+from benchmarks.paper.figures import band, level, panels, points, save
+from benchmarks.paper.runs import by_seed, first, last
 
 COLORS = {
     BIASED.name: "tab:red", STOPPED.name: "tab:blue", RENORMALIZED.name: "tab:cyan",
