@@ -156,8 +156,8 @@ def test_one_pass(recorder, tokens):
     ids = torch.empty(tokens, K, dtype=torch.int64, device="meta")
     rows = torch.empty(tokens, K, device="meta")
     teacher = SparseLogits(rows, ids, rows[:, 0], VOCAB)  # a served one: no kernel of its own
-    plan = (K, "student", reverse_kl, "drop", False, None, "triton", None)
-    options = LossOptions(*plan, student.shape[-1])
+    fields = (K, "student", reverse_kl, "drop", False, None, "triton", None)
+    options = LossOptions(*fields, student.shape[-1])
     with torch.no_grad(), recorder:
         result = walk(student, teacher, options, rows[:, 0], (True, True, False))
         result.gradients.scaled(torch.empty((), device="meta"), student)

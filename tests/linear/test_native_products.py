@@ -184,7 +184,7 @@ def test_without_an_accumulating_addmm(monkeypatch):
     monkeypatch.setattr(linear_products, "_ADDS_IN_PLACE", False)
     monkeypatch.setattr(linear_products, "_GPU_BYTES", 40)  # two rows at a time
     monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: (a @ b).to(out_dtype))
-    products._add_product_(total, a, b)
+    linear_products._add_product_(total, a, b)
     torch.testing.assert_close(total, 1 + a @ b)
 
 
@@ -192,7 +192,7 @@ def test_mixed_operands_are_upcast(backend):
     student, teacher = make_pair(torch.float32)
     hidden = student.hidden.detach().bfloat16().requires_grad_()
     mixed = replace(student, hidden=hidden)
-    assert products.operand_dtype(hidden, student.weight) == torch.float32
+    assert linear_products.operand_dtype(hidden, student.weight) == torch.float32
     loss = distillation_loss(mixed, teacher, k=K, backend=backend).loss
     expected = distillation_loss(replace(student, hidden=hidden.float()), teacher, k=K).loss
     torch.testing.assert_close(loss, expected)
