@@ -1,8 +1,8 @@
-"""Running totals: a scratchpad task whose answer, the last total, can be checked, in two formats.
+"""Running totals: a task with a checkable answer, the last total, in two formats.
 
-Of the digits 3 4 2 the totals are 3, 7 and 9, and a total is written as a letter. The plain
-scratchpad is the totals. The restated one says the digits again, then the totals in other letters,
-and then the answer as the plain one writes it.
+The running totals of the digits 3 4 2 are 3, 7 and 9; each is written as a letter. The plain format
+lists the totals. The restated format repeats the digits, lists the totals in other letters, and
+ends with the answer in the plain format's letter.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ import numpy as np
 
 from benchmarks.paper.tasks import LETTERS, Row
 
-DIGITS, LARGEST = 6, 3  # of a prompt
+DIGITS, LARGEST = 6, 3  # number of digits in a prompt, and the largest digit
 Style = Literal["plain", "restated"]
 _PLAIN, _OTHER = LETTERS[: DIGITS * LARGEST + 1], LETTERS[-DIGITS * LARGEST - 1 :]
 
 
 def write(digits: Sequence[int], style: Style) -> str:
-    """The completion of a prompt in a format."""
+    """Return the completion of a prompt in one format."""
     totals = np.cumsum(digits)
     if style == "plain":
         return "".join(_PLAIN[x] for x in totals)
@@ -27,17 +27,17 @@ def write(digits: Sequence[int], style: Style) -> str:
 
 
 def sums(count: int, seed: int, styles: Sequence[Style] = ()) -> list[Row]:
-    """Prompts with their answers; and completions, in each of the formats in turn."""
-    found = []
-    every = np.random.default_rng(seed).integers(0, LARGEST + 1, (count, DIGITS))
-    for number, digits in enumerate(every):
+    """Return rows with prompts and answers, and completions in the styles in turn."""
+    rows = []
+    prompts = np.random.default_rng(seed).integers(0, LARGEST + 1, (count, DIGITS))
+    for number, digits in enumerate(prompts):
         row = {"prompt": "".join(map(str, digits)), "answer": _PLAIN[digits.sum()]}
         if styles:
             row["completion"] = write(digits, styles[number % len(styles)])
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def answers(text: str, row: Row) -> float:
-    """A scorer: 1.0 where the completion ends with the answer."""
+    """Score 1.0 if the completion ends with the answer, else 0.0."""
     return float(text.endswith(row["answer"]))
