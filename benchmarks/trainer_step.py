@@ -32,6 +32,7 @@ CASES = {
 EXACT = ("trl", "ours_full")  # providers of the exact reverse KL
 # The trainers pad differently, so the float32 rounding of their matrix products differs.
 LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-3
+Gradients = dict[str, Tensor]  # by parameter name
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,6 @@ class Agreement:
                 f"{GRADIENT_BOUND}"
             )
         return self
-
-
-Gradients = dict[str, Tensor]  # by parameter name
 
 
 def agreement(losses: tuple[float, float], gradients: tuple[Gradients, Gradients]) -> Agreement:

@@ -108,8 +108,8 @@ def _memory(provider: Provider, inputs: Inputs) -> dict[str, int]:
     before, code = reset_peak(), status("RssFile")
     provider(inputs).backward()
     code = max(0, status("RssFile") - code)  # of libraries that the pass loaded
-    # A dweight with few non-zero rows is not resident as a whole, yet its full size is subtracted;
-    # the result is clamped at 0.
+    # The result could be negative: a dweight with few non-zero rows is not fully resident, but its
+    # full size is subtracted.
     return {"bytes": max(0, status("VmHWM") - code - before - _returned(inputs))}
 
 
