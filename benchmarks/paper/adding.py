@@ -11,7 +11,7 @@ from benchmarks.paper.sums import Style, sums
 
 PLAIN: tuple[Style, ...] = ("plain",)
 RESTATED: tuple[Style, ...] = ("restated",)
-_PROMPTS, _HELD_OUT = 1 << 20, 1 << 21  # seeds of prompts that no SFT data contains
+_PROMPTS, _HELD_OUT = 1 << 20, 1 << 21  # seeds apart from those of the models
 _HELD_OUT_PROMPTS = 512
 
 

@@ -16,7 +16,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 HIGH_RATE = 3e-3  # learning rate that shows the effect of the log-ratio within the steps
 TEMPERATURES = (1.0, 0.7, 0.5)
 HALF_TRAINED, TRAINED = 15, 200  # batches of SFT
-_HELD_OUT, _PROMPTS = 1 << 20, (1 << 20) + 1  # seeds of prompts that no SFT data contains
+_HELD_OUT, _PROMPTS = 1 << 20, (1 << 20) + 1  # seeds apart from those of the models
 
 
 @dataclass(frozen=True)
