@@ -25,10 +25,10 @@ demo: $(VENV)/installed
 	rm -rf runs/demo
 	$(BIN)/python -m trainer distill recipes/demo.yaml
 
-# The paper's claims on tiny models: writes docs/paper.md and its figures. Runs are kept in runs/paper, so that it can be stopped and
-# goes on.
+# Tests the paper's claims on tiny models and writes docs/paper.md with its figures. Finished runs are kept in runs/paper, so that an
+# interrupted command continues where it stopped.
 paper: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m paper
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.paper
 
 test: $(VENV)/installed lint
 	$(TEST_IN_PARALLEL) -m "not slow"
@@ -51,7 +51,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/bandit --quiet --severity-level medium --configfile pyproject.toml --recursive opd_kernels trainer paper benchmarks setup.py
+	$(BIN)/bandit --quiet --severity-level medium --configfile pyproject.toml --recursive opd_kernels trainer benchmarks setup.py
 
 # The C++ backend, and the emulated CUDA kernels, under the address and undefined-behaviour sanitizers, built apart from the installed
 # one. Python itself is not built with them, so their runtime is loaded first, and libstdc++ with it for its exceptions.

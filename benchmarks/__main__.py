@@ -1,4 +1,4 @@
-"""python -m benchmarks COMMAND: what the README's and the log's figures come from."""
+"""Measure the losses and compare them with peers; README.md and docs/ quote the results."""
 
 import argparse
 
@@ -17,7 +17,7 @@ from benchmarks import (
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in (
         compare,
         trainer_step,

@@ -1,7 +1,8 @@
-"""What the Triton and CUDA kernels compile to, without a GPU: registers, spills, instructions.
+"""Registers, spills and instructions of the compiled Triton and CUDA kernels; needs no GPU.
 
-Of Triton, every launch is recorded from the package's own epilogues at the shape of a real head,
-with each shipped configuration, plain and with every option; of csrc/cuda, every kernel.
+For Triton, launches are recorded from the package's own epilogues at the shape of a real head, with
+each shipped configuration, plain and with all options. For CUDA, every kernel of csrc/cuda is
+compiled.
 """
 
 import argparse
@@ -19,13 +20,14 @@ from tqdm import tqdm
 
 from benchmarks import cuda_code, launches, triton_code
 from benchmarks.machine_code import TARGETS, MachineCode
+from benchmarks.markdown import markdown_table
 from csrc.cuda import nvcc
 from opd_kernels.backends.triton import configs
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel of one case on one target."""
+    """One kernel, compiled from one case for one target."""
 
     backend: str
     case: str
@@ -65,17 +67,17 @@ CASES: dict[str, Callable[[], launches.Call]] = {
 }
 
 
-# A source of csrc/cuda by its name.
+# The sources of csrc/cuda, by name.
 SOURCES = {path.stem: path for path in nvcc.SOURCES}
 
 
 def audit_triton(case: str, target: str) -> list[Row]:
-    """Compile what one case launches for one target."""
+    """Compile the kernels that one case launches, for one target."""
     rows = []
     call = CASES[case]()
     with patch.object(configs, "capability", lambda device: TARGETS[target].capability):
-        made = triton_code.launches_of(call)
-    for launch in made:
+        recorded = triton_code.launches_of(call)
+    for launch in recorded:
         code = triton_code.compile_for(launch, TARGETS[target])
         rows.append(_row("triton", case, launch.kernel.fn.__name__, target, code))
     return rows
@@ -103,18 +105,12 @@ def audit(backend: str, subject: str, target: str) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown."""
-    columns = [
-        "backend",
-        "case",
-        "target",
-        "registers",
-        "spilled bytes",
-        "shared bytes",
-        "resident warps",
-    ]
-    columns += ["instructions", "loads", "of 16 bytes", "stores", "of 16 bytes", "exp", "tensor"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    """Return a Markdown table with one line per row."""
+    header = (
+        "backend", "case", "target", "registers", "spilled bytes", "shared bytes", "resident warps",
+        "instructions", "loads", "16-byte loads", "stores", "16-byte stores", "exp", "tensor",
+    )  # fmt: skip
+    lines = []
     for row in rows:
         code = row.code
         tensor = code.count(TARGETS[row.target].tensor_instruction)
@@ -123,15 +119,16 @@ def table(rows: list[Row]) -> str:
             counts += [code.count(name), code.count(name, "128")]
         counts += [code.count("MUFU"), tensor]
         resources = [code.registers, code.spilled_bytes, code.shared_bytes, row.resident_warps]
-        cells = [row.backend, row.case, row.target, *map(str, resources + counts)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([row.backend, row.case, row.target, *map(str, resources + counts)])
+    return markdown_table(header, lines)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("audit", help="what the kernels compile to, without a GPU")
+    parser = commands.add_parser(
+        "audit", help="registers, spills and instructions of the kernels, without a GPU"
+    )
     parser.add_argument("--backends", nargs="+", choices=AUDITS, default=list(AUDITS))
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="Triton's")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="for Triton")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/audit"))
@@ -139,9 +136,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Print a Markdown table; write it, and the figures as JSON."""
+    """Print a Markdown table; write it, and its rows as JSON."""
     if configs.INTERPRETED:
-        sys.exit("audit: TRITON_INTERPRET is set, so that kernels are not compiled; unset it")
+        sys.exit("audit: TRITON_INTERPRET is set, so Triton compiles no kernels; unset it")
     subjects = {"triton": arguments.cases, "cuda": SOURCES}
     work = [
         (backend, subject, target)

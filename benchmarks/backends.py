@@ -1,12 +1,11 @@
-"""The epilogues of the backends for GPUs side by side, each on a chunk at the size of a real head.
+"""Time of each epilogue on every backend that runs on a GPU, on a chunk of a real head's size.
 
-Which of them `backend="auto"` takes is to rest on this table. Rounds alternate over the backends,
-and medians are shown; GB/s counts what has to be read and written once.
+The choice of `backend="auto"` will follow from this table. Rounds alternate over the backends, and
+the table shows medians. GB/s counts each byte that must be read or written once.
 """
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import launches
+from benchmarks.markdown import markdown_table
+from benchmarks.measurement import require_gpu
 from opd_kernels import available_backends
 from opd_kernels.backends import reaches, select_backend
 
@@ -24,10 +25,10 @@ CANDIDATES = ("triton", "cuda", "torch")
 
 @dataclass(frozen=True)
 class Epilogue:
-    """A call to time, and how many bytes of each logit it has to move."""
+    """A call to time, and the bytes that it must move per logit."""
 
     build: Callable[..., launches.Call]
-    bytes_a_logit: int
+    bytes_per_logit: int
 
 
 EPILOGUES = {
@@ -44,19 +45,19 @@ EPILOGUES = {
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians of one epilogue, in seconds, by backend."""
+    """Median seconds of one epilogue by backend."""
 
     epilogue: str
     seconds: dict[str, float]
 
     @property
     def gigabytes(self) -> float:
-        """What has to be moved at least."""
-        return EPILOGUES[self.epilogue].bytes_a_logit * launches.TOKENS * launches.VOCAB / 1e9
+        """The least data to move, in gigabytes."""
+        return EPILOGUES[self.epilogue].bytes_per_logit * launches.TOKENS * launches.VOCAB / 1e9
 
 
 def seconds(call: launches.Call) -> float:
-    """Of one call on the GPU, whose own clock tells it."""
+    """Return the time of one call by the GPU's clock."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -69,50 +70,48 @@ def seconds(call: launches.Call) -> float:
 def measure(
     device: str, rounds: int, time_of: Callable[[launches.Call], float] = seconds
 ) -> list[Timing]:
-    """Every epilogue on every backend that reaches the device, after a first call that compiles."""
-    place = torch.device(device)
-    names = [n for n in CANDIDATES if n in available_backends() and reaches(n, place)]
+    """Time every epilogue on every backend for the device, after a first call that compiles."""
+    target = torch.device(device)
+    names = [n for n in CANDIDATES if n in available_backends() and reaches(n, target)]
     timings = []
     for name, epilogue in tqdm(EPILOGUES.items(), desc="epilogues"):
         options: dict[str, Any] = {"device": device}
-        calls = {n: epilogue.build(**options, epilogues=select_backend(n, place)) for n in names}
+        calls = {n: epilogue.build(**options, epilogues=select_backend(n, target)) for n in names}
         for call in calls.values():
             call()
         times: dict[str, list[float]] = {n: [] for n in names}
         for _ in range(rounds):
             for backend, call in calls.items():
                 times[backend].append(time_of(call))
-        medians = {backend: statistics.median(each) for backend, each in times.items()}
+        medians = {backend: statistics.median(rounds) for backend, rounds in times.items()}
         timings.append(Timing(name, medians))
     return timings
 
 
 def section(timings: list[Timing]) -> str:
-    """Markdown: milliseconds and GB/s, and each backend's time as a ratio to the first one's."""
+    """Return a table of milliseconds, GB/s, and the ratio to the first backend's time."""
     names = list(timings[0].seconds)
-    heads = [f"{name} ms (GB/s)" for name in names] + [f"{n} / {names[0]}" for n in names[1:]]
-    lines = [
-        f"**Epilogues on a chunk of {launches.TOKENS:,} x {launches.VOCAB:,} in float32**",
-        "",
-        f"| epilogue | {' | '.join(heads)} |",
-        "|---" * (len(heads) + 1) + "|",
-    ]
+    header = ["epilogue", *(f"{name} ms (GB/s)" for name in names)]
+    header += [f"{name} / {names[0]}" for name in names[1:]]
+    rows = []
     for timing in timings:
         cells = [f"{1e3 * t:.3g} ({timing.gigabytes / t:.0f})" for t in timing.seconds.values()]
         first = timing.seconds[names[0]]
         cells += [f"{timing.seconds[name] / first:.2f}" for name in names[1:]]
-        lines.append(f"| {timing.epilogue} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([timing.epilogue, *cells])
+    title = f"**Epilogues on a chunk of {launches.TOKENS:,} x {launches.VOCAB:,} in float32**"
+    return f"{title}\n\n{markdown_table(header, rows)}"
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("backends", help="the epilogues of each backend, on this GPU")
+    parser = commands.add_parser(
+        "backends", help="time of the epilogues of each backend, on this GPU"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.set_defaults(run=main)
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Print the table."""
-    if not torch.cuda.is_available():
-        sys.exit("backends: it measures on a GPU, and PyTorch sees none")
+    require_gpu("backends")
     print(section(measure("cuda", arguments.rounds)))

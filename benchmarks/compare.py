@@ -1,6 +1,6 @@
 """Time and peak memory of every provider on the heads of real models, side by side.
 
-The median over the rounds is shown, as seconds and as a ratio to the bare matrix products.
+The tables show the median over the rounds, in seconds and as a ratio to the matrix products alone.
 """
 
 import argparse
@@ -21,29 +21,34 @@ DTYPES = ("float32", "bfloat16", "float16")
 def section(
     head: str, problems: Sequence[Problem], providers: Sequence[str], rounds: int
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Measure providers on a head, on problems that differ in their dtype, in the same rounds: a
-    titled table, and the figures; both empty if none can run.
+    """Measure providers on one head, in the same rounds.
+
+    Args:
+        problems: problems that differ only in their dtype.
+
+    Returns:
+        A table with a title, and the records; both are empty if no provider can run.
     """
     pairs = {
         name if len(problems) == 1 else f"{name}, {problem.dtype}": (name, problem)
         for problem in problems
         for name in providers
     }
-    figures = measure_pairs(pairs, rounds)
-    if not figures:
+    measured = measure_pairs(pairs, rounds)
+    if not measured:
         return "", []
     problem, dtypes = problems[0], ", ".join(problem.dtype for problem in problems)
     title = f"{head}: N = {problem.tokens}, D = {problem.dim}, V = {problem.vocab}"
-    text = f"**{title}, K = {problem.k}, {dtypes}**\n\n{table(figures)}"
+    text = f"**{title}, K = {problem.k}, {dtypes}**\n\n{table(measured)}"
     records = []
-    for row, measured in figures.items():
+    for row, measurement in measured.items():
         name, problem = pairs[row]
-        records.append({"head": head, "provider": name, **asdict(problem), **asdict(measured)})
+        records.append({"head": head, "provider": name, **asdict(problem), **asdict(measurement)})
     return text, records
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("compare", help="time and peak memory against peers")
+    parser = commands.add_parser("compare", help="time and peak memory of the losses and of peers")
     parser.add_argument("--heads", nargs="*", choices=HEADS, default=list(HEADS))
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--k", type=int, default=20)
@@ -57,7 +62,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Print Markdown tables; write them, the figures as JSON, and the plots of the sweeps."""
+    """Print Markdown tables; write them, the records as JSON, and the plots of the sweeps."""
     arguments.output.mkdir(parents=True, exist_ok=True)
     report = [
         f"Measured on {machine(arguments.device)}; median of {arguments.rounds} alternating rounds."
@@ -68,10 +73,10 @@ def main(arguments: argparse.Namespace) -> None:
         problems = [Problem(*size, dtype, arguments.device) for dtype in arguments.dtypes]
         for family in (DISTILLATION, LABELS):
             providers = [name for name in arguments.providers if name in family]
-            text, measured = section(head, problems, providers, arguments.rounds)
-            if measured:
+            text, found = section(head, problems, providers, arguments.rounds)
+            if found:
                 report.append(text)
-                records += measured
+                records += found
                 print(text + "\n", flush=True)
     if arguments.heads:
         (arguments.output / "compare.md").write_text("\n\n".join(report) + "\n")

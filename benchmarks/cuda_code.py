@@ -1,4 +1,4 @@
-"""What nvcc makes of csrc/cuda, without a GPU: the figures of ptxas, and the machine code."""
+"""Compile csrc/cuda with nvcc and read the resource usage and the machine code; needs no GPU."""
 
 import re
 import subprocess
@@ -16,22 +16,22 @@ _USAGE = re.compile(
 
 
 def kernels_of(source: Path, target: Target) -> dict[str, MachineCode]:
-    """Every kernel of a source, by its name and template arguments.
+    """Return the compiled kernels of a source, by name and template arguments.
 
     Raises:
-        RuntimeError: nvcc is not there, fails, or warns.
+        RuntimeError: nvcc was not found, fails, or prints a warning.
     """
     compiler = nvcc.find_nvcc()
     if compiler is None:
         raise RuntimeError(f"no nvcc was found; {nvcc.REMEDY}")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        said = nvcc.compile_cubin(compiler, source, target.capability, Path(file.name))
-        if "warning" in said:
-            raise RuntimeError(said)
+        messages = nvcc.compile_cubin(compiler, source, target.capability, Path(file.name))
+        if "warning" in messages:
+            raise RuntimeError(messages)
         instructions = instructions_of(file.name)
         elf = run_tool("cuobjdump", "-elf", file.name)
     threads = _threads_of(elf)
-    figures = {name: rest for name, *rest in _USAGE.findall(said)}
+    usage = {name: rest for name, *rest in _USAGE.findall(messages)}
     return {
         _readable(name): MachineCode(
             registers=int(registers),
@@ -40,12 +40,12 @@ def kernels_of(source: Path, target: Target) -> dict[str, MachineCode]:
             warps=threads[name] // 32,
             instructions=instructions[name],
         )
-        for name, (stores, loads, registers, rest) in figures.items()
+        for name, (stores, loads, registers, rest) in usage.items()
     }
 
 
 def _threads_of(elf: str) -> dict[str, int]:
-    """The threads of a block that each kernel's launch bounds state."""
+    """Return the threads per block of each kernel, from its launch bounds."""
     threads = {}
     for section in elf.split("\n.nv.info.")[1:]:
         bound = re.search(r"EIATTR_MAX_THREADS\n.*\n\s*Value:\s*(0x[0-9a-f]+)", section)
@@ -55,10 +55,10 @@ def _threads_of(elf: str) -> dict[str, int]:
 
 
 def _readable(mangled: str) -> str:
-    """select_kernel<float, 8, 512>, say."""
+    """Demangle a name, for example to select_kernel<float, 8, 512>."""
     command = ["c++filt", mangled]
     name = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     kernel = re.search(r"(\w+_kernel<[^(]*?>)\(", name)
     if kernel is None:
-        raise RuntimeError(f"not a kernel's name: {name}")
+        raise RuntimeError(f"expected a name like select_kernel<...>(...), got {name}")
     return kernel[1]

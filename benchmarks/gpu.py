@@ -1,6 +1,6 @@
-"""Everything that needs a GPU in one run: tuning, the tests, the comparisons; and its report.
+"""Everything that needs a GPU in one run: tuning, tests and comparisons, with a report.
 
-`make gpu` calls it. The report goes to benchmarks/results/gpu-NAME.md, to be committed.
+`make gpu` calls it. The report is written to benchmarks/results/gpu-NAME.md; commit it.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import backends, compare, tune
+from benchmarks.measurement import require_gpu
 from benchmarks.problems import HEADS, Problem
 from benchmarks.providers import DISTILLATION, LABELS
 from opd_kernels.backends.triton import configs
@@ -22,7 +23,7 @@ TOKENS = (512, 8_192)
 
 
 def describe(device: torch.device) -> str:
-    """The GPU and the software, in a line."""
+    """Return the GPU and the versions of the software in one line."""
     import triton
 
     gpu = torch.cuda.get_device_properties(device)
@@ -34,7 +35,7 @@ def describe(device: torch.device) -> str:
 
 
 def run_tests() -> tuple[bool, str]:
-    """The test suite with its tensors on the GPU: whether it passed, and its last lines."""
+    """Run the tests on the GPU; returns whether they passed, and the last lines of the output."""
     environment = os.environ | {"OPD_TEST_DEVICE": "cuda"}
     command = [sys.executable, "-m", "pytest", "tests", "-m", "not slow", "-q"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -42,19 +43,21 @@ def run_tests() -> tuple[bool, str]:
 
 
 def report(machine: str, passed: bool, tests: str, tables: list[str]) -> str:
-    """Markdown."""
+    """Return the report in Markdown."""
     verdict = "passed" if passed else "FAILED"
     sections = [f"# {machine}", f"Tests on the device: {verdict}.\n\n```\n{tests}\n```", *tables]
     return "\n\n".join(sections) + "\n"
 
 
 def file_name(gpu: str) -> str:
-    """gpu-NAME.md for a device's name."""
+    """Return the name of a GPU's report: gpu-NAME.md."""
     return f"gpu-{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.md"
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("gpu", help="tuning, tests and comparison on this GPU")
+    parser = commands.add_parser(
+        "gpu", help="tuning, tests and comparisons on this GPU, with a report"
+    )
     parser.add_argument("--heads", nargs="*", choices=HEADS, default=list(HEADS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-tuning", action="store_true", help="keep configs.json as it is")
@@ -63,11 +66,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Run all of it and write the report."""
-    if not torch.cuda.is_available():
-        sys.exit(
-            "gpu: PyTorch sees no GPU; install a CUDA build of torch 2.8 or newer, and its Triton"
-        )
+    """Tune, test, measure, and write the report after each table."""
+    require_gpu("gpu")
     device = torch.device("cuda")
     if not arguments.no_tuning:
         tune.tune(configs.TABLE)
@@ -89,4 +89,4 @@ def main(arguments: argparse.Namespace) -> None:
                 path.write_text(report(describe(device), passed, tests, tables))
     print(path)
     if not passed:
-        sys.exit("gpu: the tests failed on this device; the report has their end")
+        sys.exit("gpu: the tests failed on this device; the report shows the end of their output")

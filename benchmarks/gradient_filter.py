@@ -1,8 +1,7 @@
 """Error of the gradient filter on real hidden states.
 
-The demo's student samples completions at temperature 1; student and teacher are scored on them, and
-the gradient of every loss is taken with and without the filter. Errors are relative, in the
-Frobenius norm.
+The demo's student samples completions at temperature 1, and both models score them. The gradient of
+each loss is computed with and without the filter. Errors are relative, in the Frobenius norm.
 """
 
 import argparse
@@ -14,12 +13,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from opd_kernels import LazyLogits, distillation_loss, reverse_kl
+from benchmarks.markdown import markdown_table
+from opd_kernels import LazyLogits, SparseLogits, distillation_loss, reverse_kl
 from trainer.__main__ import prepare
+from trainer.config import DistillationConfig
 from trainer.recipe import load_config
 from trainer.teacher import side_by_side
 
-OBJECTIVES: dict[str, Callable] = {
+OBJECTIVES: dict[str, Callable[[SparseLogits, SparseLogits], Tensor]] = {
     "stop-gradient": reverse_kl,
     "tail bucket": partial(reverse_kl, tail="bucket"),
 }
@@ -34,45 +35,49 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Print a Markdown table: an eps a line."""
+    """Print a Markdown table with one row per threshold eps."""
     student, teacher = real_logits(arguments.recipe, arguments.prompts)
     p = student.detach().materialize().softmax(-1)
     mass = student.detach().topk(20).mass.mean()
     print(f"{p.shape[0]} tokens, V = {p.shape[1]}, K = 20, temperature 1, float32; ", end="")
     print(f"mean probability of S {mass:.3f}\n")
-    names = [f"{name}: {side}" for name in OBJECTIVES for side in ("dhidden", "dweight")]
-    print(f"| eps | entries per token | dropped probability | {' | '.join(names)} |")
-    print("|---" * (3 + len(names)) + "|")
     exact = {name: gradients(student, teacher, name, None)[0] for name in OBJECTIVES}
+    rows = []
     for exponent in tqdm(arguments.exponents):
         eps = 2.0**-exponent
-        cells = [f"2^-{exponent}", f"{(p >= eps).sum(-1).double().mean():.0f}"]
         errors = []
         for name in OBJECTIVES:
             filtered, dropped = gradients(student, teacher, name, eps)
             for ours, true in zip(filtered, exact[name], strict=True):
                 errors.append(f"{(ours - true).norm() / true.norm():.2%}")
-        tqdm.write(f"| {' | '.join([*cells, f'{dropped.mean():.2%}', *errors])} |")
+        assert dropped is not None  # a filter reports it
+        entries = f"{(p >= eps).sum(-1).double().mean():.0f}"
+        rows.append([f"2^-{exponent}", entries, f"{dropped.mean():.2%}", *errors])
+    names = [f"{name}: {side}" for name in OBJECTIVES for side in ("dhidden", "dweight")]
+    print(markdown_table(("eps", "entries per token", "dropped probability", *names), rows))
 
 
 def real_logits(recipe: Path, prompts: int) -> tuple[LazyLogits, LazyLogits]:
-    """The recipe's student, as leaves, and teacher on completions that the student samples."""
+    """Return the recipe's student, as leaves, and its teacher on completions of the student."""
     overrides = ["--temperature", "1", "--output_dir", "runs/gradient_filter"]
-    trainer, _ = prepare(load_config(recipe, overrides))
+    trainer, _ = prepare(load_config(DistillationConfig, recipe, overrides))
     completions = trainer.sampler.sample(trainer.model, list(trainer.train_dataset)[:prompts], 0)
+    (teacher,) = trainer.evaluation.local.values()
     with torch.no_grad():
-        student, teacher = side_by_side(
-            trainer.model.eval(), trainer.teacher, completions, 1.0, lambda s, t: (s, t)
+        student, scored = side_by_side(
+            trainer.model.eval(), teacher, completions, 1.0, lambda s, t: (s, t)
         )
-    leaves = (x.detach().clone().requires_grad_() for x in (student.hidden, student.weight))
-    return LazyLogits(*leaves), teacher
+    assert isinstance(scored, LazyLogits)  # since the teacher is a local model
+    hidden, weight = (x.detach().clone().requires_grad_() for x in (student.hidden, student.weight))
+    return LazyLogits(hidden, weight), scored
 
 
 def gradients(
     student: LazyLogits, teacher: LazyLogits, objective: str, eps: float | None
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """dhidden and dweight, and the probability that the filter dropped."""
-    out = distillation_loss(
+    """Return dhidden and dweight, and the probability that the filter dropped, per token."""
+    output = distillation_loss(
         student, teacher, objective=OBJECTIVES[objective], method="one_pass", gradient_filter=eps
     )
-    return torch.autograd.grad(out.loss, (student.hidden, student.weight)), out.dropped
+    inputs = (student.hidden, student.weight)
+    return torch.autograd.grad(output.loss, inputs), output.dropped

@@ -1,5 +1,7 @@
-"""Calls of the package's own epilogues at the size of a real head: what the audit compiles, and
-what the tuner and the comparison of backends time. On the device "meta" nothing is computed.
+"""Calls of the package's epilogues at the size of a real head.
+
+The audit compiles them; the tuner and the comparison of backends time them. On the device "meta"
+nothing is computed.
 """
 
 from collections.abc import Callable
@@ -18,7 +20,7 @@ TRITON, FUSED = TritonEpilogues(), TritonFusedEpilogues()
 
 
 def _head(plain: bool, weight: Tensor) -> Head:
-    """With bias and softcap unless it is plain."""
+    """Return a head; with bias and softcap unless plain."""
     if plain:
         return Head(weight, None, None, 1.0, 1.0, VOCAB)
     bias = torch.zeros(VOCAB, dtype=torch.bfloat16, device=weight.device)
@@ -31,7 +33,7 @@ def _chunk(plain: bool, dtype: torch.dtype, device: str) -> Chunk:
 
 
 def _rows(k: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """ids [N, K], values [N, K] and rows [N]."""
+    """Return ids [N, K], values [N, K] and one value per row [N]."""
     values = torch.randn(TOKENS, k, device=device)
     return torch.randint(VOCAB, (TOKENS, k), device=device), values, values[:, 0].contiguous()
 
@@ -44,7 +46,7 @@ def update(
     dtype: torch.dtype = torch.float32,
     epilogues: Epilogues = TRITON,
 ) -> Call:
-    """One pass over a chunk; entropy too unless it is plain."""
+    """Update the row state from one chunk; with entropy unless plain."""
     chunk = _chunk(plain, dtype, device)
     ids, _, like = _rows(k, device)
 
@@ -65,7 +67,7 @@ def gradient(
     dtype: torch.dtype = torch.float32,
     epilogues: Epilogues = TRITON,
 ) -> Call:
-    """A chunk of logits to a chunk of gradients in bf16."""
+    """Turn a chunk of logits into its gradient in bf16."""
     chunk = _chunk(plain, dtype, device)
     ids, values, rows = _rows(k, device)
     out = torch.empty_like(chunk.raw, dtype=torch.bfloat16)
@@ -73,7 +75,7 @@ def gradient(
 
 
 def divergence(beta: float, plain: bool, device: str, epilogues: Epilogues = TRITON) -> Call:
-    """Loss and gradient of whole rows of two models."""
+    """Loss and gradient over the whole vocabulary, from the logits of both models."""
     chunk = _chunk(plain, torch.float32, device)
     _, _, upstream = _rows(1, device)
     out = torch.empty_like(chunk.raw, dtype=torch.bfloat16)
@@ -81,7 +83,7 @@ def divergence(beta: float, plain: bool, device: str, epilogues: Epilogues = TRI
 
 
 def reverse_kl(k: int, plain: bool, device: str) -> Call:
-    """Loss and gradient on the support; with a bucket and its gradient unless it is plain."""
+    """Loss and gradient on the support; with the tail bucket unless plain."""
     _, values, rows = _rows(k, device)
     models = (values, rows, values, rows)
     return lambda: TRITON.reverse_kl(*models, stop_gradient=plain, bucket=not plain)
@@ -94,14 +96,14 @@ def _operands(dim: int, plain: bool, device: str) -> tuple[Tensor, Head]:
 
 
 def linear_update(k: int, plain: bool, device: str, dim: int = 1_024) -> Call:
-    """Given ids with the product inside; entropy too unless it is plain."""
+    """Matrix product fused with a gather of given ids; with entropy unless plain."""
     hidden, head = _operands(dim, plain, device)
     ids, _, like = _rows(k, device)
     return lambda: FUSED.update(hidden, head, RowState.for_ids(ids, not plain, like))
 
 
 def linear_gradient(k: int, plain: bool, device: str, dim: int = 1_024) -> Call:
-    """A chunk of 16,384 columns."""
+    """Matrix product fused with the gradient, for a chunk of 16,384 columns."""
     hidden, head = _operands(dim, plain, device)
     ids, values, rows = _rows(k, device)
     out = torch.empty(TOKENS, 16_384, dtype=torch.bfloat16, device=device)

@@ -1,4 +1,4 @@
-"""Machine code of kernels for GPUs that are not here, and what limits how many run at a time."""
+"""Machine code of kernels, compiled for GPUs that need not be present, and their occupancy."""
 
 import re
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import triton
 
-# The wheel of Triton ships the tools that read machine code.
+# The Triton wheel ships the tools that disassemble machine code.
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INSTRUCTION = re.compile(
     r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*(?:\.\w+)*)", re.M
@@ -20,18 +20,18 @@ class Target:
     """Limits of one multiprocessor, from the CUDA programming guide's table of capabilities."""
 
     capability: int
-    shared_bytes: int  # most that one block may have
-    shared_bytes_in_all: int
+    shared_bytes: int  # limit of one block
+    shared_bytes_total: int
     warps: int
     tensor_instruction: str
     registers: int = 65_536
 
     def resident_warps(self, code: "MachineCode") -> int:
-        """Warps that registers and shared memory let a multiprocessor hold at a time."""
-        of_registers = self.registers // (-(-code.registers // 8) * 8 * 32 * code.warps)
-        # The driver keeps 1 KiB of every block's shared memory.
-        of_shared = self.shared_bytes_in_all // (code.shared_bytes + 1024)
-        return min(self.warps, min(of_registers, of_shared) * code.warps)
+        """Return the warps that fit on one multiprocessor, by registers and shared memory."""
+        by_registers = self.registers // (-(-code.registers // 8) * 8 * 32 * code.warps)
+        # The driver reserves 1 KiB of shared memory per block.
+        by_shared = self.shared_bytes_total // (code.shared_bytes + 1024)
+        return min(self.warps, min(by_registers, by_shared) * code.warps)
 
 
 TARGETS = {
@@ -46,31 +46,31 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What the assembler made of a launch for one target."""
+    """The compiled code of one launch for one target."""
 
-    registers: int  # of a thread
-    spilled_bytes: int  # local memory of a thread
-    shared_bytes: int  # of a block
-    warps: int  # of a block
-    instructions: dict[str, int]  # how often each stands in the code, by name and suffixes
+    registers: int  # per thread
+    spilled_bytes: int  # local memory per thread
+    shared_bytes: int  # per block
+    warps: int  # per block
+    instructions: dict[str, int]  # occurrences in the code, by opcode with suffixes
 
     def count(self, opcode: str, suffix: str = "") -> int:
-        """Instructions of that name, with a suffix if one is given: "128" for sixteen bytes."""
+        """Count the instructions with an opcode and, if given, a suffix, such as "128" (bits)."""
         count = 0
         for name, times in self.instructions.items():
-            own, *suffixes = name.split(".")
-            if own == opcode and (not suffix or suffix in suffixes):
+            base, *suffixes = name.split(".")
+            if base == opcode and (not suffix or suffix in suffixes):
                 count += times
         return count
 
     @property
     def total(self) -> int:
-        """Instructions in all."""
+        """The number of instructions."""
         return sum(self.instructions.values())
 
 
 def instructions_of(cubin: str) -> dict[str, dict[str, int]]:
-    """How often each instruction stands in each function of a file of machine code."""
+    """Return the occurrences of each instruction, by function of a cubin file."""
     sections = re.split(r"^\.text\.(\S+):$", run_tool("nvdisasm", "-c", cubin), flags=re.M)
     names, bodies = sections[1::2], sections[2::2]
     return {
@@ -80,6 +80,6 @@ def instructions_of(cubin: str) -> dict[str, dict[str, int]]:
 
 
 def run_tool(tool: str, *arguments: str) -> str:
-    """What a tool of Triton's wheel prints."""
+    """Run a tool from the Triton wheel and return its output."""
     command = [str(_TOOLS / tool), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""The heads that are measured, and inputs whose softmax is as peaked as a real model's."""
+"""The heads to measure, and inputs whose softmax is as peaked as a real model's."""
 
 import functools
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opd_kernels import LazyLogits
 
-# Hidden size and vocabulary of real heads.
+# Hidden size D and vocabulary size V of real heads.
 HEADS = {
     "SmolLM2-135M": (576, 49_152),
     "Llama-3.2-1B": (2_048, 128_256),
@@ -17,16 +17,19 @@ HEADS = {
     "Gemma-3-1B": (1_152, 262_144),
 }
 
-# SmolLM2-135M gives so many tokens a probability of at least 2^-14, on average over its own samples
-# at temperature 1 (python -m benchmarks filter).
+# On its own samples at temperature 1, SmolLM2-135M gives on average 275 tokens a probability of at
+# least 2^-14 (python -m benchmarks filter).
 _LIKELY_TOKENS, _LIKELY = 275, 2.0**-14
 
 
 @functools.cache
 def logits_std(vocab: int) -> float:
-    """Standard deviation of normal logits whose softmax is as peaked as SmolLM2's, by bisection."""
+    """Return the standard deviation at which normal logits are as peaked as SmolLM2's.
+
+    It is found by bisection: a larger standard deviation leaves fewer likely tokens.
+    """
     normal = torch.randn(16, vocab, generator=torch.Generator().manual_seed(0))
-    low, high = 3.0, 12.0  # the likely tokens are the fewer the larger it is
+    low, high = 3.0, 12.0
     for _ in range(12):
         middle = (low + high) / 2
         likely = ((middle * normal).softmax(-1) >= _LIKELY).sum(-1).double().mean()
@@ -36,7 +39,7 @@ def logits_std(vocab: int) -> float:
 
 @dataclass(frozen=True)
 class Problem:
-    """A student that trains hidden and weight, and a frozen teacher of the same shape."""
+    """A student with trainable hidden states and weight, and a frozen teacher of the same shape."""
 
     tokens: int
     dim: int
@@ -46,7 +49,10 @@ class Problem:
     device: str = "cpu"
 
     def tensors(self) -> dict[str, Tensor]:
-        """hidden and weight of both models; the teacher's logits correlate with the student's."""
+        """Return hidden [N, D] and weight [V, D] of both models, and labels [N].
+
+        The teacher's logits are correlated with the student's.
+        """
         generator = torch.Generator().manual_seed(0)
 
         def normal(rows: int) -> Tensor:
@@ -68,7 +74,7 @@ class Problem:
 
 @dataclass
 class Inputs:
-    """A problem's tensors, ready for a pass."""
+    """The tensors of a problem, ready for a forward and backward pass."""
 
     problem: Problem
     student: LazyLogits  # hidden and weight are leaves
@@ -77,18 +83,19 @@ class Inputs:
 
     @classmethod
     def make(cls, problem: Problem) -> "Inputs":
-        return cls.of(problem, problem.tensors())
+        """Return new inputs of a problem."""
+        return cls._on_device(problem, problem.tensors())
 
     @classmethod
     def load(cls, problem: Problem, path: Path) -> "Inputs":
-        """The tensors that were saved at path, mapped: on a CPU processes share their memory."""
+        """Return the inputs saved at path, memory-mapped so that CPU processes share them."""
         tensors = torch.load(path, mmap=True, weights_only=True)
         for tensor in tensors.values():
-            tensor.sum()  # every page is there before anything is measured
-        return cls.of(problem, tensors)
+            tensor.sum()  # reads every page now, so that no measurement includes the page faults
+        return cls._on_device(problem, tensors)
 
     @classmethod
-    def of(cls, problem: Problem, tensors: dict[str, Tensor]) -> "Inputs":
+    def _on_device(cls, problem: Problem, tensors: dict[str, Tensor]) -> "Inputs":
         tensors = {name: tensor.to(problem.device) for name, tensor in tensors.items()}
         student = LazyLogits(tensors["hidden"].requires_grad_(), tensors["weight"].requires_grad_())
         teacher = LazyLogits(tensors["teacher_hidden"], tensors["teacher_weight"])

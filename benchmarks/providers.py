@@ -1,11 +1,12 @@
-"""What is compared: each provider computes one loss on the same inputs.
+"""The providers to compare: each computes one loss on the same inputs.
 
-A provider is a function of Inputs that returns a scalar to go backward through. Rivals are imported
-where they are used: they belong to the extra `bench`.
+A provider is a function of Inputs that returns a scalar loss. Peers come with the extra `bench`;
+each is imported by the function that needs it.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,23 +19,25 @@ Provider = Callable[[Inputs], Tensor]
 
 
 class _BareMatmuls(torch.autograd.Function):
-    """The four matrix products that exact work cannot do without, and nothing else."""
+    """The four matrix products that an exact loss and its backward need, and nothing else."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+    ) -> Tensor:
         logits = hidden @ weight.T
         teacher_hidden @ teacher_weight.T
         ctx.save_for_backward(hidden, weight, logits)
         return logits.new_zeros(())
 
     @staticmethod
-    def backward(ctx, dloss):
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, logits = ctx.saved_tensors
         return logits @ weight, logits.T @ hidden, None, None
 
 
 def floor(inputs: Inputs) -> Tensor:
-    """Student forward, teacher forward, dhidden and dweight as plain matrix products."""
+    """The matrix products of student, teacher, dhidden and dweight, without a loss."""
     student, teacher = inputs.student, inputs.teacher
     return _BareMatmuls.apply(student.hidden, student.weight, teacher.hidden, teacher.weight)
 
@@ -65,7 +68,7 @@ def liger_jsd(inputs: Inputs) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     student, teacher = inputs.student, inputs.teacher
-    on_gpu = student.hidden.is_cuda  # there it is compiled, as it comes
+    on_gpu = student.hidden.is_cuda  # Liger compiles by default; without a GPU it runs eagerly
     loss = LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=on_gpu
     )
@@ -84,18 +87,18 @@ def trl_chunked(inputs: Inputs) -> Tensor:
     return per_token.mean()
 
 
-def ours(inputs: Inputs, **options: object) -> Tensor:
-    """distillation_loss, the top-K reverse KL with stop-gradient unless options say otherwise."""
+def ours(inputs: Inputs, **options: Any) -> Tensor:
+    """distillation_loss; by default the top-K reverse KL with stop-gradient."""
     return distillation_loss(inputs.student, inputs.teacher, k=inputs.problem.k, **options).loss
 
 
 def ours_labels(inputs: Inputs) -> Tensor:
-    """Cross-entropy of labels through LazyLogits: K = 1."""
+    """Cross-entropy of labels by LazyLogits.log_prob, that is K = 1."""
     return -inputs.student.log_prob(inputs.labels).mean()
 
 
 def torch_labels(inputs: Inputs) -> Tensor:
-    """PyTorch's linear_cross_entropy in chunks."""
+    """PyTorch's chunked linear_cross_entropy."""
     student = inputs.student
     options = torch.nn.LinearCrossEntropyOptions()
     return functional.linear_cross_entropy(
@@ -104,7 +107,7 @@ def torch_labels(inputs: Inputs) -> Tensor:
 
 
 def cut_labels(inputs: Inputs) -> Tensor:
-    """Apple's cut cross-entropy; without a GPU it has its torch_compile form alone."""
+    """Apple's cut cross-entropy; without a GPU only its torch_compile implementation runs."""
     from cut_cross_entropy import linear_cross_entropy
 
     student = inputs.student
@@ -113,7 +116,7 @@ def cut_labels(inputs: Inputs) -> Tensor:
 
 
 def quack_labels(inputs: Inputs) -> Tensor:
-    """QuACK's chunked linear cross-entropy, which needs a GPU of capability 9 or more."""
+    """QuACK's chunked linear cross-entropy; it needs a GPU of compute capability 9.0 or higher."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     student = inputs.student

@@ -1,9 +1,9 @@
-"""The least time that each way to a loss needs on a GPU, by its FLOPs and its bytes: a model.
+"""A roofline model: the least time that each provider needs on a GPU, by its FLOPs and bytes.
 
-Nothing here was measured. Our two orders are the kernels of opd_kernels/linear/cost_model.py,
-counted as they are launched; rivals are counted from their published algorithms, with PyTorch's own
-kernels at one read and one write each. Peak rates are those of the vendors' data sheets. No
-algorithm reaches them, so ratios say more than times.
+Nothing here is measured. Our two orders are counted kernel by kernel, as in
+opd_kernels/linear/cost_model.py. Peers are counted from their published algorithms; each PyTorch
+kernel reads and writes its operands once. Peak rates come from the vendors' data sheets. No
+implementation reaches them, so the ratios say more than the times.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.markdown import markdown_table
 from benchmarks.measurement import MIB
 from benchmarks.problems import HEADS, Problem
 from opd_kernels.linear import cost_model, plan
@@ -38,7 +39,7 @@ K = 20
 
 @dataclass(frozen=True)
 class Estimate:
-    """The least time of one provider."""
+    """The least time of one provider at one shape."""
 
     gpu: str
     head: str
@@ -46,62 +47,62 @@ class Estimate:
     provider: str
     seconds: float
     ratio: float  # to the floor of its family
-    chosen: bool = False  # by method="auto"
+    chosen: bool = False  # whether method="auto" takes it
 
 
-def _elementwise(shape: Shape, **bytes_an_entry: int) -> Iterator[Kernel]:
-    """Kernels over [N, V] that read and write so many bytes an entry."""
-    for name, size in bytes_an_entry.items():
+def _elementwise(shape: Shape, **bytes_per_entry: int) -> Iterator[Kernel]:
+    """Yield a kernel over [N, V] for each number of bytes read and written per entry."""
+    for name, size in bytes_per_entry.items():
         yield Kernel(name, bytes=float(shape.tokens * shape.vocab * size))
 
 
-def _product(shape: Shape, entry: int, *operands: int) -> Kernel:
-    """A product between [N, V] of so many bytes an entry, [N, D] and [V, D]."""
-    n_d, v_d = operands
-    moved = entry * shape.tokens * shape.vocab
-    moved += shape.dim * (n_d * shape.tokens + v_d * shape.vocab)
+def _product(shape: Shape, entry_bytes: int = 2) -> Kernel:
+    """Return a matrix product between [N, V], of entry_bytes each, and bf16 [N, D] and [V, D]."""
+    moved = entry_bytes * shape.tokens * shape.vocab
+    moved += 2 * shape.dim * (shape.tokens + shape.vocab)
     return Kernel("product", 2.0 * shape.tokens * shape.vocab * shape.dim, float(moved))
 
 
 def floor(shape: Shape, models: int = 2) -> Iterator[Kernel]:
-    """The products of exact work alone, logits in bf16: forward of each model, two backward."""
+    """The matrix products alone, with logits in bf16: one per model forward and two backward."""
     for _ in range(models + 2):
-        yield _product(shape, 2, 2, 2)
+        yield _product(shape)
 
 
 def eager_full(shape: Shape) -> Iterator[Kernel]:
-    """providers.eager_full, an elementwise kernel of PyTorch for each of its lines."""
+    """providers.eager_full, with one elementwise kernel per operation."""
     for _ in ("student", "teacher"):
-        yield _product(shape, 2, 2, 2)
+        yield _product(shape)
         yield from _elementwise(shape, to_float=6, log_softmax=8)
     yield from _elementwise(shape, exp=8, difference=12, times=12, total=4)
-    # Through the product's two factors, exp, their sum, log_softmax, and back to bf16.
+    # Backward: both factors of the product, exp, their sum, log_softmax, and the cast to bf16.
     yield from _elementwise(shape, factor=8, other=8, exp=12, sum=12, log_softmax=12, to_half=6)
-    yield _product(shape, 2, 2, 2)
-    yield _product(shape, 2, 2, 2)
+    yield _product(shape)
+    yield _product(shape)
 
 
 def liger_jsd(shape: Shape) -> Iterator[Kernel]:
-    """Liger-Kernel's chunks of 1,024 tokens at beta = 1, in bf16 throughout, compiled as it comes:
-    both models' logits are read for their sums, for the loss and for the gradient.
+    """Liger-Kernel's JSD at beta = 1 in bf16, compiled, in chunks of 1,024 tokens.
+
+    The logits of both models are read for their sums, for the loss and for the gradient.
     """
     chunks = max(1, shape.tokens // 1024)
     chunk = replace(shape, tokens=shape.tokens // chunks)
     for _ in range(chunks):
         for _ in ("student", "teacher", "dhidden", "dweight"):
-            yield _product(chunk, 2, 2, 2)
+            yield _product(chunk)
         yield from _elementwise(chunk, sums=4, loss=4, gradient=6)
         yield Kernel("add dweight", bytes=6.0 * shape.vocab * shape.dim)
 
 
 def cut_labels(shape: Shape) -> Iterator[Kernel]:
-    """Cut cross-entropy without its filter: logits are recomputed inside, never stored."""
+    """Cut cross-entropy without its gradient filter; logits are recomputed and never stored."""
     for _ in ("forward", "recompute", "dhidden", "dweight"):
-        yield _product(shape, 0, 2, 2)
+        yield _product(shape, entry_bytes=0)
 
 
 def estimates(gpu: str, head: str, tokens: int) -> list[Estimate]:
-    """Every provider at one shape."""
+    """Return the estimates of every provider at one shape."""
     machine = GPUS[gpu]
     dim, vocab = SHAPES[head]
     shape = Shape(tokens, dim, vocab, K, operand_bytes=2, loss_launches=ONE_KERNEL_LAUNCHES)
@@ -134,30 +135,30 @@ def estimates(gpu: str, head: str, tokens: int) -> list[Estimate]:
 
 
 def _labels(shape: Shape, machine: Machine, fused: bool) -> Iterator[Kernel]:
-    """providers.ours_labels: the logit of one given id, recomputed backward."""
+    """providers.ours_labels: one given id per row, with logits recomputed in the backward pass."""
     sizes = plan.recompute_chunks(shape, machine, BUDGET, fused)
     return recompute(shape, *sizes, machine, fused, selects=False)
 
 
 def table(rows: list[Estimate]) -> str:
-    """Markdown: milliseconds and the ratio to the floor; what method="auto" picks is bold."""
+    """Return a table of milliseconds and ratios to the floor; method="auto" takes the bold one."""
     names = list(dict.fromkeys(row.provider for row in rows))
-    lines = [f"| GPU | head | N | {' | '.join(names)} |", "|---" * (len(names) + 3) + "|"]
     groups: dict[tuple[str, str, int], dict[str, Estimate]] = {}
     for row in rows:
         groups.setdefault((row.gpu, row.head, row.tokens), {})[row.provider] = row
+    lines = []
     for (gpu, head, tokens), group in groups.items():
         cells = []
         for name in names:
-            e = group[name]
-            cell = f"{1e3 * e.seconds:.2f} ({e.ratio:.2f})"
-            cells.append(f"**{cell}**" if e.chosen else cell)
-        lines.append(f"| {gpu} | {head} | {tokens:,} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            estimate = group[name]
+            cell = f"{1e3 * estimate.seconds:.2f} ({estimate.ratio:.2f})"
+            cells.append(f"**{cell}**" if estimate.chosen else cell)
+        lines.append([gpu, head, f"{tokens:,}", *cells])
+    return markdown_table(("GPU", "head", "N", *names), lines)
 
 
 def bf16_chunk(tokens: int = 256) -> str:
-    """What logits chunks in bf16 would save on an H100, and what their rounding would cost."""
+    """Describe the time that bf16 logits chunks would save on an H100, and their rounding error."""
     dim, vocab = SHAPES["Qwen3-8B"]
     shape = Shape(8_192, dim, vocab, K, operand_bytes=2, loss_launches=ONE_KERNEL_LAUNCHES)
     machine = GPUS["H100"]
@@ -177,15 +178,15 @@ def bf16_chunk(tokens: int = 256) -> str:
 
     (loss, dlogits), (loss_16, dlogits_16) = errors(torch.float32), errors(torch.bfloat16)
     return (
-        f"A logits chunk in bf16 (H100, Qwen3-8B, N = 8,192): {1e3 * in_bf16:.1f} ms instead of "
+        f"Logits chunks in bf16 (H100, Qwen3-8B, N = 8,192): {1e3 * in_bf16:.1f} ms instead of "
         f"{1e3 * ours:.1f}. Relative error against float64 on {tokens} rows of logits as peaked as "
-        f"SmolLM2's: loss {loss_16:.1e} instead of {loss:.1e}, gradient of the logits "
+        f"SmolLM2's: loss {loss_16:.1e} instead of {loss:.1e}, gradient of logits "
         f"{dlogits_16:.1e} instead of {dlogits:.1e}."
     )
 
 
 def _topk_gradient(z: Tensor, y: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The top-K reverse KL of each row at given ids, and its gradient."""
+    """Return the top-K reverse KL of each row at given ids, and its gradient."""
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     z, y = z.to(dtype).requires_grad_(), y.to(dtype)
     log_p, log_q = z.log_softmax(-1).gather(1, ids), y.log_softmax(-1).gather(1, ids)
@@ -194,7 +195,7 @@ def _topk_gradient(z: Tensor, y: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plot(rows: list[Estimate], path: Path) -> None:
-    """The ratio to the floor by head: one panel for each GPU and number of tokens."""
+    """Plot the ratio to the floor by head, with one panel per GPU and number of tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -231,7 +232,9 @@ def plot(rows: list[Estimate], path: Path) -> None:
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("roofline", help="the least time on GPUs, by FLOPs and bytes")
+    parser = commands.add_parser(
+        "roofline", help="least time of the losses on GPUs, modelled by FLOPs and bytes"
+    )
     parser.add_argument("--gpus", nargs="+", choices=GPUS, default=list(GPUS))
     parser.add_argument("--heads", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
@@ -240,10 +243,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Print a Markdown table; write it, the figures as JSON, and a plot of the default shapes."""
+    """Print a Markdown table; write it, its numbers as JSON, and a plot of the default shapes."""
     cases = list(product(arguments.gpus, arguments.heads, arguments.tokens))
     rows = [row for case in tqdm(cases, desc="shapes") for row in estimates(*case)]
-    report = f"A model by FLOPs and bytes, not a measurement: ms (ratio).\n\n{table(rows)}"
+    report = (
+        f"A model by FLOPs and bytes, not a measurement: ms (ratio to the floor).\n\n{table(rows)}"
+    )
     report += f"\n\n{bf16_chunk()}"
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "roofline.md").write_text(report + "\n")

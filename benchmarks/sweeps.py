@@ -1,4 +1,4 @@
-"""Time and peak memory against one of N, V and K, the others fixed, as plots."""
+"""Plots of time and peak memory by one of N, V and K, with the others fixed."""
 
 import json
 from dataclasses import asdict, replace
@@ -18,20 +18,20 @@ SWEEPS = {
 }
 PROVIDERS = ["ours_one_pass", "ours_recompute", "ours_full", "eager_topk", "eager_full"]
 LABELS = {"tokens": "N, tokens", "vocab": "V, vocabulary", "k": "K, size of the support"}
-# Full logits are not tried past this many bytes of them: eager code holds several at a time.
-_MOST_LOGITS = 2 << 30
+# Eager code holds several tensors of full logits at a time; it is left out where one is larger.
+_MAX_LOGITS_BYTES = 2 << 30
 
 
 def run(axis: str, output: Path) -> str:
-    """Measure along an axis, write figures and plot; returns what was written."""
+    """Measure along one axis, write the records and their plot; returns a line about them."""
     records = []
     for value in tqdm(SWEEPS[axis], desc=axis):
-        problem = replace(BASE, **{axis: value})
-        too_large = problem.tokens * problem.vocab * 4 > _MOST_LOGITS
+        problem = replace(BASE, **{axis: value})  # type: ignore[arg-type]
+        too_large = problem.tokens * problem.vocab * 4 > _MAX_LOGITS_BYTES
         providers = [p for p in PROVIDERS if not (too_large and p.startswith("eager"))]
-        for name, figures in measure(problem, providers, 1).items():
-            record = {"provider": name, "seconds": figures.median(), **asdict(problem)}
-            records.append(record | {"peak_extra_bytes": figures.peak_extra_bytes})
+        for name, measured in measure(problem, providers, 1).items():
+            record = {"provider": name, "seconds": measured.median(), **asdict(problem)}
+            records.append(record | {"peak_extra_bytes": measured.peak_extra_bytes})
     (output / f"sweep_{axis}.json").write_text(json.dumps(records, indent=2))
     path = output / f"sweep_{axis}.png"
     plot(axis, records, path)
@@ -39,7 +39,7 @@ def run(axis: str, output: Path) -> str:
 
 
 def plot(axis: str, records: list[dict[str, Any]], path: Path) -> None:
-    """Two panels over one axis: seconds and peak extra memory, logarithmic."""
+    """Write a plot with two logarithmic panels: seconds and peak extra memory."""
     import matplotlib
 
     matplotlib.use("Agg")

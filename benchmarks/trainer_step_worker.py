@@ -1,7 +1,7 @@
-"""A trainer in a process of its own, which takes one training step on command.
+"""A trainer in its own process that takes one training step per command.
 
-The trainer runs its own loop, as a user's would; what is measured is a step of it with all that
-belongs to it: data, rollout, loss, backward, clipping, optimiser and log.
+The trainer runs its usual loop. The measured step includes data, rollout, loss, backward, clipping,
+optimiser and logging.
 """
 
 import argparse
@@ -35,25 +35,27 @@ class Step:
 
     model: str
     prompts: list[str]
-    completions: list[list[int]]  # of the prompts; none: each is sampled, `tokens` long
-    tokens: int  # the longest completion
+    completions: list[list[int]]  # one per prompt; if empty, each is sampled, `tokens` long
+    tokens: int  # of the longest completion
     micro_batch_size: int
 
     def encode(self, tokenizer: Tokenizer) -> list[list[int]]:
-        """The token ids of the prompts, as both trainers make them."""
+        """Return the token ids of the prompts, as both trainers encode them."""
         chats = [conversation(prompt) for prompt in self.prompts]
         options = {"add_generation_prompt": True, "return_dict": False}
         return [tokenizer.apply_chat_template(chat, **options) for chat in chats]
 
 
 def conversation(prompt: str) -> list[dict[str, str]]:
+    """Return a prompt as a chat."""
     return [{"role": "user", "content": prompt}]
 
 
 class StepWorker(Worker):
-    """The parent's end; a trainer that fails raises RuntimeError. Seconds are of rollout and rest.
+    """The parent's side of a trainer's process.
 
-    The peak is beyond models and optimiser: it holds the gradients, activations and logits.
+    `seconds` returns the time of the rollout and of the rest of the step. The peak memory does not
+    count models and optimiser state; it is that of gradients, activations and logits.
     """
 
     MODULE = "benchmarks.trainer_step_worker"
@@ -63,16 +65,16 @@ class StepWorker(Worker):
         self._gradient = folder / "gradient.pt"
 
     def warm_up(self) -> None:
-        """The first step, whose loss and gradient are kept."""
+        """Take the first step and keep its loss and gradients."""
         self._loss = self._ask("gradient")["loss"]
 
     def first_step(self) -> tuple[float, dict[str, Tensor]]:
-        """Its loss, and its gradient by parameter."""
+        """Return the first step's loss, and its gradients by parameter name."""
         return self._loss, torch.load(self._gradient, mmap=True, weights_only=True)
 
 
 class OnCommand(TrainerCallback):
-    """Lets a trainer take a step for each command, and answers it when the next would begin."""
+    """Makes a trainer take one step per command, and answers when the next step would begin."""
 
     def __init__(self, commands: TextIO, answers: TextIO) -> None:
         self.commands, self.answers = commands, answers
@@ -85,7 +87,7 @@ class OnCommand(TrainerCallback):
             print(json.dumps(self._answer()), file=self.answers, flush=True)
         self.command = self.commands.readline().strip()
         if not self.command:
-            sys.exit()  # nobody is there to ask again
+            sys.exit()  # the parent has closed the pipe
         if self.command == "memory":
             self.resident = reset_peak()
         self.start, self.rollout = time.perf_counter(), 0.0
@@ -108,9 +110,9 @@ class OnCommand(TrainerCallback):
             "backward": seconds - self.rollout,
         }
 
-    def time_rollout(self, owner: Any, method: str, given: Callable[..., Any] | None) -> None:
-        """Count a method's time as rollout; a function that hands out what is given replaces it."""
-        call = given or getattr(owner, method)
+    def time_rollout(self, owner: Any, method: str, replacement: Callable[..., Any] | None) -> None:
+        """Count the time of a method, or of its replacement, as rollout."""
+        call = replacement or getattr(owner, method)
 
         def timed(*arguments: Any, **options: Any) -> Any:
             start = time.perf_counter()
@@ -125,7 +127,7 @@ Models = tuple[Model, Model, Tokenizer]
 
 
 def ours(step: Step, models: Models, on_command: OnCommand, folder: str, **options: Any) -> Trainer:
-    """This project's trainer, with the recipe's keys that are not the same for both."""
+    """Return this project's trainer; options are keys of its config."""
     student, teacher, tokenizer = models
     config = DistillationConfig(
         model=step.model, teacher=step.model, train_data="", eval_on_start=False,
@@ -133,7 +135,7 @@ def ours(step: Step, models: Models, on_command: OnCommand, folder: str, **optio
         **_common(step, folder), **options,
     )  # fmt: skip
     ids = step.encode(tokenizer)
-    prompts = [Prompt(text, own, own) for text, own in zip(step.prompts, ids, strict=True)]
+    prompts = [Prompt(text, x, x) for text, x in zip(step.prompts, ids, strict=True)]
     sampler = Sampler(config, tokenizer, student, teacher)
     sampler.options.min_new_tokens = step.tokens
     given = dict(zip(step.prompts, step.completions, strict=False))
@@ -147,7 +149,7 @@ def ours(step: Step, models: Models, on_command: OnCommand, folder: str, **optio
 
 
 def trl(step: Step, models: Models, on_command: OnCommand, folder: str) -> Trainer:
-    """TRL's: the exact reverse KL, at beta = 1."""
+    """Return TRL's trainer with the exact reverse KL, that is beta = 1."""
     from datasets import Dataset
     from trl import DistillationConfig as Config
     from trl import DistillationTrainer
@@ -181,14 +183,14 @@ PROVIDERS: dict[str, Callable[..., Trainer]] = {
 
 
 def _common(step: Step, folder: str) -> dict[str, Any]:
-    """What both trainers are told in the same words."""
+    """Return the options that both trainers share."""
     return {
         "output_dir": folder,
         "temperature": 1.0,
         "max_completion_length": step.tokens,
         "learning_rate": 1e-6,
         "lr_scheduler_type": "constant",
-        "max_grad_norm": 1e9,  # computed, but gradients stay comparable
+        "max_grad_norm": 1e9,  # the norm is computed, but never clips, so gradients stay comparable
         "max_steps": 1_000_000,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -199,7 +201,7 @@ def _common(step: Step, folder: str) -> dict[str, Any]:
 
 
 def load_models(step: Step) -> Models:
-    """A student, a teacher of the same weights with seeded noise on them, and their tokenizer."""
+    """Return a student, a teacher with noise added to the same weights, and their tokenizer."""
     student, teacher = (load_model(step.model, "float32") for _ in range(2))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -221,7 +223,7 @@ def main() -> None:
     arguments = parser.parse_args()
     step = Step(**arguments.step)
     on_command = OnCommand(sys.stdin, sys.stdout)
-    with redirect_stdout(sys.stderr):  # trainers print their logs
+    with redirect_stdout(sys.stderr):  # stdout is the pipe, and trainers print their logs
         build = PROVIDERS[arguments.provider]
         trainer = build(step, load_models(step), on_command, arguments.folder)
         trainer.add_callback(on_command)

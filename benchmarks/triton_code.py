@@ -1,7 +1,7 @@
-"""What Triton's kernels become on GPUs that are not here: a launch is recorded, and compiled.
+"""Compile Triton kernels for GPUs that need not be present.
 
-A launch is recorded from the package's own call, on meta tensors, so what is compiled is what a
-user's GPU would get: the same configuration, flags and specialisation.
+Launches are recorded from the package's own calls on meta tensors. So the compiled code is that of
+a user's GPU, with the same configuration, flags and specialisation.
 """
 
 import re
@@ -33,14 +33,15 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One call of a kernel."""
+    """One launch of a kernel."""
 
     kernel: JITFunction
     arguments: dict[str, Any]
-    options: dict[str, Any]  # num_warps and the like
+    options: dict[str, Any]  # num_warps, num_stages, ...
 
     @classmethod
-    def of(cls, kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Launch":
+    def record(cls, kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Launch":
+        """Sort the arguments of a launch into those of the kernel and compiler options."""
         names = set(kernel.arg_names)
         options = {name: value for name, value in kwargs.items() if name not in names}
         named = {name: value for name, value in kwargs.items() if name in names}
@@ -48,7 +49,7 @@ class Launch:
         return cls(kernel, arguments, options)
 
     def source(self) -> ASTSource:
-        """The kernel with Triton's specialisation: 1 is a constant, multiples of 16 are known."""
+        """Return the kernel specialised as Triton does: on ints of 1 and on multiples of 16."""
         types: dict[str, str] = {}
         constants: dict[str, Any] = {}
         attributes: dict[tuple[int], Any] = {}
@@ -70,11 +71,11 @@ class Launch:
 
 
 def launches_of(call: Callable[[], object]) -> list[Launch]:
-    """The launches that a call makes; the kernels are not run."""
+    """Return the launches of a call without running the kernels."""
     launches: list[Launch] = []
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append(Launch.of(kernel, args, kwargs))
+        launches.append(Launch.record(kernel, args, kwargs))
 
     with patch.object(JITFunction, "run", record):
         call()
@@ -82,7 +83,7 @@ def launches_of(call: Callable[[], object]) -> list[Launch]:
 
 
 def compile_for(launch: Launch, target: Target) -> MachineCode:
-    """Compile a launch for a GPU that need not be here."""
+    """Compile a launch for a target."""
     options = {"num_warps": 4} | launch.options
     compiled = triton.compile(
         launch.source(), target=GPUTarget("cuda", target.capability, 32), options=options

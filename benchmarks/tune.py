@@ -1,12 +1,11 @@
-"""Measure launch configurations of the Triton kernels on the GPU that is here, and write the table.
+"""Tune the launch configurations of the Triton kernels on this GPU, and write them to the table.
 
-For each case the fastest of the candidates that spill no register is taken; its entries replace
-those of this GPU's compute capability in opd_kernels/backends/triton/configs.json.
+For each case the fastest candidate without register spills is taken. The entries replace those of
+this GPU's compute capability in opd_kernels/backends/triton/configs.json.
 """
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
@@ -18,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import launches
+from benchmarks.measurement import require_gpu
 from opd_kernels.backends.triton import configs
 from opd_kernels.backends.triton.configs import Case, Config, RowConfig, TileConfig
 
@@ -26,13 +26,14 @@ _TILES = [TileConfig(*sizes) for sizes in product((128,), (128, 256), (32, 64), 
 _KS = (1, 32, configs.MAX_FUSED, configs.MAX_SELECTED, configs.MAX_GIVEN)
 _DIMS = (576, 1_024, 2_048)
 
-# Milliseconds of a call; None where a configuration does not fit the GPU.
+Builder = Callable[..., launches.Call]  # takes the device
+# Returns the milliseconds of a call, or None if its configuration does not fit the GPU.
 Timer = Callable[[launches.Call], float | None]
 
 
-def cases() -> dict[Case, Callable[[], launches.Call]]:
-    """What is tuned, and the call that stands for it."""
-    calls: dict[Case, Callable[[], launches.Call]] = {}
+def cases() -> dict[Case, Builder]:
+    """Return the cases to tune, each with a function that builds its call."""
+    calls: dict[Case, Builder] = {}
     for plain, k in product((True, False), _KS):
         selects = k <= configs.MAX_SELECTED
         calls[Case("update", k, plain)] = partial(launches.update, k, selects, plain)
@@ -46,25 +47,25 @@ def cases() -> dict[Case, Callable[[], launches.Call]]:
     return calls
 
 
-def candidates_of(own: Config) -> list[Config]:
-    """The configurations to try, the table's own first: it stays where none is faster."""
-    others: Iterable[Config] = _TILES if isinstance(own, TileConfig) else _ROWS
-    return [own, *(other for other in others if other != own)]
+def candidates_of(current: Config) -> list[Config]:
+    """Return the configurations to try, the current one first, so that it wins ties."""
+    others: Iterable[Config] = _TILES if isinstance(current, TileConfig) else _ROWS
+    return [current, *(other for other in others if other != current)]
 
 
-def fastest(tried: list[Config], call: launches.Call, time_of: Timer) -> Config:
-    """The configuration under which a call takes least; the first of equals, or if none runs."""
+def fastest(candidates: list[Config], call: launches.Call, time_of: Timer) -> Config:
+    """Return the fastest configuration of a call; the first one on ties or if none runs."""
     times: dict[Config, float] = {}
-    for config in tried:
+    for config in candidates:
         with patch.object(configs, "find", lambda *_, config=config: config):
             milliseconds = time_of(call)
         if milliseconds is not None:
             times[config] = milliseconds
-    return min(times, key=lambda config: times[config], default=tried[0])
+    return min(times, key=lambda config: times[config], default=candidates[0])
 
 
 def milliseconds(call: launches.Call) -> float | None:
-    """Median over a fifth of a second on the GPU."""
+    """Return the median time of a call, repeated for 200 ms on the GPU."""
     from triton import testing
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources
@@ -75,14 +76,14 @@ def milliseconds(call: launches.Call) -> float | None:
         return testing.do_bench(call, warmup=50, rep=200, return_mode="median")
     except (OutOfResources, CompilationError):
         return None
-    except RuntimeError as error:  # a pass of the compiler that gives up; others are ours
+    except RuntimeError as error:  # a compiler pass that fails; any other error is a bug of ours
         if "PassManager" not in str(error):
             raise
         return None
 
 
 def _spills(call: launches.Call) -> bool:
-    """Whether a kernel that a call launches keeps registers in memory."""
+    """Return whether a kernel that the call launches spills registers."""
     from triton.runtime.jit import JITFunction
 
     compiled, launch = [], JITFunction.run
@@ -97,7 +98,7 @@ def _spills(call: launches.Call) -> bool:
 
 
 def write(capability: int, entries: list[dict[str, Any]], path: Path) -> None:
-    """Replace a capability's entries in the table, an entry a line; the tightest come first."""
+    """Replace a capability's entries in the table, one per line; the tightest limits come first."""
     table = json.loads(path.read_text())
     entries.sort(key=lambda e: (e["kernel"], e["plain"], e.get("dim", 0), e.get("k", 0)))
     table[str(capability)] = entries
@@ -109,23 +110,22 @@ def write(capability: int, entries: list[dict[str, Any]], path: Path) -> None:
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("tune", help="configurations of the Triton kernels, on this GPU")
+    parser = commands.add_parser("tune", help="tune the Triton kernels on this GPU")
     parser.add_argument("--table", type=Path, default=configs.TABLE)
     parser.set_defaults(run=main)
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Tune every case and write the table."""
-    if not torch.cuda.is_available():
-        sys.exit("tune: it measures on a GPU, and PyTorch sees none")
+    require_gpu("tune")
     tune(arguments.table)
 
 
 def tune(path: Path) -> None:
-    """Measure on the GPU and write its entries to the table at path."""
-    entries, own = [], configs.capability(torch.device("cuda"))
+    """Tune every case on the GPU and write the entries to the table at path."""
+    entries, capability = [], configs.capability(torch.device("cuda"))
     for case, build in tqdm(cases().items(), desc="tuning"):
-        tried = candidates_of(configs.find(case, own))
-        config = fastest(tried, build(device="cuda"), milliseconds)
+        candidates = candidates_of(configs.find(case, capability))
+        config = fastest(candidates, build(device="cuda"), milliseconds)
         entries.append(configs.entry_of(case, config))
-        write(own, entries, path)
+        write(capability, entries, path)

@@ -1,7 +1,7 @@
-"""A provider in a process of its own: no allocator keeps what another provider took.
+"""A provider in its own process, so that providers do not share an allocator.
 
-The parent sends a command a line and gets a JSON object back; a worker that is not asked sleeps, so
-that rounds can alternate over many of them on the same inputs.
+The parent sends one command per line and receives one JSON object. A worker sleeps between
+commands, so rounds can alternate over many workers on the same inputs.
 """
 
 import argparse
@@ -22,9 +22,12 @@ from benchmarks.providers import PROVIDERS, Provider
 
 
 class Worker:
-    """The parent's end. A provider that fails raises RuntimeError with the end of its errors."""
+    """The parent's side of a worker process.
 
-    MODULE = "benchmarks.worker"  # a provider, a dataclass as JSON and a path are its arguments
+    Methods raise RuntimeError with the end of the process's stderr if the provider fails.
+    """
+
+    MODULE = "benchmarks.worker"  # its arguments: a provider, a dataclass as JSON, and a path
 
     def __init__(self, provider: str, problem: Any, path: Path) -> None:
         self.provider = provider
@@ -45,17 +48,18 @@ class Worker:
         self._errors.close()
 
     def warm_up(self) -> None:
-        """The first pass, which compiles, allocates and faults pages in."""
+        """Run the first pass, which compiles, allocates and takes page faults."""
         self.seconds()
 
     def peak_extra_bytes(self) -> int:
-        """Peak resident memory of a pass beyond inputs, dhidden and dweight, and code of libraries
-        that the pass loads; after a first pass.
+        """Return the peak memory of a pass; call it after `warm_up`.
+
+        Inputs, dhidden, dweight and code of libraries that the pass loads do not count.
         """
         return int(self._ask("memory")["bytes"])
 
     def seconds(self) -> tuple[float, float]:
-        """Wall-clock of a forward and of a backward pass."""
+        """Return the wall-clock seconds of a forward and of a backward pass."""
         answer = self._ask("time")
         return answer["forward"], answer["backward"]
 
@@ -73,7 +77,7 @@ class Worker:
 
 
 def _time(provider: Provider, inputs: Inputs) -> dict[str, float]:
-    if inputs.problem.device == "cuda":  # fills the allocator, which gives all back between rounds
+    if inputs.problem.device == "cuda":  # refills the allocator's cache, emptied after each command
         provider(inputs).backward()
         inputs.clear()
     start = _now(inputs)
@@ -85,15 +89,16 @@ def _time(provider: Provider, inputs: Inputs) -> dict[str, float]:
 
 
 def _now(inputs: Inputs) -> float:
-    """The time at which all that was launched is done."""
+    """Wait for the kernels that were launched, and return the time."""
     if inputs.problem.device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def _memory(provider: Provider, inputs: Inputs) -> dict[str, int]:
-    """On a GPU the allocator's high-water mark, else the kernel's of the resident set (Linux); both
-    reset just before the pass.
+    """Return the peak memory of a pass beyond what was held before and what it returns.
+
+    The peak is the allocator's on a GPU, and that of the resident set on a CPU (Linux only).
     """
     if inputs.problem.device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -102,26 +107,27 @@ def _memory(provider: Provider, inputs: Inputs) -> dict[str, int]:
         return {"bytes": max(0, torch.cuda.max_memory_allocated() - before - _returned(inputs))}
     before, code = reset_peak(), status("RssFile")
     provider(inputs).backward()
-    code = max(0, status("RssFile") - code)  # of libraries, which came in meanwhile
-    # A gradient of few rows is not in memory as a whole, although all of it is subtracted.
+    code = max(0, status("RssFile") - code)  # of libraries that the pass loaded
+    # The result could be negative: a dweight with few non-zero rows is not fully resident, but its
+    # full size is subtracted.
     return {"bytes": max(0, status("VmHWM") - code - before - _returned(inputs))}
 
 
 def _returned(inputs: Inputs) -> int:
-    """Bytes of the gradients that a pass returns."""
+    """Return the bytes of dhidden and dweight."""
     leaves = (inputs.student.hidden, inputs.student.weight)
     return sum(x.grad.numel() * x.grad.element_size() for x in leaves if x.grad is not None)
 
 
 def reset_peak() -> int:
-    """Give back what is free and start the high-water mark anew; the resident bytes."""
+    """Return free memory to the system, reset the peak, and return the resident bytes."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
 
 
 def status(name: str) -> int:
-    """A field of /proc/self/status in bytes."""
+    """Return a field of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
@@ -136,16 +142,16 @@ def main() -> None:
     arguments = parser.parse_args()
     provider, problem = PROVIDERS[arguments.provider], Problem(**arguments.problem)
     torch.manual_seed(0)
-    # Libraries load their code and buffers.
+    # A small pass makes libraries load their code and buffers before anything is measured.
     provider(Inputs.make(replace(problem, tokens=8, vocab=1024, k=min(problem.k, 64)))).backward()
     if problem.device == "cuda":
-        torch.compiler.reset()  # compiled for other shapes, which would make these dynamic
+        torch.compiler.reset()  # else the next shapes would be compiled as dynamic ones
     inputs = Inputs.load(problem, arguments.inputs)
     commands = {"memory": _memory, "time": _time}
     for line in sys.stdin:
         answer = commands[line.strip()](provider, inputs)
         inputs.clear()
-        if problem.device == "cuda":  # for the other providers, which wait in their processes
+        if problem.device == "cuda":  # leaves the memory to the other processes
             torch.cuda.empty_cache()
         print(json.dumps(answer), flush=True)
 

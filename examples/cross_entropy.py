@@ -1,6 +1,8 @@
-"""Cross-entropy of labels without logits, in two ways: patch(model), and log_prob of LazyLogits.
+"""Compute the cross-entropy of labels without [N, V] logits, in two ways.
 
-`--model NAME --text FILE` takes a real model and learns a file's text.
+`LazyLogits.log_prob` works with any head. `patch(model)` changes a transformers model so that its
+own loss makes no logits. Without arguments the model is tiny and random. For a real model that
+learns a text, pass `--model NAME --text FILE`.
 """
 
 import argparse
@@ -13,8 +15,8 @@ from opd_kernels.integrations.labels import patch
 from opd_kernels.integrations.transformers import lazy_logits
 
 parser = argparse.ArgumentParser()
-for name in ("model", "text"):
-    parser.add_argument(f"--{name}")
+for option in ("--model", "--text"):
+    parser.add_argument(option)
 arguments = parser.parse_args()
 
 torch.manual_seed(0)
@@ -28,15 +30,15 @@ else:
     model = AutoModelForCausalLM.from_config(config)
     input_ids = torch.randint(3, 1000, (4, 32))
 labels = input_ids.clone()
-labels[:, :4] = -100  # no loss on the first tokens, as on a prompt's
+labels[:, :4] = -100  # tokens without a loss, such as those of a prompt
 
 print(f"with logits      loss {model(input_ids, labels=labels).loss:.6f}")
 
-targets = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # the token after each
+targets = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # each position's next token
 log_probs = lazy_logits(model, input_ids).log_prob(targets)  # [B, T], 0 where the target is -100
 print(f"by log_prob      loss {-log_probs.sum() / (targets != -100).sum():.6f}")
 
-patch(model)  # from here on its output has a loss and no logits, where labels are given
+patch(model)  # with labels, the model now returns a loss and no logits
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 for step in range(20):
     loss = model(input_ids, labels=labels).loss

@@ -1,8 +1,8 @@
 """On-policy self-distillation without a trainer: sample, score with privileged context, learn.
 
-The teacher is the same model, frozen, with a context in front of the prompt that the student does
-not see. `--model NAME` takes a real chat model and a rule; without it a tiny random model learns
-what a few random tokens in front would change.
+The teacher is a frozen copy of the student. Its prompts begin with a context that the student does
+not see. Without arguments the model is tiny and random, and the context is three tokens. With
+`--model NAME` a real chat model learns to follow a rule that it is not shown.
 """
 
 import argparse
@@ -21,7 +21,7 @@ QUESTIONS = ["What is a tree?", "How do I cook rice?", "Why is the sky blue?", "
 parser = argparse.ArgumentParser()
 parser.add_argument("--model")
 parser.add_argument("--steps", type=int, default=20)
-parser.add_argument("--length", type=int, default=8, help="of a completion, at most")
+parser.add_argument("--length", type=int, default=8, help="maximum tokens per completion")
 parser.add_argument("--learning-rate", type=float, default=5e-3)
 arguments = parser.parse_args()
 
@@ -45,7 +45,7 @@ teacher = deepcopy(student).eval()
 
 @torch.no_grad()
 def sample(prompt):
-    """Token ids that the student adds, from its own distribution: nothing cut, no penalty."""
+    """Return a completion sampled from the student's unmodified distribution, as token ids."""
     ids = torch.tensor([prompt])
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     options |= {"repetition_penalty": 1.0, "max_new_tokens": arguments.length}
@@ -58,12 +58,12 @@ optimizer = torch.optim.AdamW(student.parameters(), lr=arguments.learning_rate)
 for step in range(arguments.steps):
     completions = [sample(prompt) for prompt in prompts]
     ids, mask, predicts = pad_completions(prompts, completions, student.device)
-    s = lazy_logits(student, ids, mask)[predicts]  # a row for each token of the completions
+    student_logits = lazy_logits(student, ids, mask)[predicts]  # one row per completion token
     with torch.no_grad():
         ids, mask, predicts = pad_completions(privileged, completions, student.device)
-        t = lazy_logits(teacher, ids, mask)[predicts]  # the same tokens, in the same order
-    output = distillation_loss(s, t, k=20, objective=objective)
+        teacher_logits = lazy_logits(teacher, ids, mask)[predicts]  # the same tokens in order
+    output = distillation_loss(student_logits, teacher_logits, k=20, objective=objective)
     output.loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    print(f"step {step}  loss {output.loss:.4f}  on S: {output.student.mass.mean():.3f}")
+    print(f"step {step}  loss {output.loss:.4f}  mass on S {output.student.mass.mean():.3f}")

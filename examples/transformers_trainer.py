@@ -1,8 +1,8 @@
-"""transformers' Trainer with this loss: a subclass whose compute_loss knows a teacher.
+"""Use the loss in transformers' Trainer, by a subclass with its own compute_loss.
 
-The loss runs inside the model's forward pass (call_with_lazy_logits), so DDP and FSDP2 see it. Its
-tokens are those whose label is not -100. `--student NAME --teacher NAME --data FILE` takes real
-models and a .jsonl file of {"text": ...}.
+`call_with_lazy_logits` runs the loss inside the model's forward pass, as DDP and FSDP2 require.
+Tokens with the label -100 do not count. Without arguments both models are tiny and random. For real
+models pass `--student NAME --teacher NAME --data FILE`, with a .jsonl file of {"text": ...}.
 """
 
 import argparse
@@ -19,13 +19,15 @@ from opd_kernels.integrations.transformers import call_with_lazy_logits, lazy_lo
 
 
 class DistillationTrainer(Trainer):
+    """A Trainer that distils a teacher, instead of learning labels."""
+
     def __init__(self, *args, teacher, **kwargs):
         super().__init__(*args, **kwargs)
         self.teacher = teacher.to(self.args.device).eval()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         tokens = inputs["input_ids"], inputs.get("attention_mask")
-        labels = pad(inputs["labels"], (0, 1), value=-100)[:, 1:]  # of the token after each
+        labels = pad(inputs["labels"], (0, 1), value=-100)[:, 1:]  # each position's next token
         options = {"k": 20, "support": "teacher", "objective": partial(forward_kl, tail="bucket")}
         options |= {"token_weights": (labels != -100).float(), "denominator": num_items_in_batch}
         with torch.no_grad():
@@ -35,14 +37,14 @@ class DistillationTrainer(Trainer):
             return distillation_loss(student, teacher, **options).loss
 
         loss = call_with_lazy_logits(model, loss_of, *tokens)
-        if num_items_in_batch is not None:  # of all ranks, whose gradients DDP will average
+        if num_items_in_batch is not None:  # it counts all ranks, but DDP averages over ranks
             loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
 
 parser = argparse.ArgumentParser()
-for name in ("student", "teacher", "data"):
-    parser.add_argument(f"--{name}")
+for option in ("--student", "--teacher", "--data"):
+    parser.add_argument(option)
 arguments = parser.parse_args()
 
 torch.manual_seed(0)
@@ -58,12 +60,12 @@ else:
     sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64}
     config = AutoConfig.for_model("llama", num_hidden_layers=2, num_attention_heads=2, **sizes)
     student, teacher = (AutoModelForCausalLM.from_config(config) for _ in range(2))
-    teacher.lm_head.weight.data *= 30  # or it would be nearly uniform
+    teacher.lm_head.weight.data *= 30  # without this its predictions are nearly uniform
     rows = torch.randint(3, 100, (64, 16)).tolist()
 
 
 def collate(batch):
-    """Right-padded, with masks from the lengths."""
+    """Pad sequences on the right, with attention masks from their lengths."""
     ids = [torch.tensor(row["ids"]) for row in batch]
     mask = [torch.ones_like(row) for row in ids]
     fill = torch.nn.utils.rnn.pad_sequence

@@ -189,7 +189,8 @@ def check_dtensor(rank, sizes):
             )
             assert_close(loss, expected, rtol=1e-12, atol=1e-13)
             actual = torch.autograd.grad(loss, (hidden, weight, bias))
-            assert_same([g.full_tensor() for g in actual], gradients(expected, student))
+            whole = [g.full_tensor() for g in actual]  # type: ignore[attr-defined]
+            assert_same(whole, gradients(expected, student))
     by_columns = distribute_tensor(torch.randn(8, 4), mesh, [Shard(1)])
     with pytest.raises(ValueError, match=r"weight: expected a DTensor that is split by rows"):
         LazyLogits(torch.randn(2, 4), by_columns)

@@ -1,4 +1,4 @@
-"""The machine code of the Triton and CUDA kernels: within limits, without spills."""
+"""The machine code of the Triton and CUDA kernels stays within limits and spills nothing."""
 
 import json
 import os
@@ -13,12 +13,12 @@ pytest.importorskip("triton")
 from benchmarks.audit import CASES
 from benchmarks.machine_code import TARGETS, MachineCode
 
-# To Triton the capabilities 86 and 89 are smaller ones of 80.
+# Triton compiles for sm_86 and sm_89 as for sm_80, with less shared memory.
 TRITON_TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120"]
 
 
 def audit(output, *arguments):
-    """What `python -m benchmarks audit` reports: rows with their code as MachineCode."""
+    """Run `python -m benchmarks audit`; returns its rows, with their code as MachineCode."""
     command = [sys.executable, "-m", "benchmarks", "audit", "--output", str(output), *arguments]
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -27,9 +27,9 @@ def audit(output, *arguments):
     return [row | {"code": MachineCode(**row["code"])} for row in rows]
 
 
-# One test for each audit: workers of pytest-xdist would compile it once for each test of several.
+# One test per audit: with several, each worker of pytest-xdist would compile everything again.
 def test_triton(tmp_path):
-    """Every shipped configuration."""
+    """Every shipped configuration stays within the limits of every target."""
     rows = audit(tmp_path, "--backends", "triton", "--targets", *TRITON_TARGETS)
     every_triton_kernel_is_compiled_for_every_target(rows)
     shared_memory_and_residency(rows)
@@ -39,7 +39,7 @@ def test_triton(tmp_path):
 
 @pytest.mark.skipif(nvcc.find_nvcc() is None, reason="no nvcc was found")
 def test_cuda(tmp_path):
-    """Every kernel; a warning of nvcc or of the host's compiler fails it."""
+    """Every kernel compiles without a warning of nvcc or of the host compiler."""
     rows = audit(tmp_path, "--backends", "cuda")
     every_cuda_kernel_is_compiled_for_every_target_and_spills_nothing(rows)
     cuda_kernels_fill_half_of_a_multiprocessor_at_least(rows)
@@ -97,14 +97,14 @@ def every_cuda_kernel_is_compiled_for_every_target_and_spills_nothing(rows):
 def cuda_kernels_fill_half_of_a_multiprocessor_at_least(rows):
     for row in rows:
         target = TARGETS[row["target"]]
-        least = 0.375 if "double" in row["case"] else 0.5  # kResidentThreads says why
-        if row["case"].endswith("512>") and target.shared_bytes_in_all <= 100 * 1024:
+        least = 0.375 if "double" in row["case"] else 0.5  # see kResidentThreads
+        if row["case"].endswith("512>") and target.shared_bytes_total <= 100 * 1024:
             least -= 0.125  # lists of 512 candidates fill the shared memory
         assert row["resident_warps"] >= least * target.warps, row
 
 
 def cuda_kernels_move_sixteen_bytes_at_a_time(rows):
-    """But for what is read a row at a time, and for rows that are not aligned."""
+    """Except for kernels that read one value per row, and for rows that are not aligned."""
     for row in rows:
         name, _, types = row["case"].rstrip(">").partition("<")
         reads_by_vectors = name != "combine_kernel" and not types.endswith(", 1")

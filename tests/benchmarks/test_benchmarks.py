@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, and hold bounds on memory."""
+"""The benchmarks measure what they claim, and the losses stay within bounds of memory."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import roofline, sweeps
 from benchmarks.__main__ import main
-from benchmarks.measurement import MIB, Figures, measure
+from benchmarks.measurement import MIB, Measurement, measure
 from benchmarks.problems import Inputs, Problem
 from benchmarks.providers import DISTILLATION, LABELS
 from benchmarks.trainer_step import agreement
@@ -21,23 +21,24 @@ TINY = Problem(tokens=8, dim=16, vocab=1024, k=1024)
 @pytest.mark.parametrize(("provider", "bound"), [("ours_recompute", 64), ("ours_one_pass", 256)])
 def test_peak_extra_memory_at_a_large_vocabulary(provider, bound):
     """N = 1,024, V = 151,936: one logits tensor alone would be 594 MiB."""
-    figures = measure(Problem(1024, 256, 151_936), [provider], rounds=0)
-    assert figures[provider].peak_extra_bytes <= bound * MIB
+    measured = measure(Problem(1024, 256, 151_936), [provider], rounds=0)
+    assert measured[provider].peak_extra_bytes <= bound * MIB
 
 
 def test_the_benchmark_sees_full_logits():
-    figures = measure(Problem(256, 64, 50_000), ["eager_full"], rounds=0)
-    assert figures["eager_full"].peak_extra_bytes >= 2 * 256 * 50_000 * 4
+    measured = measure(Problem(256, 64, 50_000), ["eager_full"], rounds=0)
+    assert measured["eager_full"].peak_extra_bytes >= 2 * 256 * 50_000 * 4
 
 
 @pytest.mark.parametrize("family", [DISTILLATION, LABELS], ids=["distillation", "labels"])
 def test_providers_do_the_same_work(family):
-    """With K = V every reverse KL is the full one: same loss, same gradients, peers included."""
+    """With K = V every reverse KL is the full one, so losses and gradients agree, also of peers."""
     for peer in ("liger_kernel", "trl"):
         pytest.importorskip(peer)
     results = {}
     for name, provider in family.items():
-        if name in ("floor", "cut_labels", "quack_labels"):  # no loss; minutes to compile; a GPU
+        # The floor has no loss, cut_labels compiles for minutes, and quack_labels needs a GPU.
+        if name in ("floor", "cut_labels", "quack_labels"):
             continue
         inputs = Inputs.make(TINY)
         loss = provider(inputs)
@@ -58,15 +59,15 @@ def test_the_floor_is_the_four_products():
     torch.testing.assert_close(weight.grad, logits.T @ hidden.detach())
 
 
-def test_inputs_are_as_peaked_as_the_model_they_imitate():
+def test_inputs_are_as_peaked_as_the_models_samples():
     problem = Problem(tokens=256, dim=256, vocab=49_152)
     p = Inputs.make(problem).student.detach().materialize().softmax(-1)
     assert 200 < (p >= 2.0**-14).sum(-1).double().mean() < 350  # 275 on SmolLM2
 
 
-def test_roofline_writes_tables_figures_and_a_plot(tmp_path, monkeypatch, capsys):
+def test_roofline_writes_a_table_records_and_a_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(roofline, "GPUS", {"H100": roofline.GPUS["H100"]})
-    monkeypatch.setattr(roofline, "bf16_chunk", lambda: "what bf16 costs")
+    monkeypatch.setattr(roofline, "bf16_chunk", lambda: "bf16")
     arguments = ["benchmarks", "roofline", "--gpus", "H100", "--output", str(tmp_path)]
     monkeypatch.setattr("sys.argv", arguments)
     main()
@@ -80,7 +81,9 @@ def test_roofline_writes_tables_figures_and_a_plot(tmp_path, monkeypatch, capsys
             assert all(r["ratio"] >= 1 for r in group)
             ours = [r for r in group if r["provider"] in ("ours_one_pass", "ours_recompute")]
             (chosen,) = [r for r in group if r["chosen"]]
-            assert chosen["seconds"] <= 1.05 * min(r["seconds"] for r in ours)  # less the teacher
+            assert chosen["seconds"] <= 1.05 * min(
+                r["seconds"] for r in ours
+            )  # the choice ignores the teacher
 
 
 def test_a_bf16_chunk_rounds_what_a_float32_chunk_keeps():
@@ -91,7 +94,7 @@ def test_a_bf16_chunk_rounds_what_a_float32_chunk_keeps():
     assert gradient < 1e-4 < gradient_16
 
 
-def test_compare_writes_tables_figures_and_plots(tmp_path, monkeypatch, capsys):
+def test_compare_writes_tables_records_and_plots(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("benchmarks.compare.HEADS", {"SmolLM2-135M": (16, 2048)})
     monkeypatch.setattr(sweeps, "BASE", Problem(8, 16, 2048))
     monkeypatch.setattr(sweeps, "SWEEPS", {"k": [1, 4]})
@@ -129,21 +132,21 @@ def test_dtypes_alternate_in_the_same_rounds(tmp_path, monkeypatch, capsys):
 
 
 def test_a_provider_that_cannot_run_is_left_out_with_its_reason(monkeypatch, capsys):
-    figures = measure(Problem(8, 16, 2048, k=4096), ["floor", "ours_one_pass"], rounds=1)
-    assert list(figures) == ["floor"]
+    measured = measure(Problem(8, 16, 2048, k=4096), ["floor", "ours_one_pass"], rounds=1)
+    assert list(measured) == ["floor"]
     assert "k: expected 1 to 2048" in capsys.readouterr().err
 
 
 def test_medians_are_of_whole_passes_and_ratios_of_the_same_round():
     slow, fast = (
-        Figures([1.0, 5.0, 3.0], [9.0, 1.0, 4.0], 0),
-        Figures([5.0, 1.0, 7.0], [0.0] * 3, 0),
+        Measurement([1.0, 5.0, 3.0], [9.0, 1.0, 4.0], 0),
+        Measurement([5.0, 1.0, 7.0], [0.0] * 3, 0),
     )
     assert slow.median() == 7.0
     assert slow.ratio(fast) == 2.0
 
 
-def test_a_training_step_beside_trls_is_the_same_work(tmp_path, monkeypatch, capsys):
+def test_trainer_step_does_the_same_work_as_trl(tmp_path, monkeypatch, capsys):
     pytest.importorskip("trl")
     model = write_model(tmp_path / "model", max_position_embeddings=512)
     arguments = ["trainer_step", "--cases", "mixed", "rollout", "--model", str(model)]
@@ -160,8 +163,8 @@ def test_a_training_step_beside_trls_is_the_same_work(tmp_path, monkeypatch, cap
             assert r["agreement"]["loss"] <= 1e-5
             assert 0 < r["agreement"]["gradient"] <= 1e-3
     text = (tmp_path / "trainer_step.md").read_text()
-    _, *told = text.rstrip("\n").split("\n\n")
-    assert told == capsys.readouterr().out.rstrip("\n").split("\n\n")
+    _, *sections = text.rstrip("\n").split("\n\n")
+    assert sections == capsys.readouterr().out.rstrip("\n").split("\n\n")
 
 
 def test_steps_that_differ_are_not_compared():

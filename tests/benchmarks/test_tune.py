@@ -1,4 +1,4 @@
-"""The tuner's choices and what it writes, with a stand-in for the GPU's clock."""
+"""The tuner's choices and the table that it writes, with a fake clock."""
 
 import json
 
@@ -12,7 +12,7 @@ from opd_kernels.backends.triton.configs import Case, RowConfig, TileConfig
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """A copy of the shipped table in its place."""
+    """Replace the shipped table by a copy."""
     path = tmp_path / "configs.json"
     path.write_text(configs.TABLE.read_text())
     monkeypatch.setattr(configs, "TABLE", path)
@@ -22,7 +22,7 @@ def table(tmp_path, monkeypatch):
     configs.find.cache_clear()
 
 
-def test_the_fastest_that_runs_is_taken():
+def test_the_fastest_configuration_that_runs_is_taken():
     small, middle, large = (RowConfig(block, 4) for block in (1024, 2048, 4096))
     times = {small: 3.0, middle: 2.0, large: None}
 
@@ -58,7 +58,7 @@ def test_entries_are_written_and_found_by_the_tightest_limits(table):
     assert configs.find(Case("update", 32, False), 89) == configs.find(Case("update", 32, False), 0)
     assert configs.find(Case("linear_update", 8, True, dim=576), 89) == tile
     assert configs.find(Case("linear_update", 8, True, dim=2048), 89) != tile
-    assert configs.find(Case("update", 32, True), 90) != tight  # another GPU's
+    assert configs.find(Case("update", 32, True), 90) != tight  # the entry is of another GPU
 
 
 def test_every_tuned_case_has_a_call_and_a_shipped_configuration():
@@ -72,7 +72,7 @@ def test_every_tuned_case_has_a_call_and_a_shipped_configuration():
         assert config in tune.candidates_of(config)
 
 
-def test_an_unknown_kernel_is_named():
+def test_an_unknown_kernel_raises():
     with pytest.raises(KeyError, match="no configuration of Case"):
         configs.find(Case("other", 1, True), 90)
 
@@ -89,7 +89,10 @@ def test_backends_are_compared_on_the_same_calls(monkeypatch, gpu_backend):
 
     timings = backends.measure("cpu", 3, time_of)
     assert [t.epilogue for t in timings] == list(backends.EPILOGUES)
-    assert timings[0].seconds == {gpu_backend: 3e-3, "torch": 4e-3}  # of 1, 3, 5 and 2, 4, 6
+    assert timings[0].seconds == {
+        gpu_backend: 3e-3,
+        "torch": 4e-3,
+    }  # medians of 1, 3, 5 and of 2, 4, 6
     table = backends.section(timings).splitlines()
     assert table[2].startswith(f"| epilogue | {gpu_backend} ms (GB/s) | torch ms (GB/s) |")
     assert table[4] == "| select K=20 | 3 (0) | 4 (0) | 1.33 |"

@@ -80,7 +80,8 @@ def _of_numpy():
     """What transformers lets a random state have."""
     import numpy as np
 
-    return [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType]
+    reconstruct = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+    return [reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType]
 
 
 def _bring_code(folder, mark):

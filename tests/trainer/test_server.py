@@ -48,12 +48,12 @@ def test_its_log_probs_are_those_of_the_model(tmp_path, server):
     batch = completions()
     teacher.prepare(batch)
     sparse = teacher.logits(batch, 1.0)
-    expected = []
+    scored = []
     for c in batch:
         ids = torch.tensor([c.prompt.teacher_ids + c.ids])
         rows = lazy_logits(server.model, ids).materialize()[0].log_softmax(-1)
-        expected.append(rows[len(c.prompt.teacher_ids) - 1 : -1])
-    expected = torch.cat(expected).detach()
+        scored.append(rows[len(c.prompt.teacher_ids) - 1 : -1])
+    expected = torch.cat(scored).detach()
     assert sparse.ids.shape == (len(expected), K + 1)
     live = sparse.values > -torch.inf
     assert_close(sparse.values[live], expected.gather(-1, sparse.ids.clamp_min(0))[live])

@@ -76,12 +76,12 @@ def test_a_served_teachers_log_probs_are_the_local_ones(
         batch.append(Completion(Prompt("", ids[:2], ids[:length]), ids[length:], True))
     teacher.prepare(batch)
     served = teacher.logits(batch, 1.0)
-    expected = []
+    scored = []
     for c in batch:
         context = c.prompt.teacher_ids
         rows = lazy_logits(model, torch.tensor([context + c.ids]))[0, len(context) - 1 : -1]
-        expected.append(rows.materialize().log_softmax(-1))
-    expected = torch.cat(expected).detach()
+        scored.append(rows.materialize().log_softmax(-1))
+    expected = torch.cat(scored).detach()
     live = served.values > -torch.inf
     assert (live.sum(-1) >= 20).all()
     local = expected.gather(-1, served.ids.clamp_min(0))

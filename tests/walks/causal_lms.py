@@ -1,12 +1,11 @@
-"""Walks every class in transformers' causal-LM mapping, and writes docs/causal_lms.md.
+"""Test every class of transformers' causal-LM mapping, and write docs/causal_lms.md.
 
     make causal-lms
 
-A class is built tiny and random from its own config, and lazy_logits(model, ids).materialize() is
-compared with model(ids).logits; then patch(model)'s loss of labels with the class's own. It works,
-or it is refused with an error of this package's; a difference ends the walk with exit status 1.
-What cannot be built tiny without knowing more of it than its config's names is listed with the
-reason.
+Each class is built tiny and random from its own config. `lazy_logits(model, ids).materialize()` is
+compared with `model(ids).logits`, and the loss of labels after `patch(model)` with the class's own
+loss. A class works, or this package refuses it with an error; any difference makes the command exit
+with status 1. A class that cannot be built from the keys of its config is listed with the reason.
 """
 
 import argparse
@@ -31,11 +30,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from opd_kernels.integrations.labels import patch
 from opd_kernels.integrations.transformers import lazy_logits
 
-SECONDS = 60  # for a class
-LEAST = 130  # classes that are to work
-MOST_PARAMETERS = 30_000_000
+SECONDS = 60  # time limit per class
+MIN_WORKING = 130  # classes that must work
+MAX_PARAMETERS = 30_000_000
 VOCAB, TOKENS = 97, 9
-# What makes a config tiny, by the names that configs have for it.
+# Sizes of a tiny config, each with the keys that configs use for it.
 SIZES: dict[int, str] = {
     VOCAB: "vocab_size",
     32: "hidden_size n_embd d_model dim embedding_size emb_dim word_embed_proj_dim mamba_d_ssm "
@@ -59,7 +58,7 @@ SIZES: dict[int, str] = {
 }  # fmt: skip
 TINY = {name: size for size, names in SIZES.items() for name in names.split()}
 ZERO = {"first_k_dense_replace"}
-OVERRIDES: dict[str, dict[str, Any]] = {  # what its config's names do not tell
+OVERRIDES: dict[str, dict[str, Any]] = {  # keys that SIZES does not get right, by model type
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4},
     "deepseek_v2": {"num_key_value_heads": 4},
@@ -75,7 +74,7 @@ DROPOUT = re.compile("dropout|_pdrop|layerdrop")
 
 
 def shrink(config: PreTrainedConfig) -> dict[str, Any]:
-    """Changes of a config, and of those in it, that make the model tiny."""
+    """Return the changes of a config, and of the configs inside it, that make the model tiny."""
     changes: dict[str, Any] = {}
     for name, value in config.to_dict().items():
         inner = getattr(config, name, None)
@@ -93,19 +92,18 @@ def shrink(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def candidates(model_type: str) -> list[dict[str, Any]]:
-    """Changes to try, one after the other: all names, and without those that may contradict."""
+    """Return changes to try in order: all of them, then without keys that may contradict others."""
     config = AutoConfig.for_model(model_type)
     if hasattr(config, "get_text_config") and config.get_text_config(decoder=True) is not config:
         config = config.get_text_config(decoder=True)
-    every = shrink(config)
+    changes = shrink(config)
     layers = {n: v[:2] for n, v in config.to_dict().items() if _is_per_layer(config, n, v)}
-    options = [every, every | layers]
+    options = [changes, changes | layers]
     options += [
         {k: v for k, v in x.items() if k not in ("head_dim", "kv_channels")} for x in options
     ]
-    options.append(every | layers | {"num_key_value_heads": 4})
-    own = OVERRIDES.get(model_type, {})
-    return [{**x, **own} for x in options]
+    options.append(changes | layers | {"num_key_value_heads": 4})
+    return [x | OVERRIDES.get(model_type, {}) for x in options]
 
 
 def _is_per_layer(config: PreTrainedConfig, name: str, value: Any) -> bool:
@@ -114,7 +112,7 @@ def _is_per_layer(config: PreTrainedConfig, name: str, value: Any) -> bool:
 
 
 def build(model_type: str) -> torch.nn.Module:
-    """The first candidate whose forward pass gives finite logits."""
+    """Return the first candidate whose forward pass gives finite logits."""
     reasons = []
     for changes in candidates(model_type):
         try:
@@ -124,8 +122,8 @@ def build(model_type: str) -> torch.nn.Module:
             config.is_decoder = True
             with torch.device("meta"):
                 size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-            if size > MOST_PARAMETERS:
-                raise ValueError(f"{size:,} parameters with the sizes that are known")
+            if size > MAX_PARAMETERS:
+                raise ValueError(f"{size:,} parameters with the known keys")
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config).float().eval()
             with torch.no_grad():
@@ -147,7 +145,7 @@ def _ids() -> torch.Tensor:
 
 
 def walk(model_type: str) -> tuple[str, str, str]:
-    """(works | refused | differs | not built, why, what patch makes of it)."""
+    """Return (works | refused | differs | not built, the reason, the result of patch)."""
     try:
         model = build(model_type)
     except TimeoutError:
@@ -159,7 +157,7 @@ def walk(model_type: str) -> tuple[str, str, str]:
 
 
 def compare_labels(model: torch.nn.Module) -> str:
-    """works | refused | differs: the loss of labels, of which some count for nothing."""
+    """Return works | refused | differs, by the loss of labels; some of them are ignored (-100)."""
     labels = _ids()
     labels[0, :4] = -100
     with torch.no_grad():
@@ -171,12 +169,12 @@ def compare_labels(model: torch.nn.Module) -> str:
             return "refused" if str(error).startswith("model: ") else f"differs: {error}"
         except Exception as error:
             return f"differs: {type(error).__name__}: {error}"
-    error = float((actual - expected).abs() / expected.abs())
-    return "works" if error < 1e-4 else f"differs by {error:.1e}"
+    difference = float((actual - expected).abs() / expected.abs())
+    return "works" if difference < 1e-4 else f"differs by {difference:.1e}"
 
 
 def compare_logits(model: torch.nn.Module) -> tuple[str, str]:
-    """(works | refused | differs, by how much or why)."""
+    """Return (works | refused | differs, the difference or the reason)."""
     with torch.no_grad():
         expected = model(_ids(), use_cache=False).logits
         try:
@@ -186,8 +184,9 @@ def compare_logits(model: torch.nn.Module) -> tuple[str, str]:
             return "refused" if ours else "differs", f"{type(error).__name__}: {error}"
     if actual.shape != expected.shape:
         return "differs", f"shape {tuple(actual.shape)} and {tuple(expected.shape)}"
-    error = float((actual - expected).abs().max() / expected.abs().max())
-    return ("works", f"{error:.0e}") if error < 1e-4 else ("differs", f"by {error:.1e}")
+    difference = float((actual - expected).abs().max() / expected.abs().max())
+    works = difference < 1e-4
+    return ("works", f"{difference:.0e}") if works else ("differs", f"by {difference:.1e}")
 
 
 def _out_of_time(*_: Any) -> None:
@@ -196,7 +195,9 @@ def _out_of_time(*_: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("types", nargs="*", help="model types; default all, and write the page")
+    parser.add_argument(
+        "types", nargs="*", help="model types; by default all, which writes the page"
+    )
     types = parser.parse_args().types
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
@@ -214,28 +215,29 @@ def main() -> None:
     if not types:
         Path("docs/causal_lms.md").write_text(page)
     wrong = counts["differs"] + labels["differs"]
-    sys.exit(1 if wrong or (not types and counts["works"] < LEAST) else 0)
+    sys.exit(1 if wrong or (not types and counts["works"] < MIN_WORKING) else 0)
 
 
 def table(
     results: dict[str, tuple[str, str, str]], counts: Counter[str], labels: Counter[str]
 ) -> str:
-    """Markdown: how many, and each class with its verdict."""
+    """Return the page: the counts, and the verdict on each class."""
 
-    def said(counts: Counter[str]) -> str:
+    def summary(counts: Counter[str]) -> str:
         return ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
 
     lines = [
         "# Causal language models of transformers",
         "",
-        f"Made by `make causal-lms` with transformers {transformers.__version__}: each class of "
-        "its causal-LM mapping, tiny and random, `lazy_logits(model, ids).materialize()` against "
-        f"`model(ids).logits`. Of {len(results)}: {said(counts)}. A figure is the largest "
-        "difference relative to the largest logit. `labels` is `patch(model)`, whose loss is "
-        f"compared with the class's own: {said(labels)}; it refuses what is not the shifted "
-        "cross-entropy by transformers' own function.",
+        f"Written by `make causal-lms` with transformers {transformers.__version__}. Each class of "
+        "its causal-LM mapping is built tiny and random, and "
+        "`lazy_logits(model, ids).materialize()` is compared with `model(ids).logits`. Results of "
+        f"{len(results)} classes: {summary(counts)}. The difference is the largest one, relative "
+        "to the largest logit. The last column compares the loss of labels after `patch(model)` "
+        f"with the class's own: {summary(labels)}. `patch` refuses a class whose loss is not "
+        "transformers' own shifted cross-entropy.",
         "",
-        "| model type | | | labels |",
+        "| model type | result | difference or reason | labels |",
         "|---|---|---|---|",
     ]
     for name, (verdict, why, label) in results.items():

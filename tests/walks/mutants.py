@@ -148,7 +148,7 @@ class _Finder:
 def run_tests(mutant: Mutant) -> None:
     """In a process of its own, which ends with pytest's status; nothing of ours is imported yet."""
     torch.set_num_threads(1)
-    sys.meta_path.insert(0, _Finder(mutant))  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Finder(mutant))
     files = [f"tests/{name}.py" for name in TESTS[mutant.module].split()]
     options = ["-x", "-q", "-p", "no:cacheprovider", "-k", SELECTION]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

@@ -1,18 +1,23 @@
-"""Claim 3: of teachers that are as accurate, the one that grew out of the student teaches it."""
+"""Claim 3: of equally accurate teachers, the student after RLVR is the better one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from paper.adding import PLAIN, RESTATED, Adding, nearest
-from paper.figures import band, level, panels, save
-from paper.page import Claim, Finding, falls, rises, spread, table
-from paper.runs import Laboratory, Line, Run, by_seed, first, last
+from benchmarks.markdown import markdown_table
+from benchmarks.paper.adding import PLAIN, RESTATED, Adding, nearest
+from benchmarks.paper.figures import band, level, panels, save
+from benchmarks.paper.page import Claim, Finding, falls, rises, spread
+from benchmarks.paper.runs import Laboratory, Line, Run, by_seed, first, last
 
-TRAINED = 60  # batches of SFT that the student has seen
-REINFORCED, ALIKE, OTHER = "the student after RLVR", "larger, same format", "larger, other format"
-COLORS = {REINFORCED: "tab:blue", ALIKE: "tab:green", OTHER: "tab:red"}
+SFT_STEPS = 60  # of the student
+REINFORCED, SAME_FORMAT, OTHER_FORMAT = (
+    "the student after RLVR",
+    "larger, same format",
+    "larger, other format",
+)
+COLORS = {REINFORCED: "tab:blue", SAME_FORMAT: "tab:green", OTHER_FORMAT: "tab:red"}
 _CHECKPOINTS = {
     "eval_steps": 10, "save_strategy": "steps", "save_steps": 10, "save_only_model": True,
 }  # fmt: skip
@@ -20,26 +25,26 @@ _CHECKPOINTS = {
 
 @dataclass
 class Measured:
-    """Claim 3's distillations, of each seed, by their teacher; and the teachers' accuracies."""
+    """The results of claim 3, by teacher, with one entry per seed."""
 
-    lines: dict[str, list[list[Line]]]
-    teachers: dict[str, list[float]]
+    lines: dict[str, list[list[Line]]]  # of the distillations
+    teachers: dict[str, list[float]]  # accuracies
 
 
 def claim(lab: Laboratory, seeds: Sequence[int], folder: Path) -> Claim:
-    """Run claim 3 and report it; the figure goes into the folder."""
+    """Run claim 3; its figure is written to the folder."""
     m = measure(lab, seeds)
     path = draw(m, folder / "paper_adapted_teacher.png")
     return Claim(3, [scores_table(m)], {}, path, findings(m))
 
 
 def measure(lab: Laboratory, seeds: Sequence[int]) -> Measured:
-    """Make teachers of nearly the same accuracy, and distil the student from each."""
+    """Train teachers of nearly the same accuracy, and distil the student from each."""
     adding = Adding(lab)
-    students = {seed: adding.half_trained(seed, steps=TRAINED) for seed in seeds}
+    students = {seed: adding.half_trained(seed, steps=SFT_STEPS) for seed in seeds}
     larger = {
         (name, seed): adding.sft(f"large-{styles[0]}", seed, styles, large=True, **_CHECKPOINTS)
-        for name, styles in ((ALIKE, PLAIN), (OTHER, RESTATED)) for seed in seeds
+        for name, styles in ((SAME_FORMAT, PLAIN), (OTHER_FORMAT, RESTATED)) for seed in seeds
     }  # fmt: skip
     models = [*students.values(), *larger.values()]
     results = lab.measure(models, "claim 3, models")
@@ -52,7 +57,7 @@ def measure(lab: Laboratory, seeds: Sequence[int]) -> Measured:
         REINFORCED: [adding.distill("from-reinforced", students[s], reinforced[s], s)
                      for s in seeds]
     }  # fmt: skip
-    for name in (ALIKE, OTHER):
+    for name in (SAME_FORMAT, OTHER_FORMAT):
         pairs = [nearest(trained[larger[name, s].folder], scores[s]) for s in seeds]
         teachers[name] = [score for _, score in pairs]
         runs[name] = [
@@ -60,40 +65,41 @@ def measure(lab: Laboratory, seeds: Sequence[int]) -> Measured:
                            larger[name, s], s, step)
             for s, (step, _) in zip(seeds, pairs, strict=True)
         ]  # fmt: skip
-    lines = {name: lab.measure(own, "claim 3") for name, own in runs.items()}
+    lines = {name: lab.measure(group, "claim 3") for name, group in runs.items()}
     return Measured(lines, teachers)
 
 
 def scores_table(m: Measured) -> str:
-    """What each teacher is like to the student, and what that reaches."""
+    """Each teacher's accuracy and distance to the student, and the student's results."""
     header = ("teacher", "its accuracy", "overlap of the top 10, before", "after",
               "reverse KL on own samples, before", "after", "student's accuracy, before",
               "after")  # fmt: skip
     names = ("eval_overlap_on_own_samples", "eval_reverse_kl_on_own_samples", "eval_score")
-    return table(header, (
+    return markdown_table(header, (
         (name, spread(m.teachers[name]),
-         *(spread(by_seed(results, x, figure)) for figure in names for x in (first, last)))
+         *(spread(by_seed(results, x, metric)) for metric in names for x in (first, last)))
         for name, results in m.lines.items()
     ))  # fmt: skip
 
 
 def findings(m: Measured) -> list[Finding]:
-    """The paper's expectations."""
-    own, other = m.lines[REINFORCED], m.lines[OTHER]
-    apart_by = [abs(a - b) for a, b in zip(m.teachers[REINFORCED], m.teachers[OTHER], strict=True)]
-    before, after = (by_seed(own, x, "eval_score") for x in (first, last))
+    """The effects that the paper leads to expect."""
+    adapted, other = m.lines[REINFORCED], m.lines[OTHER_FORMAT]
+    pairs = zip(m.teachers[REINFORCED], m.teachers[OTHER_FORMAT], strict=True)
+    gaps = [abs(a - b) for a, b in pairs]
+    before, after = (by_seed(adapted, x, "eval_score") for x in (first, last))
     return [
-        Finding("the two teachers are as accurate, to 0.05", max(apart_by) <= 0.05,
-                f"{spread(apart_by, 3)} apart"),
+        Finding("the accuracies of the two teachers differ by at most 0.05", max(gaps) <= 0.05,
+                f"{spread(gaps, 3)} apart"),
         rises("the student's top 10 overlap more with its RLVR-adapted self's than with the "
               "other teacher's",
               by_seed(other, first, "eval_overlap_on_own_samples"),
-              by_seed(own, first, "eval_overlap_on_own_samples")),
-        rises("from its RLVR-adapted self the student gets better", before, after),
-        falls("and better than from the other teacher", after,
+              by_seed(adapted, first, "eval_overlap_on_own_samples")),
+        rises("the student's accuracy rises with its RLVR-adapted self as teacher", before, after),
+        falls("it ends higher than with the other teacher", after,
               by_seed(other, last, "eval_score")),
-        rises("a larger teacher of the same format is no obstacle", before,
-              by_seed(m.lines[ALIKE], last, "eval_score")),
+        rises("it rises with a larger teacher of the same format too", before,
+              by_seed(m.lines[SAME_FORMAT], last, "eval_score")),
     ]  # fmt: skip
 
 
@@ -111,5 +117,4 @@ def draw(m: Measured, path: Path) -> Path:
     score.set(ylim=(0, 1.05), xlabel="step")
     overlap.set(ylim=(0, 1), xlabel="step")
     kl.set(yscale="log", xlabel="step")
-    score.legend(fontsize=7, frameon=False)
-    return save(figure, path)
+    return save(figure, path, legends=[score])

@@ -1,27 +1,27 @@
-"""What claim 1 trains: models of the counting language, and the objectives that it compares."""
+"""The runs of claim 1: models of the counting language, and the objectives that it compares."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from paper.models import write_random_model
-from paper.runs import RECIPES, Laboratory, Line, Run, last
-from paper.tasks import Language, Row, alternating, mixed, shuffled
+from benchmarks.paper.models import write_random_model
+from benchmarks.paper.runs import RECIPES, Laboratory, Line, Run, last
+from benchmarks.paper.tasks import Language, Row, alternating, mixed, shuffled
 
 Rows = Callable[[], list[Row]]
 SUPPORTS = (1, 3, 5, 20)  # K
-TUNING_SEED = 0  # of the runs that learning rates are chosen by, and of no other
+TUNING_SEED = 0  # only for the runs that choose the learning rates
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-HIGH_RATE = 3e-3  # at which the log-ratio shows where it goes
+HIGH_RATE = 3e-3  # learning rate that shows the effect of the log-ratio within the steps
 TEMPERATURES = (1.0, 0.7, 0.5)
 HALF_TRAINED, TRAINED = 15, 200  # batches of SFT
-_HELD_OUT, _PROMPTS = 1 << 20, (1 << 20) + 1  # seeds of data that no model was trained on
+_HELD_OUT, _PROMPTS = 1 << 20, (1 << 20) + 1  # seeds apart from those of the models
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A row of the comparison: recipe keys, and whether it has a top-K."""
+    """An objective to compare: its recipe keys, and whether it has a top-K support."""
 
     name: str
     changes: dict[str, Any]
@@ -29,7 +29,7 @@ class Objective:
 
     @property
     def supports(self) -> tuple[int, ...]:
-        """The K it is run with; 20 where K only says what is measured."""
+        """The values of K to run; without a support K only sets what is measured, and is 20."""
         if not self.has_support:
             return (20,)
         return SUPPORTS[1:] if self.changes.get("tail") == "renormalize" else SUPPORTS
@@ -51,12 +51,12 @@ OBJECTIVES = (BIASED, STOPPED, RENORMALIZED, BUCKET, FULL, SAMPLED, RATIO)
 
 @dataclass(frozen=True)
 class Counting:
-    """The runs of one laboratory on the counting language."""
+    """Makes the runs on the counting language of one laboratory."""
 
     lab: Laboratory
 
     def sft(self, name: str, seed: int, rows: Rows, steps: int = TRAINED) -> Run:
-        """A model that has seen so many batches of these completions, from random weights."""
+        """A model trained from random weights on a number of batches of these completions."""
         start = write_random_model(self.lab.root / "random" / f"letters-{seed}", seed)
         data = self.lab.data(f"{name}-{seed}", rows)
         changes = {"model": start, "train_data": data, "eval_data": None, "max_steps": steps}
@@ -64,15 +64,15 @@ class Counting:
         return Run(folder, "sft", "counting_sft.yaml", changes | {"seed": seed})
 
     def student(self, seed: int) -> Run:
-        """Half trained on the language."""
+        """A model that is half trained on the language."""
         return self.sft("student", seed, partial(Language().rows, 6400, seed), HALF_TRAINED)
 
     def teacher(self, seed: int) -> Run:
-        """The same model, trained for thirteen times as long on the same completions."""
+        """The student's model, trained thirteen times as long on the same completions."""
         return self.sft("teacher", seed, partial(Language().rows, 6400, seed))
 
     def distill(self, objective: Objective, k: int, seed: int, **changes: Any) -> Run:
-        """The half-trained student's distillation; the changes are of keys."""
+        """The distillation of the half-trained student, with changes of the recipe's keys."""
         student, teacher = self.student(seed), self.teacher(seed)
         prompts = partial(Language().rows, 3840, _PROMPTS)
         held_out = partial(Language().rows, 128, _HELD_OUT)
@@ -83,7 +83,8 @@ class Counting:
     def between_teachers(self, objective: Objective, k: int, seed: int, temperature: float) -> Run:
         """The distillation of a student that cannot tell which of two teachers scores it.
 
-        They prefer the same twenty steps in different orders; it begins with both's completions.
+        The teachers prefer the same twenty steps in different orders. The student is trained on
+        completions of both.
         """
         languages = [shuffled(2 * seed + i) for i in range(2)]
         rows = [partial(x.rows, 3200, 10 * seed + i) for i, x in enumerate(languages)]
@@ -114,18 +115,18 @@ class Counting:
 
 @dataclass
 class Measured:
-    """The log lines of claim 1's runs, of each seed where there are several."""
+    """The log lines of claim 1's runs, with one entry per seed except in rates."""
 
-    rates: dict[str, dict[float, list[Line]]]  # by objective and learning rate, of the tuning seed
+    rates: dict[str, dict[float, list[Line]]]  # by objective and learning rate, for TUNING_SEED
     compared: dict[tuple[str, int], list[list[Line]]]  # by objective and K
     high_rate: list[list[Line]]  # of the log-ratio
     drifts: dict[tuple[str, int, float], list[list[Line]]]  # by objective, K and temperature
 
     def best_rate(self, objective: Objective) -> float:
-        """The learning rate that the comparison has."""
+        """Return the learning rate of an objective in the comparison."""
         return best_rate(self.rates[objective.name])
 
 
 def best_rate(results: dict[float, list[Line]]) -> float:
-    """The learning rate with the least held-out reverse KL."""
+    """Return the learning rate with the lowest held-out reverse KL."""
     return min(results, key=lambda rate: last(results[rate], "eval_reverse_kl"))

@@ -1,4 +1,4 @@
-"""Claim 1's figure."""
+"""The figure of claim 1."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,7 @@ from statistics import fmean
 
 from matplotlib.axes import Axes
 
-from paper.counting import (
+from benchmarks.paper.counting import (
     BIASED,
     BUCKET,
     FULL,
@@ -21,8 +21,8 @@ from paper.counting import (
     TEMPERATURES,
     Measured,
 )
-from paper.figures import band, level, panels, points, save
-from paper.runs import by_seed, first, last
+from benchmarks.paper.figures import band, level, panels, points, save
+from benchmarks.paper.runs import by_seed, first, last
 
 COLORS = {
     BIASED.name: "tab:red", STOPPED.name: "tab:blue", RENORMALIZED.name: "tab:cyan",
@@ -41,8 +41,8 @@ def draw(m: Measured, path: Path) -> Path:
     ))  # fmt: skip
     for name in (BIASED.name, STOPPED.name, RENORMALIZED.name, BUCKET.name):
         band(mass, m.compared[name, 3], "student_mass", COLORS[name], name)
-    theirs = fmean(by_seed(m.compared[BIASED.name, 3], last, "teacher_mass"))
-    level(mass, theirs / math.e, "Q / e", left=True)
+    teacher_mass = fmean(by_seed(m.compared[BIASED.name, 3], last, "teacher_mass"))
+    level(mass, teacher_mass / math.e, "Q / e", left=True)
     mass.set(ylim=(0, 1), xlabel="step")
     _by_support(kl, m, "eval_reverse_kl")
     _by_support(score, m, "eval_score")
@@ -62,19 +62,17 @@ def draw(m: Measured, path: Path) -> Path:
             label = f"temperature {temperature:g}" if line == "-" else None
             band(drift, m.drifts[name, 20, temperature], "student_mass", color, label, line)
     drift.set(xlabel="step", ylim=(0.5, 1.01))
-    for axis in (mass, score, drift):
-        axis.legend(fontsize=7, frameon=False)
-    return save(figure, path)
+    return save(figure, path, legends=[mass, score, drift])
 
 
-def _by_support(axis: Axes, m: Measured, name: str) -> None:
-    places = list(range(len(SUPPORTS)))
+def _by_support(axis: Axes, m: Measured, metric: str) -> None:
+    ticks = list(range(len(SUPPORTS)))
     for objective in OBJECTIVES:
-        color, own = COLORS[objective.name], objective.supports
-        values = [by_seed(m.compared[objective.name, k], last, name) for k in own]
-        at = places[-len(own) :] if objective.has_support else [len(SUPPORTS)]
-        points(axis, at, values, color, objective.name)
-    axis.set_xticks([*places, len(SUPPORTS)], [*(f"K = {k}" for k in SUPPORTS), "no top-K"])
+        ks = objective.supports
+        values = [by_seed(m.compared[objective.name, k], last, metric) for k in ks]
+        positions = ticks[-len(ks) :] if objective.has_support else [len(SUPPORTS)]
+        points(axis, positions, values, COLORS[objective.name], objective.name)
+    axis.set_xticks([*ticks, len(SUPPORTS)], [*(f"K = {k}" for k in SUPPORTS), "no top-K"])
 
 
 def _shape(axis: Axes, m: Measured) -> None:

@@ -1,4 +1,4 @@
-"""Runs of recipes in persistent worker processes of one thread each, kept by their digest."""
+"""Runs of recipes in one-thread worker processes; finished runs are kept and found by digest."""
 
 import hashlib
 import json
@@ -24,9 +24,9 @@ METRICS, RESULT, LOG = "metrics.jsonl", "result.json", "log.txt"
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe of recipes/paper with changes of its keys, and the runs whose models it takes."""
+    """A recipe of recipes/paper with changed keys, and the runs whose models it uses."""
 
-    folder: Path  # its output_dir
+    folder: Path  # the output_dir
     stage: str
     recipe: str
     changes: dict[str, Any]
@@ -34,12 +34,12 @@ class Run:
 
     @property
     def model(self) -> str:
-        """Where the student is, once it ran."""
+        """The path of the student after the run."""
         return str(self.folder / "model")
 
     @cached_property
     def digest(self) -> str:
-        """Of everything that the result depends on, but the code."""
+        """A hash of everything that determines the result, except the code."""
         files = [self.changes.get(key) for key in ("train_data", "eval_data")]
         content = [hashlib.sha256(Path(x).read_bytes()).hexdigest() for x in files if x]
         text = (RECIPES / self.recipe).read_text(encoding="utf-8")
@@ -47,15 +47,15 @@ class Run:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def result(self) -> list[Line] | None:
-        """The log lines that it left, if it has run like this."""
+        """Return the log lines of an earlier run with the same digest, if there is one."""
         path = self.folder / RESULT
         if not path.exists():
             return None
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return kept["lines"] if kept["digest"] == self.digest else None
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        return earlier["lines"] if earlier["digest"] == self.digest else None
 
     def config(self) -> Any:
-        """The stage's config, as the trainer reads it."""
+        """Return the stage's config, read by the trainer's own loader."""
         from trainer.__main__ import STAGES
         from trainer.recipe import load_config
 
@@ -64,7 +64,7 @@ class Run:
         return load_config(STAGES[self.stage][0], RECIPES / self.recipe, pairs)
 
     def execute(self) -> list[Line]:
-        """Run it in this process; what it prints goes to log.txt beside its figures."""
+        """Run in this process and return the log lines; output is written to log.txt."""
         from trainer.__main__ import evaluate, prepare
         from trainer.config import EvaluationConfig
 
@@ -77,35 +77,35 @@ class Run:
             else:
                 trainer, _ = prepare(config)
                 trainer.train()
-                if trainer.interruption.stopped:  # the trainer has caught the signal
+                if trainer.interruption.stopped:  # the trainer caught the signal and returned
                     raise KeyboardInterrupt
                 trainer.save_student()
         text = (self.folder / METRICS).read_text(encoding="utf-8")
         lines = [json.loads(line) for line in text.splitlines()]
-        kept = json.dumps({"digest": self.digest, "lines": lines})
-        (self.folder / RESULT).write_text(kept, encoding="utf-8")
+        result = json.dumps({"digest": self.digest, "lines": lines})
+        (self.folder / RESULT).write_text(result, encoding="utf-8")
         return lines
 
 
 @dataclass
 class Laboratory:
-    """A directory of runs, and the workers that do them; without workers this process does."""
+    """A directory of runs, and the workers that execute them; with 0 workers this process does."""
 
     root: Path
     workers: int = 0
     pool: ProcessPoolExecutor | None = field(init=False, default=None)
-    threads: int = field(init=False, default=1)  # that this process had
-    made: set[str] = field(init=False, default_factory=set)  # names of data
+    threads: int = field(init=False, default=1)  # of this process before it entered
+    written: set[str] = field(init=False, default_factory=set)  # names of data files
 
     def __enter__(self) -> "Laboratory":
         if self.workers:
-            # What a worker starts with decides its threads, and a fork would share this one's.
+            # OpenMP reads its thread count when a process starts; a forked one would keep ours.
             os.environ["OMP_NUM_THREADS"] = "1"
             context = get_context("spawn")
             self.pool = ProcessPoolExecutor(self.workers, context, _start)
         else:
             self.threads = torch.get_num_threads()
-            torch.set_num_threads(1)  # more of them would wait for each other on models this small
+            torch.set_num_threads(1)  # on models this small more threads only wait for each other
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -115,16 +115,16 @@ class Laboratory:
             torch.set_num_threads(self.threads)
 
     def data(self, name: str, make: Callable[[], Iterable[Line]]) -> str:
-        """The path of a recipe's data, whose rows are made once by each process."""
+        """Return the path of a data file; its rows are made once per laboratory."""
         path = self.root / "data" / f"{name}.jsonl"
-        if name not in self.made:
-            self.made.add(name)
+        if name not in self.written:
+            self.written.add(name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in make()), encoding="utf-8")
         return str(path)
 
     def measure(self, runs: Sequence[Run], label: str) -> list[list[Line]]:
-        """The log lines of each run, in their order; those that ran before are read again."""
+        """Return the log lines of each run; runs with a kept result are not executed again."""
         results = {run.folder: run.result() for run in runs}
         missing = {run.folder: run for run in runs if results[run.folder] is None}
         with tqdm(total=len(results), initial=len(results) - len(missing), desc=label) as bar:
@@ -156,25 +156,27 @@ def _attempt(run: Run) -> list[Line]:
     except (Exception, SystemExit) as error:
         with open(run.folder / LOG, "a") as log:
             log.write(traceback.format_exc())
-        raise RuntimeError(f"{run.folder}: {error!r}; its {LOG} says more") from None
+        raise RuntimeError(f"{run.folder}: {error!r}; see its {LOG}") from None
 
 
-def curve(lines: list[Line], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a figure."""
-    kept = [(line["step"], float(line[name])) for line in lines if name in line]
-    return [step for step, _ in kept], [value for _, value in kept]
+def curve(lines: list[Line], metric: str) -> tuple[list[int], list[float]]:
+    """Return the steps and values of a metric."""
+    points = [(line["step"], float(line[metric])) for line in lines if metric in line]
+    return [step for step, _ in points], [value for _, value in points]
 
 
-def last(lines: list[Line], name: str) -> float:
-    """A figure at the end of a run."""
-    return curve(lines, name)[1][-1]
+def last(lines: list[Line], metric: str) -> float:
+    """Return the last value of a metric in a run."""
+    return curve(lines, metric)[1][-1]
 
 
-def first(lines: list[Line], name: str) -> float:
-    """A figure at the start of a run."""
-    return curve(lines, name)[1][0]
+def first(lines: list[Line], metric: str) -> float:
+    """Return the first value of a metric in a run."""
+    return curve(lines, metric)[1][0]
 
 
-def by_seed(results: Sequence[list[Line]], figure: Callable[..., float], name: str) -> list[float]:
-    """A figure of each seed's run."""
-    return [figure(lines, name) for lines in results]
+def by_seed(
+    results: Sequence[list[Line]], value: Callable[[list[Line], str], float], metric: str
+) -> list[float]:
+    """Return the first or last value of a metric for each seed's run."""
+    return [value(lines, metric) for lines in results]

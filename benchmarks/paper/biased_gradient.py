@@ -7,8 +7,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from paper.biased_gradient_figure import draw
-from paper.counting import (
+from benchmarks.markdown import markdown_table
+from benchmarks.paper.biased_gradient_figure import draw
+from benchmarks.paper.counting import (
     BIASED,
     BUCKET,
     FULL,
@@ -26,34 +27,34 @@ from paper.counting import (
     Objective,
     best_rate,
 )
-from paper.page import Claim, Finding, falls, rises, spread, table
-from paper.runs import Laboratory, Line, Run, by_seed, first, last
+from benchmarks.paper.page import Claim, Finding, falls, rises, spread
+from benchmarks.paper.runs import Laboratory, Line, Run, by_seed, first, last
 
 Lines = list[Line]
 DRIFTING = ((BUCKET, 20), (FULL, 20), (STOPPED, 20), (BUCKET, 5), (STOPPED, 5))
 
 
 def claim(lab: Laboratory, seeds: Sequence[int], folder: Path) -> Claim:
-    """Run claim 1 and report it; the figure goes into the folder."""
+    """Run claim 1; its figure is written to the folder."""
     measured = measure(lab, seeds)
     return Claim(
-        1, [compared_table(measured), drift_table(measured)], places(measured),
+        1, [compared_table(measured), drift_table(measured)], values(measured),
         draw(measured, folder / "paper_biased_gradient.png"), findings(measured),
     )  # fmt: skip
 
 
 def measure(lab: Laboratory, seeds: Sequence[int]) -> Measured:
-    """Train the models, choose the rates, and compare."""
+    """Train the models, choose the learning rates, and compare the objectives."""
     counting = Counting(lab)
 
-    def tuned(objective: Objective, rate: float) -> Run:
+    def at_rate(objective: Objective, rate: float) -> Run:
         k = 3 if objective.has_support else 20
         return counting.distill(objective, k, TUNING_SEED, learning_rate=rate)
 
     bases = [x for s in (TUNING_SEED, *seeds) for x in (counting.student(s), counting.teacher(s))]
     lab.measure(bases, "claim 1, models")
     pairs = [(objective, rate) for objective in OBJECTIVES for rate in RATES]
-    results = lab.measure([tuned(*pair) for pair in pairs], "claim 1, learning rates")
+    results = lab.measure([at_rate(*pair) for pair in pairs], "claim 1, learning rates")
     rates: dict[str, dict[float, Lines]] = {x.name: {} for x in OBJECTIVES}
     for (objective, rate), lines in zip(pairs, results, strict=True):
         rates[objective.name][rate] = lines
@@ -83,7 +84,7 @@ def _each(
 
 
 def compared_table(m: Measured) -> str:
-    """What each objective comes to."""
+    """Divergence, accuracy and mass on S at the end, by objective."""
     header = (
         "objective", "K", "learning rate", "reverse KL to the teacher", "accuracy", "mass on S",
         "Q / e", "letters", "repetition",
@@ -100,15 +101,15 @@ def compared_table(m: Measured) -> str:
         mass = by_seed(results, last, "student_mass")
         bias = [x / math.e for x in by_seed(results, last, "teacher_mass")]
         has_support = name not in (FULL.name, RATIO.name, "policy gradient")
-        shown = (spread(mass), spread(bias)) if has_support else ("", "")
-        rows.append((name, str(k) * has_support, rate, kl, score, *shown, length, repeated))
+        on_support = (spread(mass), spread(bias)) if has_support else ("", "")
+        rows.append((name, str(k) * has_support, rate, kl, score, *on_support, length, repeated))
     rows.append(("*teacher*", "", "", "0", spread(by_seed(before, last, "eval_teacher_score")),
                  "", "", "", ""))  # fmt: skip
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def drift_table(m: Measured) -> str:
-    """What becomes of the mass on S under two teachers that cannot be told apart."""
+    """The mass on S under two teachers that the student cannot tell apart."""
     header = ("temperature", "K", "objective", "mass on S, first steps", "last steps",
               "reverse KL on its samples, before", "after")  # fmt: skip
     rows = []
@@ -116,11 +117,11 @@ def drift_table(m: Measured) -> str:
         mass = (spread(by_seed(results, x, "student_mass")) for x in (first, last))
         kl = (spread(by_seed(results, x, "eval_reverse_kl_on_own_samples")) for x in (first, last))
         rows.append((f"{temperature:g}", str(k), name, *mass, *kl))
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def findings(m: Measured) -> list[Finding]:
-    """The paper's expectations, and those of the design."""
+    """The effects that the paper, and the design of the losses, lead to expect."""
     found: list[Finding] = []
     for k in SUPPORTS:
         results = m.compared[BIASED.name, k]
@@ -131,7 +132,7 @@ def findings(m: Measured) -> list[Finding]:
                               "eval_repetition", up=True, asserted=False))  # fmt: skip
         shares = _shares(results)
         near = all(abs(x - 1 / math.e) < 1 - x for x in shares)
-        text = f"no stop-gradient, K = {k}: the mass ends nearer to Q / e than to Q"
+        text = f"no stop-gradient, K = {k}: the mass ends closer to Q / e than to Q"
         found.append(Finding(text, near, f"P / Q {spread(shares)}; 1 / e is 0.37", k < 20))
     found += _collapses("log-ratio as loss", m.compared[RATIO.name, 20], has_support=False)
     for text, name in (
@@ -147,7 +148,7 @@ def findings(m: Measured) -> list[Finding]:
                 text = text if objective.has_support else objective.name
                 found.append(_changes(f"{text}: the reverse KL to the teacher falls", results,
                                       "eval_reverse_kl", up=False, asserted=k >= 3))  # fmt: skip
-                # Renormalised, the loss does not depend on how much mass S holds.
+                # The renormalised loss does not depend on how much mass S holds.
                 sees_mass = objective != RENORMALIZED
                 found.append(_changes(f"{text}: accuracy rises", results, "eval_score", up=True,
                                       asserted=k >= 3 and sees_mass))  # fmt: skip
@@ -189,12 +190,14 @@ def _drifts(m: Measured) -> list[Finding]:
     cold = m.drifts[STOPPED.name, 20, 0.5]
     drop = [abs(a - b) for a, b in zip(*(by_seed(cold, x, "student_mass") for x in (first, last)),
                                        strict=True)]  # fmt: skip
-    text = "two teachers, temperature 0.5, K = 20: stop-gradient keeps the mass on S to 0.03"
+    text = (
+        "two teachers, temperature 0.5, K = 20: stop-gradient changes the mass on S by under 0.03"
+    )
     return [*found, Finding(text, max(drop) < 0.03, f"it changes by {spread(drop, 3)}")]
 
 
-def places(m: Measured) -> dict[str, Any]:
-    """What the words of the page have places for."""
+def values(m: Measured) -> dict[str, Any]:
+    """The values that the text of the page quotes."""
     single = m.compared[STOPPED.name, 1]
     before, after = (spread(by_seed(single, x, "eval_reverse_kl")) for x in (first, last))
     warm = m.drifts[STOPPED.name, 20, 0.7]
@@ -215,6 +218,6 @@ def places(m: Measured) -> dict[str, Any]:
 
 
 def _shares(results: list[Lines]) -> list[float]:
-    """P / Q at the end."""
-    mass, theirs = (by_seed(results, last, f"{x}_mass") for x in ("student", "teacher"))
-    return [p / q for p, q in zip(mass, theirs, strict=True)]
+    """P / Q at the end, by seed."""
+    student, teacher = (by_seed(results, last, f"{x}_mass") for x in ("student", "teacher"))
+    return [p / q for p, q in zip(student, teacher, strict=True)]

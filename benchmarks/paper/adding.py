@@ -1,30 +1,30 @@
-"""What claims 2 to 4 train: models that write running totals, well or badly, in their formats."""
+"""The runs of claims 2 to 4: models of various skill that write running totals in two formats."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from paper.models import write_random_model
-from paper.runs import Laboratory, Line, Run, curve
-from paper.sums import Style, sums
+from benchmarks.paper.models import write_random_model
+from benchmarks.paper.runs import Laboratory, Line, Run, curve
+from benchmarks.paper.sums import Style, sums
 
 PLAIN: tuple[Style, ...] = ("plain",)
 RESTATED: tuple[Style, ...] = ("restated",)
-_PROMPTS, _HELD_OUT = 1 << 20, 1 << 21  # seeds of data that no model was trained on
+_PROMPTS, _HELD_OUT = 1 << 20, 1 << 21  # seeds apart from those of the models
 _HELD_OUT_PROMPTS = 512
 
 
 @dataclass(frozen=True)
 class Adding:
-    """The runs of one laboratory on running totals."""
+    """Makes the runs on running totals of one laboratory."""
 
     lab: Laboratory
 
     def sft(
         self, name: str, seed: int, styles: Sequence[Style], large: bool = False, **changes: Any
     ) -> Run:
-        """A model that has learned to add from random weights; a large one has 0.9 million."""
+        """A model that learns to add from random weights; a large one has 0.9 million of them."""
         sizes = {"hidden_size": 192, "layers": 3} if large else {"layers": 2}
         start = self.lab.root / "random" / f"adding-{'large' if large else 'small'}-{seed}"
         model = write_random_model(start, seed, chat=True, **sizes)
@@ -34,11 +34,11 @@ class Adding:
         return self._run(f"{name}-{seed}", "sft", keys | changes)
 
     def teacher(self, seed: int) -> Run:
-        """It adds in the plain format, nearly always right."""
+        """A model that adds in the plain format and is nearly always right."""
         return self.sft("teacher", seed, PLAIN)
 
     def half_trained(self, seed: int, styles: Sequence[Style] = PLAIN, *, steps: int) -> Run:
-        """It has seen a part of the batches."""
+        """A model after a part of the batches."""
         return self.sft(f"{'-'.join(styles)}-{steps}", seed, styles, max_steps=steps)
 
     def reinforced(self, student: Run, seed: int) -> Run:
@@ -65,7 +65,7 @@ class Adding:
         return self._run(f"{name}-{seed}", "distill", keys | changes, student, teacher)
 
     def probe(self, student: Run, teacher: Run, seed: int) -> Run:
-        """The teacher goes on from prefixes of the student's completions."""
+        """An evaluation in which the teacher continues prefixes of the student's completions."""
         keys = {"model": student.model, "teacher": teacher.model, "seed": seed}
         return self._run(f"probe-{student.folder.name}", "evaluate", keys, student, teacher)
 
@@ -79,10 +79,10 @@ class Adding:
 
 
 def at_step(run: Run, checkpoint: int | None) -> str:
-    """Where a run's student was after so many steps, or is at its end."""
+    """Return the path of a run's student at a checkpoint, or at its end."""
     return run.model if checkpoint is None else str(run.folder / f"checkpoint-{checkpoint}")
 
 
 def nearest(lines: list[Line], score: float) -> tuple[int, float]:
-    """The step whose held-out score is the nearest, and that score."""
+    """Return the step with the held-out score nearest to the given one, and that score."""
     return min(zip(*curve(lines, "eval_score"), strict=True), key=lambda x: abs(x[1] - score))

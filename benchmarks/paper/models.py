@@ -1,4 +1,4 @@
-"""Tiny models: their tokenizers, random weights, and the bases that the sft stage makes of them."""
+"""Tiny models with random weights, and their tokenizers."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from paper.tasks import LETTERS
+from benchmarks.paper.tasks import LETTERS
 
-# A system message stands behind "<", the user's behind ">", and the answer behind "=".
+# "<" precedes a system message, ">" a user message, and "=" the answer.
 CHAT = (
     "{% for m in messages %}{{ {'system': '<', 'user': '>'}[m['role']] }}{{ m['content'] }}"
     "{% endfor %}{% if add_generation_prompt %}={% endif %}"
@@ -16,7 +16,7 @@ CHAT = (
 
 
 def tokenizer(chat: bool) -> PreTrainedTokenizerFast:
-    """One token for each letter; with messages, for digits and marks too."""
+    """Return a tokenizer with one token per letter; for chats, also per digit and mark."""
     characters = LETTERS + "0123456789<>=" * chat
     vocab = {token: i for i, token in enumerate(["</s>", "<unk>", *characters])}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -31,10 +31,12 @@ def tokenizer(chat: bool) -> PreTrainedTokenizerFast:
 def write_random_model(
     folder: Path, seed: int, *, chat: bool = False, hidden_size: int = 144, layers: int = 1
 ) -> str:
-    """A Llama with random weights and its tokenizer, written once; 0.2 million parameters.
+    """Write a Llama with random weights and its tokenizer, unless the folder has one.
+
+    The default sizes make 0.2 million parameters.
 
     Returns:
-        The folder, as a recipe's `model`.
+        The folder, for a recipe's `model`.
     """
     if not (folder / "config.json").exists():
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Claim 4: a student with foreign habits needs SFT before on-policy distillation."""
+"""Claim 4: a student with a different format needs SFT before on-policy distillation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,70 +7,71 @@ from statistics import fmean
 
 import torch
 
-from paper.adding import RESTATED, Adding
-from paper.figures import band, level, panels, save
-from paper.page import Claim, Finding, falls, rises, spread, table
-from paper.runs import Laboratory, Line, Run, by_seed, first, last
-from paper.sums import DIGITS
+from benchmarks.markdown import markdown_table
+from benchmarks.paper.adding import RESTATED, Adding
+from benchmarks.paper.figures import band, level, panels, save
+from benchmarks.paper.page import Claim, Finding, falls, rises, spread
+from benchmarks.paper.runs import Laboratory, Line, Run, by_seed, first, last
+from benchmarks.paper.sums import DIGITS
 from trainer.__main__ import load
 from trainer.models import eval_mode, load_model
 from trainer.teacher import on_students, token_ids
 
-TRAINED = 60  # batches of SFT, in the other format, that the student has seen
-SFT_STEPS, STEPS = 20, 60  # of the first stage, and in all
-LENGTH = DIGITS + 1  # of the teacher's completions, EOS included
+STUDENT_STEPS = 60  # of the student's own SFT, in the other format
+SFT_STEPS, STEPS = 20, 60  # of the SFT on the teacher's completions, and in total
+LENGTH = DIGITS + 1  # of the teacher's completions, with EOS
 BEFORE, DIRECT, SFT, BOTH = "before", "OPD alone", "SFT alone", "SFT, then OPD"
 COLORS = {DIRECT: "tab:red", SFT: "tab:orange", BOTH: "tab:blue"}
 
 
 @dataclass
 class Measured:
-    """Claim 4's runs, of each seed."""
+    """The results of claim 4, with one entry per seed."""
 
     lines: dict[str, list[list[Line]]]
-    trace_nll: dict[str, list[float]]  # nats a token of the teacher's own completions
+    trace_nll: dict[str, list[float]]  # nats per token of the teacher's own completions
 
 
 def claim(lab: Laboratory, seeds: Sequence[int], folder: Path) -> Claim:
-    """Run claim 4 and report it; the figure goes into the folder."""
+    """Run claim 4; its figure is written to the folder."""
     m = measure(lab, seeds)
     path = draw(m, folder / "paper_foreign_habits.png")
     before, after = (
         spread(by_seed(m.lines[DIRECT], x, "eval_reverse_kl_on_own_samples")) for x in (first, last)
     )
-    places = {"before": before, "kl": after}
-    return Claim(4, [scores_table(m)], places, path, findings(m))
+    values = {"before": before, "kl": after}
+    return Claim(4, [scores_table(m)], values, path, findings(m))
 
 
 def measure(lab: Laboratory, seeds: Sequence[int]) -> Measured:
-    """Distil a student that writes in another format, at once and after SFT."""
+    """Distil a student that writes in another format, directly and after SFT."""
     adding = Adding(lab)
     teachers = {seed: adding.teacher(seed) for seed in seeds}
-    students = {seed: adding.half_trained(seed, RESTATED, steps=TRAINED) for seed in seeds}
+    students = {seed: adding.half_trained(seed, RESTATED, steps=STUDENT_STEPS) for seed in seeds}
     lab.measure([*teachers.values(), *students.values()], "claim 4, models")
     stages = {
         SFT: [adding.imitate(students[s], teachers[s], s, SFT_STEPS) for s in seeds],
         DIRECT: [adding.distill("direct", students[s], teachers[s], s, max_steps=STEPS)
                  for s in seeds],
     }  # fmt: skip
-    lines = {name: lab.measure(own, "claim 4") for name, own in stages.items()}
+    lines = {name: lab.measure(runs, "claim 4") for name, runs in stages.items()}
     stages[BOTH] = [
         adding.distill("after-sft", start, teachers[s], s, max_steps=STEPS - SFT_STEPS)
         for s, start in zip(seeds, stages[SFT], strict=True)
     ]
     lines[BOTH] = lab.measure(stages[BOTH], "claim 4")
     models = {BEFORE: list(students.values()), **stages}
-    of_seeds = [
-        trace_nll_of([own[number].model for own in models.values()], run)
+    by_run = [
+        trace_nll_of([runs[number].model for runs in models.values()], run)
         for number, run in enumerate(stages[DIRECT])
     ]
-    columns = zip(*of_seeds, strict=True)
+    columns = zip(*by_run, strict=True)
     return Measured(lines, {x: list(nll) for x, nll in zip(models, columns, strict=True)})
 
 
 @torch.no_grad()
 def trace_nll_of(models: Sequence[str], distillation: Run) -> list[float]:
-    """Each model's cross-entropy, nats a token, on completions of a distillation's teacher."""
+    """Return each model's nats per token on completions of the distillation's teacher."""
     _, evaluation, _ = load(distillation.config())
     traces = evaluation.continued(evaluation.prompts, 0)
     ids, found = token_ids(traces, torch.device("cpu")), []
@@ -83,7 +84,7 @@ def trace_nll_of(models: Sequence[str], distillation: Run) -> list[float]:
 
 
 def scores_table(m: Measured) -> str:
-    """Accuracy, length and likelihood of the teacher's completions."""
+    """Accuracy, length, and likelihood of the teacher's completions, by run."""
     header = ("", "accuracy", "letters", "NLL of the teacher's completions")
     names = ("eval_score", "eval_completion_length")
     before = [spread(by_seed(m.lines[DIRECT], first, name)) for name in names]
@@ -91,15 +92,15 @@ def scores_table(m: Measured) -> str:
     for name in COLORS:
         after = [spread(by_seed(m.lines[name], last, x)) for x in names]
         rows.append((name, *after, spread(m.trace_nll[name])))
-    own = spread(by_seed(m.lines[DIRECT], last, "eval_teacher_score"))
-    return table(header, [*rows, ("*teacher*", own, f"{LENGTH:.2f}", "")])
+    teacher = spread(by_seed(m.lines[DIRECT], last, "eval_teacher_score"))
+    return markdown_table(header, [*rows, ("*teacher*", teacher, f"{LENGTH:.2f}", "")])
 
 
 def findings(m: Measured) -> list[Finding]:
-    """The paper's expectations."""
+    """The effects that the paper leads to expect."""
 
-    def ends(name: str, figure: str) -> list[float]:
-        return by_seed(m.lines[name], last, figure)
+    def ends(name: str, metric: str) -> list[float]:
+        return by_seed(m.lines[name], last, metric)
 
     before = by_seed(m.lines[DIRECT], first, "eval_score")
     lengths = ends(BOTH, "eval_completion_length")
@@ -107,13 +108,13 @@ def findings(m: Measured) -> list[Finding]:
         falls("OPD alone: the accuracy falls", before, ends(DIRECT, "eval_score")),
         rises("SFT first: the accuracy ends above that of OPD alone", ends(DIRECT, "eval_score"),
               ends(BOTH, "eval_score")),
-        rises("OPD after SFT gains on SFT alone", ends(SFT, "eval_score"),
+        rises("OPD after SFT ends above SFT alone", ends(SFT, "eval_score"),
               ends(BOTH, "eval_score")),
-        falls("SFT first: the teacher's completions end likelier than after OPD alone",
+        falls("SFT first: the teacher's completions are more likely than after OPD alone",
               m.trace_nll[DIRECT], m.trace_nll[BOTH]),
-        Finding("SFT first: completions are as long as the teacher's, to half a letter",
+        Finding("SFT first: the length is within half a letter of the teacher's",
                 max(abs(x - LENGTH) for x in lengths) < 0.5,
-                f"{spread(lengths)} letters, and {LENGTH} of the teacher"),
+                f"{spread(lengths)} letters; the teacher has {LENGTH}"),
     ]  # fmt: skip
 
 
@@ -128,12 +129,10 @@ def draw(m: Measured, path: Path) -> Path:
         band(length, m.lines[name], "eval_completion_length", COLORS[name], name, shift=shift)
     level(score, fmean(by_seed(m.lines[DIRECT], last, "eval_teacher_score")), "teacher")
     level(length, LENGTH, "teacher")
-    for place, name in enumerate(m.trace_nll):
-        values = m.trace_nll[name]
-        nll.bar(place, fmean(values), color=COLORS.get(name, "0.6"))
-        nll.plot([place] * len(values), values, "k.", ms=4)
+    for position, (name, values) in enumerate(m.trace_nll.items()):
+        nll.bar(position, fmean(values), color=COLORS.get(name, "0.6"))
+        nll.plot([position] * len(values), values, "k.", ms=4)
     nll.set_xticks(range(len(m.trace_nll)), list(m.trace_nll), fontsize=7)
-    score.set(ylim=(0, 1.05), xlabel="step, those of SFT included")
-    length.set(ylim=(0, None), xlabel="step, those of SFT included")
-    score.legend(fontsize=7, frameon=False)
-    return save(figure, path)
+    score.set(ylim=(0, 1.05), xlabel="step, including those of SFT")
+    length.set(ylim=(0, None), xlabel="step, including those of SFT")
+    return save(figure, path, legends=[score])

@@ -1,7 +1,8 @@
-"""Claim 5: self-distillation internalises a rule that all prompts share, and averages the others.
+"""Claim 5: self-distillation internalises a shared rule, and averages rules that differ.
 
-The reverse-KL optimum over several teachers of the same prompt is their normalised geometric mean,
-whose reverse KL to them is -log of its normaliser Z; the forward-KL optimum is the arithmetic mean.
+With several teachers of the same prompt, the optimum of reverse KL is their normalised geometric
+mean; its reverse KL to the teachers is -log of its normaliser Z. The optimum of forward KL is the
+arithmetic mean.
 """
 
 from collections.abc import Sequence
@@ -14,23 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paper.figures import band, level, panels, points, save
-from paper.models import write_random_model
-from paper.page import Claim, Finding, apart, falls, rises, spread, table
-from paper.runs import Laboratory, Line, Run, by_seed, first, last
-from paper.tasks import RULES, instructed, with_rules
+from benchmarks.markdown import markdown_table
+from benchmarks.paper.figures import band, level, panels, points, save
+from benchmarks.paper.models import write_random_model
+from benchmarks.paper.page import Claim, Finding, falls, is_below, rises, spread
+from benchmarks.paper.runs import Laboratory, Line, Run, by_seed, first, last
+from benchmarks.paper.tasks import RULES, instructed, with_rules
 from trainer.__main__ import load
 from trainer.models import eval_mode, load_model
 from trainer.teacher import on_students
 
 SHARED_RULE = 3
 DEMO = "shared rule, SmolLM2-135M, one seed"
-# The recipe measures when its run is over, which a laboratory does not wait for.
+# The demo's recipe evaluates only after its run; here the last step does.
 AT_THE_END = {"eval_strategy": "steps", "eval_steps": 14}
 QUIET = {"preflight": False, "report_to": "none", "disable_tqdm": True}
 _DATA_SEED = 100
 SHARED, REVERSE, FORWARD = "shared rule", "own rules, reverse KL", "own rules, forward KL"
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # data and changes
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # data, and changes of keys
     SHARED: ("shared", {}),
     REVERSE: ("own", {}),
     FORWARD: ("own", {"objective": "forward_kl"}),
@@ -39,32 +41,32 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # data and changes
 
 @dataclass(frozen=True)
 class Distances:
-    """Means over the tokens of a student's own samples; total variations are 0 to 1, KL in nats."""
+    """Means over the tokens of a student's own samples: total variations in 0 to 1, KL in nats."""
 
     to_geometric: float
     to_arithmetic: float
     reverse_kl: float  # of the student to its teachers
-    residual: float  # -log Z, the least that it can be
+    residual: float  # -log Z, the lower bound of reverse_kl
 
 
 @dataclass
 class Measured:
-    """Claim 5's runs, of each seed."""
+    """The results of claim 5, with one entry per seed."""
 
     lines: dict[str, list[list[Line]]]  # by kind
-    distances: dict[str, list[Distances]]  # by kind, of those with several teachers a prompt
-    real: list[Line] | None  # of the demo
+    distances: dict[str, list[Distances]]  # by kind, for those with several teachers per prompt
+    demo: list[Line] | None  # of SmolLM2-135M
 
 
 def claim(lab: Laboratory, seeds: Sequence[int], folder: Path) -> Claim:
-    """Run claim 5 and report it; the figure goes into the folder."""
-    m = measure(lab, seeds, real=True)
+    """Run claim 5; its figure is written to the folder."""
+    m = measure(lab, seeds, with_demo=True)
     path = draw(m, folder / "paper_self_distillation.png")
     return Claim(5, [scores_table(m), distances_table(m)], {}, path, findings(m))
 
 
 def base(lab: Laboratory, seed: int, **changes: Any) -> Run:
-    """The model that follows the rule of its system message."""
+    """A model that follows the rule in its system message."""
     start = write_random_model(lab.root / "random" / f"chat-{seed}", seed, chat=True)
     rows = lab.data(f"rules-{seed}", partial(instructed, 9600, _DATA_SEED + seed))
     keys = {"model": start, "train_data": rows, "seed": seed} | changes
@@ -73,9 +75,9 @@ def base(lab: Laboratory, seed: int, **changes: Any) -> Run:
 
 def distillation(lab: Laboratory, kind: str, start: Run, seed: int, **changes: Any) -> Run:
     """The self-distillation of that model from rules that only the teacher sees."""
-    data, own = KINDS[kind]
+    data, of_kind = KINDS[kind]
     rules = (SHARED_RULE,) if data == "shared" else RULES
-    keys = {"model": start.model, "seed": seed} | own | changes
+    keys = {"model": start.model, "seed": seed} | of_kind | changes
     for key, count, name in (("train_data", 11520, "prompts"), ("eval_data", 192, "held-out")):
         keys[key] = lab.data(f"rules-{data}-{name}", partial(with_rules, count, rules))
     folder = lab.root / "rules" / f"{kind}-{seed}".replace(",", "").replace(" ", "-")
@@ -88,10 +90,14 @@ def measure(
     kinds: Sequence[str] = tuple(KINDS),
     steps: int | None = None,
     base_steps: int | None = None,
-    real: bool = False,
+    with_demo: bool = False,
 ) -> Measured:
-    """Train, distil and compare, in as many steps as the recipes say, or in fewer; on a real model
-    too if that is asked for.
+    """Train, distil and compare.
+
+    Args:
+        steps: steps of distillation, by default those of the recipe.
+        base_steps: steps of SFT, by default those of the recipe.
+        with_demo: also run the demo's recipe on SmolLM2-135M.
     """
     sft = {} if base_steps is None else {"max_steps": base_steps}
     distill = {} if steps is None else {"max_steps": steps, "eval_steps": steps}
@@ -101,20 +107,20 @@ def measure(
         kind: [distillation(lab, kind, bases[seed], seed, **distill) for seed in seeds]
         for kind in kinds
     }
-    demo = [
-        Run(lab.root / "smollm2", "distill", "../demo.yaml", QUIET | AT_THE_END)
-    ] * real  # it takes longest
-    results = iter(lab.measure([*demo, *(x for own in runs.values() for x in own)], "claim 5"))
-    of_demo = next(results) if real else None
-    lines = {kind: [next(results) for _ in own] for kind, own in runs.items()}
+    demo = Run(lab.root / "smollm2", "distill", "../demo.yaml", QUIET | AT_THE_END)
+    # The demo takes longest and starts first.
+    every_run = [demo] * with_demo + [run for group in runs.values() for run in group]
+    results = iter(lab.measure(every_run, "claim 5"))
+    demo_lines = next(results) if with_demo else None
+    lines = {kind: [next(results) for _ in group] for kind, group in runs.items()}
     averaged = [kind for kind in kinds if kind != SHARED]
-    found = {kind: [distances(run) for run in runs[kind]] for kind in averaged}
-    return Measured(lines, found, of_demo)
+    measured = {kind: [distances(run) for run in runs[kind]] for kind in averaged}
+    return Measured(lines, measured, demo_lines)
 
 
 @torch.no_grad()
 def distances(run: Run) -> Distances:
-    """How far a run's student is from both means of its teachers, on its own samples."""
+    """Return a student's distances to the means of its teachers, on its own samples."""
     config = run.config()
     _, evaluation, _ = load(config)
     student = load_model(run.model, "float32")
@@ -135,7 +141,7 @@ def distances(run: Run) -> Distances:
 
 
 def compare(log_p: Tensor, log_q: Tensor) -> Distances:
-    """Of a student's log-probabilities [N, V] and those of M teachers [M, N, V]."""
+    """Compare a student's log-probabilities [N, V] with those of M teachers [M, N, V]."""
     log_geometric, log_z = log_q.mean(0), log_q.mean(0).logsumexp(-1)
     p, geometric = log_p.exp(), (log_geometric - log_z[:, None]).exp()
     kl = (p * (log_p - log_q)).sum(-1)
@@ -148,54 +154,56 @@ def compare(log_p: Tensor, log_q: Tensor) -> Distances:
 
 
 def scores_table(m: Measured) -> str:
-    """Accuracy and divergence of each kind."""
-    header = ("private information", "accuracy before", "after", "teacher",
+    """Accuracy and divergence by kind."""
+    header = ("privileged information", "accuracy before", "after", "teacher",
               "reverse KL to the teacher, before", "after")  # fmt: skip
-    rows, kinds = [], m.lines | ({} if m.real is None else {DEMO: [m.real]})
+    rows, kinds = [], m.lines | ({} if m.demo is None else {DEMO: [m.demo]})
     for kind, results in kinds.items():
         score = (spread(by_seed(results, x, "eval_score")) for x in (first, last))
         teacher = spread(by_seed(results, last, "eval_teacher_score"))
         kl = (spread(by_seed(results, x, "eval_reverse_kl")) for x in (first, last))
         rows.append((kind, *score, teacher, *kl))
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def distances_table(m: Measured) -> str:
-    """Where the students of several teachers end."""
-    header = ("private information", "total variation to the geometric mean",
+    """Distances to the means of the teachers, by kind."""
+    header = ("privileged information", "total variation to the geometric mean",
               "to the arithmetic mean", "reverse KL to the teachers", "-log Z")  # fmt: skip
     rows = []
-    for kind, own in m.distances.items():
+    for kind, group in m.distances.items():
         names = ("to_geometric", "to_arithmetic", "reverse_kl", "residual")
-        rows.append((kind, *(spread([getattr(x, name) for x in own], 3) for name in names)))
-    return table(header, rows)
+        rows.append((kind, *(spread([getattr(x, name) for x in group], 3) for name in names)))
+    return markdown_table(header, rows)
 
 
 def findings(m: Measured) -> list[Finding]:
-    """The paper's expectations, and the closed forms."""
+    """The effects that the paper leads to expect, and the closed forms."""
     shared, reverse = m.lines[SHARED], m.lines[REVERSE]
-    before, after = (by_seed(shared, x, "eval_score") for x in (first, last))
-    teacher = by_seed(shared, last, "eval_teacher_score")
-    gained = [(a - b) / (t - b) for b, a, t in zip(before, after, teacher, strict=True)]
-    own = [(a - b) / (t - b) for b, a, t in zip(
-        *(by_seed(reverse, x, "eval_score") for x in (first, last)),
-        by_seed(reverse, last, "eval_teacher_score"), strict=True)]  # fmt: skip
+    gained, gained_apart = _gains(shared), _gains(reverse)
     kl = [by_seed(shared, x, "eval_reverse_kl") for x in (first, last)]
     return [
         Finding(f"{SHARED}: at least nine tenths of the way to the teacher's accuracy",
                 min(gained) >= 0.9, f"{spread(gained)} of the way"),
         falls(f"{SHARED}: the reverse KL to the teacher falls", *kl),
-        Finding(f"{REVERSE}: at most a tenth of that way", max(own) <= 0.1,
-                f"{spread(own)} of the way"),
-        rises(f"{REVERSE}: more divergence is left than with a {SHARED}", kl[1],
+        Finding(f"{REVERSE}: at most a tenth of that way", max(gained_apart) <= 0.1,
+                f"{spread(gained_apart)} of the way"),
+        rises(f"{REVERSE}: more divergence remains than with a {SHARED}", kl[1],
               by_seed(reverse, last, "eval_reverse_kl")),
         *closed_forms(m.distances),
-        *(_of_demo(m.real) if m.real else []),
+        *(_demo_findings(m.demo) if m.demo else []),
     ]  # fmt: skip
 
 
-def _of_demo(lines: list[Line]) -> list[Finding]:
-    """Of one seed: the rule is followed without being seen, by more than half of the answers."""
+def _gains(results: Sequence[list[Line]]) -> list[float]:
+    """The share of the way from the student's first accuracy to the teacher's, by seed."""
+    before, after = (by_seed(results, x, "eval_score") for x in (first, last))
+    teacher = by_seed(results, last, "eval_teacher_score")
+    return [(a - b) / (t - b) for b, a, t in zip(before, after, teacher, strict=True)]
+
+
+def _demo_findings(lines: list[Line]) -> list[Finding]:
+    """The demo has one seed."""
     kl, score = ([[x(lines, name)] for x in (first, last)]
                  for name in ("eval_reverse_kl", "eval_score"))  # fmt: skip
     return [
@@ -205,18 +213,18 @@ def _of_demo(lines: list[Line]) -> list[Finding]:
 
 
 def closed_forms(by_kind: dict[str, list[Distances]]) -> list[Finding]:
-    """That students end at the means of their teachers that theory names, with -log Z left."""
+    """Students end at the means that theory predicts, and -log Z of the divergence remains."""
     reverse, forward = by_kind[REVERSE], by_kind[FORWARD]
     near = [[x.to_geometric for x in reverse], [x.to_arithmetic for x in reverse]]
     other = [[x.to_arithmetic for x in forward], [x.to_geometric for x in forward]]
     excess = [x.reverse_kl / x.residual - 1 for x in reverse]
     return [
-        rises(f"{REVERSE}: nearer to the geometric mean than to the arithmetic one", *near),
-        rises(f"{FORWARD}: nearer to the arithmetic mean than to the geometric one", *other),
+        rises(f"{REVERSE}: closer to the geometric mean than to the arithmetic one", *near),
+        rises(f"{FORWARD}: closer to the arithmetic mean than to the geometric one", *other),
         Finding(f"{REVERSE}: ends within 0.05 of the geometric mean in total variation",
                 max(near[0]) < 0.05, spread(near[0], 3)),
-        Finding(f"{REVERSE}: the divergence that is left is -log Z to a twentieth",
-                apart([-0.001], excess) and max(excess) < 0.05, f"{spread(excess, 3)} more"),
+        Finding(f"{REVERSE}: the remaining divergence exceeds -log Z by under 5 %",
+                is_below([-0.001], excess) and max(excess) < 0.05, f"{spread(excess, 3)} more"),
     ]  # fmt: skip
 
 
@@ -233,13 +241,11 @@ def draw(m: Measured, path: Path) -> Path:
     band(score, m.lines[SHARED], "eval_teacher_score", "0.4", "teacher with it", ":")
     residual = fmean(x.residual for x in m.distances[REVERSE])
     level(kl, residual, "-log Z of the geometric mean", below=True)
-    for kind, own in m.distances.items():
-        values = [[x.to_geometric for x in own], [x.to_arithmetic for x in own]]
+    for kind, group in m.distances.items():
+        values = [[x.to_geometric for x in group], [x.to_arithmetic for x in group]]
         points(mean, (0, 1), values, colors[kind], kind)
     mean.set_xticks((0, 1), ("geometric", "arithmetic"))
     mean.set(xlim=(-0.4, 1.4), ylim=(0, None))
     score.set(xlabel="step", ylim=(0, 1))
     kl.set(xlabel="step", ylim=(0, None))
-    for axis in (score, mean):
-        axis.legend(fontsize=7, frameon=False)
-    return save(figure, path)
+    return save(figure, path, legends=[score, mean])
