@@ -160,7 +160,7 @@ def test_one_pass(recorder, tokens):
     options = LossOptions(
         k=K, support="student", objective=reverse_kl, reduction="sum", method="one_pass",
         missing="drop", entropy=False, compact=True, chunk_bytes=None, backend="triton",
-        gradient_filter=None,
+        gradient_filter=None, full=False,
     )  # fmt: skip
     batch = TokenBatch(student.flat(), teacher, "student", None, options)
     with torch.no_grad(), recorder:
