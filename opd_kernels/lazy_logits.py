@@ -22,7 +22,7 @@ from opd_kernels.checks import (
 )
 from opd_kernels.linear.operators import FlatLogits
 from opd_kernels.parallel import VocabShard, is_dtensor, plain, shard_of_dtensor
-from opd_kernels.sparse_logits import SparseLogits
+from opd_kernels.sparse_logits import SparseLogits, map_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,4 +234,4 @@ class LazyLogits:
     def _unflatten(self, rows: SparseLogits) -> SparseLogits:
         """[N, ...] as [..., ...]."""
         leading = self.hidden.shape[:-1]
-        return rows.map(lambda tensor: tensor.reshape((*leading, *tensor.shape[1:])))
+        return map_rows(rows, lambda tensor: tensor.reshape((*leading, *tensor.shape[1:])))

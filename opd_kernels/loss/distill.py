@@ -17,7 +17,7 @@ from opd_kernels.loss.options import LossOptions, Missing, Support, TokenBatch
 from opd_kernels.loss.output import DistillationOutput
 from opd_kernels.loss.refusals import check_loss, check_support
 from opd_kernels.loss.strategy import choose_order, recomputed_loss
-from opd_kernels.sparse_logits import SparseLogits, TrustedSparseLogits
+from opd_kernels.sparse_logits import SparseLogits, TrustedSparseLogits, map_rows
 
 
 def distillation_loss(
@@ -114,7 +114,7 @@ def _batch_of(
     answer: FlatLogits | SparseLogits
     if isinstance(teacher, SparseLogits):
         dims = len(leading)
-        answer = teacher.detach().map(lambda tensor: tensor.reshape((-1, *tensor.shape[dims:])))
+        answer = map_rows(teacher.detach(), lambda t: t.reshape((-1, *t.shape[dims:])))
     else:
         # Chunks of both models lie side by side for a full support: a whole head of the teacher is
         # then cut as the student's head is.
@@ -135,7 +135,10 @@ def _batch_of(
             kept = None if kept.numel() == weights.numel() else kept
     if kept is not None and weights is not None:
         flat, weights = flat[kept], weights[kept]
-        answer = answer[kept] if isinstance(answer, FlatLogits) else answer.map(lambda t: t[kept])
+        if isinstance(answer, FlatLogits):
+            answer = answer[kept]
+        else:
+            answer = map_rows(answer, lambda tensor: tensor[kept])
         support = support[kept] if isinstance(support, Tensor) else support
     return TokenBatch(flat, answer, support, weights, options), kept
 

@@ -29,7 +29,7 @@ from opd_kernels.loss.gradients import GradientSums
 from opd_kernels.loss.objective import loss_on_support, weighted_sum
 from opd_kernels.loss.options import TokenBatch
 from opd_kernels.loss.supports import align_teacher, select_support, source_of
-from opd_kernels.sparse_logits import SparseLogits, canonical_ids
+from opd_kernels.sparse_logits import SparseLogits, canonical_ids, map_rows
 
 Needs = tuple[bool, bool, bool]  # whether hidden, weight and bias need a gradient
 
@@ -302,5 +302,5 @@ class _TokenWalk:
 
 def _rows_of(logits: FlatLogits | SparseLogits, rows: slice) -> FlatLogits | SparseLogits:
     if isinstance(logits, SparseLogits):
-        return logits.map(lambda tensor: tensor[rows])
+        return map_rows(logits, lambda tensor: tensor[rows])
     return logits[rows]
