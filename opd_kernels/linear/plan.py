@@ -57,7 +57,7 @@ def recompute_sizes(
     tokens: int, vocab: int, bytes_a_logit: int, device: torch.device, chunk_bytes: int | None
 ) -> tuple[int, int]:
     """Rows and columns of a logits chunk in the recompute order."""
-    near = _near(Machine.of(device, 2), budget_of(device, chunk_bytes))
+    near = _near(Machine.for_device(device, 2), budget_of(device, chunk_bytes))
     return _recompute_sizes(tokens, vocab, near // bytes_a_logit)
 
 
@@ -97,7 +97,7 @@ def prefers_one_pass(
     """Whether one_pass, in the chunks that the budget holds, costs no more than recompute."""
     if shape.tokens == 0:
         return True
-    machine = Machine.of(device, shape.operand_bytes)
+    machine = Machine.for_device(device, shape.operand_bytes)
     # The number of tokens may be another in every step, and to count kernels takes milliseconds.
     rounding = 1 << max(0, shape.tokens.bit_length() - 4)
     rounded = replace(shape, tokens=-(-shape.tokens // rounding) * rounding)
@@ -116,7 +116,7 @@ def recompute_chunks(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Rows and columns of a chunk of the recompute order's forward and of its backward pass."""
     near = _near(machine, budget)
-    bytes_a_logit = shape.operand_bytes if fused else shape.bytes_a_logit
+    bytes_a_logit = shape.operand_bytes if fused else shape.bytes_per_logit
     extent = (shape.tokens, shape.vocab)
     return (
         _recompute_sizes(*extent, near // shape.logit_bytes),
@@ -130,7 +130,7 @@ def orders_of(
     """The kernels of student and teacher in both orders, in the chunks that a budget of bytes
     holds; a teacher that gathers at the student's ids, or none.
     """
-    rows = rows_within(shape.tokens, shape.vocab, budget // shape.bytes_a_logit)
+    rows = rows_within(shape.tokens, shape.vocab, budget // shape.bytes_per_logit)
     forward, backward = recompute_chunks(shape, machine, budget, fused)
     orders = {
         "one_pass": one_pass(shape, rows, machine),

@@ -17,7 +17,6 @@ from opd_kernels.backends.triton.divergence import FORWARD, JSD, REVERSE, diverg
 from opd_kernels.backends.triton.launch import flags, is_plain, operands
 from opd_kernels.backends.triton.reverse_kl import reverse_kl_kernel
 from opd_kernels.backends.triton.rows import gradient_kernel, update_kernel
-from opd_kernels.linear.cost_model import MAX_FUSED_DIM
 
 
 def update(chunk: Tensor, first_id: int, head: Head, state: RowState) -> None:
@@ -148,5 +147,5 @@ def _config(kernel: str, k: int, head: Head, chunk: Tensor) -> RowConfig:
 def fused(operand: torch.dtype, head: Head, k: int) -> ModuleType | None:
     """The kernels of linear.py, for a product of few terms in 16 bits and few slots."""
     is_16_bit = operand.itemsize == 2 and operand == head.weight.dtype
-    is_small = head.weight.shape[1] <= MAX_FUSED_DIM and k <= configs.MAX_FUSED
+    is_small = head.weight.shape[1] <= configs.MAX_FUSED_DIM and k <= configs.MAX_FUSED
     return linear if is_16_bit and is_small and head.weight.stride(1) == 1 else None
