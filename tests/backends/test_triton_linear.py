@@ -1,4 +1,4 @@
-"""The Triton kernels with a matrix product inside, against the product and the torch epilogues."""
+"""Triton kernels with a matrix product inside, compared with a product and the torch backend."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ SHAPES = [(1, 5, 7, 1), (37, 23, 83, 4), (20, 48, 200, 3)]  # N, D, V, K
 
 
 def make_problem(rows, dim, vocab, k, dtype, every_option):
-    """hidden, a head of a padded weight, ids with empty and repeated slots, and exact logits."""
+    """Return hidden, a head with a padded weight, ids with empty slots, and float64 products."""
     hidden, weight = (torch.randn(n, dim, device=DEVICE).to(dtype) for n in (rows, vocab + 3))
     head = Head(weight, None, None, 1.0, 1.0, vocab)
     if every_option:
@@ -32,7 +32,7 @@ def make_problem(rows, dim, vocab, k, dtype, every_option):
 
 
 def assert_close_to_float32(actual, reference, terms):
-    """A sum of D products in float32: a rounding for each, on the scale of the largest."""
+    """Allow one float32 rounding of the largest value for each of the D terms of a product."""
     finite = reference.isfinite()
     assert torch.equal(actual.double()[~finite], reference[~finite])
     bound = torch.finfo(torch.float32).eps * (terms + 4) * max(1, reference[finite].abs().max())
@@ -75,7 +75,7 @@ def test_gradient(shape, dtype, every_option):
     out = torch.empty(rows, vocab - first, dtype=dtype, device=DEVICE)
     support = linear.support(ids, hidden, head)
     linear.gradient(hidden, first, head, support, dvalues, tail.float(), dtail, out)
-    # exp turns an error of the logit into a relative one; the result is rounded to out's dtype.
+    # exp turns an absolute error of a logit into a relative one, and out's dtype adds a rounding.
     largest = raw.abs().max().item()
     bound = torch.finfo(torch.float32).eps * (dim + 4) * max(1.0, largest)
     bound = (bound + torch.finfo(dtype).eps) * expected.abs().max().item()

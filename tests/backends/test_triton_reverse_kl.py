@@ -1,4 +1,4 @@
-"""The reverse KL's Triton kernel against autograd through divergences.reverse_kl."""
+"""The Triton kernel of the reverse KL, compared with autograd through divergences.reverse_kl."""
 
 from dataclasses import replace
 from functools import partial
@@ -29,7 +29,7 @@ def kernels():
 
 
 def make_rows(rows, k):
-    """Values of two models on the same ids, with an empty slot and a row without a tail."""
+    """Return values and tails of both models, with an empty slot and a row whose tail is -inf."""
     values, teacher = (4 * torch.randn(rows, k, device=DEVICE) for _ in range(2))
     tails = torch.randn(2, rows, device=DEVICE)
     if k > 2:
@@ -61,7 +61,7 @@ def test_loss_and_gradient(kernels, options, rows, k):
 
 def test_infinite_losses_and_nan(kernels):
     values, tail, teacher, teacher_tail = make_rows(5, 4)
-    teacher[0, 0] = -torch.inf  # the student's mass has no place in the teacher
+    teacher[0, 0] = -torch.inf  # the student has mass where the teacher has none
     values[2, 0] = torch.nan
     loss, dvalues, _ = kernels.reverse_kl(values, tail, teacher, teacher_tail, True, False)
     assert loss[0] == torch.inf
