@@ -114,7 +114,7 @@ def check_shards(
     if isinstance(support, Tensor) or support != "full" or isinstance(teacher, SparseLogits):
         return
     ours, theirs = student.shard, teacher.shard
-    if theirs is not None and (ours is None or not theirs.is_like(ours)):
+    if theirs is not None and (ours is None or not theirs.same_split_as(ours)):
         raise ValueError(
             "teacher: with support='full', expected a whole head or one that is split as the "
             "student's is; split them alike, or use a support of K ids"
