@@ -20,6 +20,7 @@ from tqdm import tqdm
 from benchmarks.markdown import markdown_table
 from benchmarks.measurement import MIB
 from benchmarks.problems import HEADS, Problem
+from opd_kernels.backends.triton.configs import MAX_FUSED_DIM
 from opd_kernels.linear import cost_model, plan
 from opd_kernels.linear.cost_model import (
     ONE_KERNEL_LAUNCHES,
@@ -106,7 +107,7 @@ def estimates(gpu: str, head: str, tokens: int) -> list[Estimate]:
     machine = GPUS[gpu]
     dim, vocab = SHAPES[head]
     shape = Shape(tokens, dim, vocab, K, operand_bytes=2, loss_launches=ONE_KERNEL_LAUNCHES)
-    fused = dim <= cost_model.MAX_FUSED_DIM
+    fused = dim <= MAX_FUSED_DIM
     ours = {
         name: seconds(kernels, machine)
         for name, kernels in plan.orders_of(shape, machine, BUDGET, fused, shape).items()

@@ -1,13 +1,14 @@
 """Objectives: pure functions of two SparseLogits on the same support, [..., K] -> [...] in nats.
 
-Letters as in the equations: p is the student, q the teacher, S the support, P and Q its mass under
-each, c_k = log p_k - log q_k and m = sum_S p_k c_k. Gradients are with respect to the student's
-final logits z; the teacher never gets one. `tail` says what becomes of the mass outside S:
+Notation: p is the student, q the teacher, S the support, P and Q the mass of S under each,
+c_k = log p_k - log q_k and m = sum_S p_k c_k. Gradients are with respect to the student's final
+logits z; the teacher never gets a gradient. A slot of S is live if either model has a value there.
+`tail` selects the treatment of the mass outside S:
 
-    "drop"         it is left out: the divergence is cut to S
-    "bucket"       it is one more outcome, with probability exp(log_tail)
-    "renormalize"  p and q are renormalised on S; a row with fewer than two live slots has loss 0,
-                   and so has one on whose S p or q has no mass at all
+    "drop"         the sum runs over S only
+    "bucket"       the mass outside S is one more outcome, with probability exp(log_tail)
+    "renormalize"  p and q are renormalised on S; a row has loss 0 if fewer than two slots are live,
+                   or if p or q has no mass on S
 """
 
 import math
@@ -30,19 +31,21 @@ def reverse_kl(
 
     With stop_gradient (arXiv 2605.11182), log p is detached inside the sum and the gradient is
     p_j (c_j [j in S] - m), which vanishes only at p = q on S. Without it the gradient has the
-    further term p_j ([j in S] - P), which drives the student's mass out of S until P = Q / e. With
-    tail="bucket" or "renormalize" the two are the same.
+    additional term p_j ([j in S] - P), which moves the student's mass out of S until P = Q / e.
+    With tail="bucket" or "renormalize" both gradients are equal.
 
     Args:
-        student, teacher: SparseLogits on the same ids, vocabulary and temperature.
+        student, teacher: SparseLogits [..., K] with the same ids, vocabulary and temperature.
         stop_gradient: detach log p (not p) inside the sum.
-        tail: what becomes of the mass outside S.
+        tail: treatment of the mass outside S: "drop", "bucket" or "renormalize".
 
     Returns:
         [...] the loss of each row.
 
     Raises:
-        ValueError: the two do not match, tail is unknown, or tail="renormalize" with K = 1.
+        TypeError: student or teacher is not SparseLogits.
+        ValueError: student and teacher do not match, tail is unknown, or tail="renormalize" with
+            K = 1.
     """
     check_flags(stop_gradient=stop_gradient)
     bins = _bins(student, teacher, tail)
@@ -53,7 +56,7 @@ def reverse_kl(
 def forward_kl(student: SparseLogits, teacher: SparseLogits, *, tail: Tail = "drop") -> Tensor:
     """Forward KL(q || p) on S: sum_S q_k (log q_k - log p_k). Its gradient is p_j Q - q_j [j in S].
 
-    Args, Returns and Raises as in reverse_kl.
+    Args, Returns and Raises are those of reverse_kl.
     """
     bins = _bins(student, teacher, tail)
     return bins.sum(_expectation(bins.log_q, bins.log_q - bins.log_p))
@@ -64,15 +67,16 @@ def jsd(
 ) -> Tensor:
     """Generalised Jensen-Shannon divergence beta KL(q || M) + (1 - beta) KL(p || M).
 
-    M = (1 - beta) p + beta q. As in GKD (arXiv 2306.13649): beta = 0 stands for the forward KL and
-    beta = 1 for the reverse KL, its limits after division by beta or 1 - beta. The gradient is p_j
-    (w_j [j in S] - sum_S p_k w_k) with w = (1 - beta) log(p / M), so there is no bias for a
-    stop-gradient to remove.
+    The mixture is M = (1 - beta) p + beta q. As in GKD (arXiv 2306.13649), beta = 0 is the forward
+    KL and beta = 1 the reverse KL, the limits of the divergence divided by beta or 1 - beta. The
+    gradient is p_j (w_j [j in S] - sum_S p_k w_k) with w = (1 - beta) log(p / M). It has no bias
+    that a stop-gradient would have to remove.
 
     Args:
         beta: weight of the teacher in the mixture, 0 to 1.
 
-    Other arguments, Returns and Raises as in reverse_kl; beta outside [0, 1] raises ValueError.
+    Other arguments, Returns and Raises are those of reverse_kl; beta outside [0, 1] raises
+    ValueError.
     """
     check_beta("beta", beta)
     if beta == 0.0:
@@ -87,12 +91,12 @@ def jsd(
 
 
 def policy_gradient(student: SparseLogits, teacher: SparseLogits) -> Tensor:
-    """The score-function estimate log p(y) * sg(log p(y) - log q(y)) for sampled tokens y, S = {y}.
+    """Score-function surrogate log p(y) * sg(log p(y) - log q(y)) for sampled tokens y, S = {y}.
 
-    Its gradient is unbiased for the full reverse KL of that token, given its prefix, when y was
-    sampled from p itself: at the same temperature and without top-p or top-k truncation (REINFORCE,
-    Williams 1992). Its value is not a divergence. The log-ratio alone, backpropagated, has expected
-    gradient 0.
+    Its gradient is an unbiased estimate of the gradient of the token's full reverse KL, given the
+    prefix, if y was sampled from p: at the same temperature and without top-p or top-k truncation
+    (REINFORCE, Williams 1992). Its value is not a divergence. Backpropagating the log-ratio without
+    the score function would have expected gradient 0.
 
     Args:
         student, teacher: SparseLogits with K = 1, gathered at the sampled ids.
@@ -101,7 +105,8 @@ def policy_gradient(student: SparseLogits, teacher: SparseLogits) -> Tensor:
         [...] the surrogate loss of each row, 0 where the slot is empty.
 
     Raises:
-        ValueError: K is not 1, or the two do not match.
+        TypeError: student or teacher is not SparseLogits.
+        ValueError: K is not 1, or student and teacher do not match.
     """
     if isinstance(student, SparseLogits) and student.values.shape[-1] != 1:
         raise ValueError(
@@ -114,18 +119,21 @@ def policy_gradient(student: SparseLogits, teacher: SparseLogits) -> Tensor:
 
 @dataclass(frozen=True)
 class _Bins:
-    """Two distributions over the same bins, safe to differentiate: dead bins hold zeros."""
+    """Log-probabilities of two distributions over the same B outcomes: the slots of S, and perhaps
+    the tail. Outcomes that are not live hold 0, since -inf - -inf would give NaN gradients.
+    """
 
     log_p: Tensor  # [..., B]
     log_q: Tensor  # [..., B], detached
-    live: Tensor  # [..., B] False where both are empty
+    live: Tensor  # [..., B] bool; terms of other outcomes do not count
 
     def sum(self, terms: Tensor) -> Tensor:
+        """Sum terms [..., B] over the live outcomes: [...]."""
         return terms.masked_fill(~self.live, 0.0).sum(-1)
 
 
 def _expectation(log_weight: Tensor, term: Tensor) -> Tensor:
-    """exp(log_weight) * term, where a weight of 0 makes 0 of an infinite term, but not of NaN."""
+    """Return exp(log_weight) * term. A weight of 0 times an infinite term is 0; NaN stays NaN."""
     weight = log_weight.exp()
     return weight * term.masked_fill((weight == 0) & ~term.isnan(), 0.0)
 
@@ -151,7 +159,7 @@ def _masked(log_p: Tensor, log_q: Tensor, live: Tensor) -> _Bins:
 def _renormalized(values_p: Tensor, values_q: Tensor) -> _Bins:
     if values_p.shape[-1] < 2:
         raise ValueError(
-            "tail: 'renormalize' needs K >= 2, got K = 1: one outcome renormalised has "
+            "tail: 'renormalize' needs K >= 2, got K = 1: a single renormalised outcome has "
             "probability 1 and no gradient; use a larger K, or tail='bucket'"
         )
     has_p, has_q = values_p != -torch.inf, values_q != -torch.inf
@@ -159,9 +167,9 @@ def _renormalized(values_p: Tensor, values_q: Tensor) -> _Bins:
     live &= live.sum(-1, keepdim=True) >= 2
     both = has_p.any(-1, keepdim=True) & has_q.any(-1, keepdim=True)
     live &= both | (values_p.isnan() | values_q.isnan()).any(-1, keepdim=True)  # NaN stays NaN
-    # Other rows get zeros before the logsumexp, whose gradient at all -inf is NaN.
-    enough = live.any(-1, keepdim=True)
-    log_p, log_q = (x.masked_fill(~enough, 0.0).log_softmax(-1) for x in (values_p, values_q))
+    # Rows without a live slot get zeros, since the gradient of log_softmax at all -inf is NaN.
+    has_live = live.any(-1, keepdim=True)
+    log_p, log_q = (x.masked_fill(~has_live, 0.0).log_softmax(-1) for x in (values_p, values_q))
     return _masked(log_p, log_q, live)
 
 
@@ -169,8 +177,8 @@ def _check_pair(student: SparseLogits, teacher: SparseLogits) -> None:
     for name, model in (("student", student), ("teacher", teacher)):
         if not isinstance(model, SparseLogits):
             raise TypeError(
-                f"{name}: expected SparseLogits, got {got(model)}; call topk or gather of "
-                "LazyLogits, or distillation_loss with both"
+                f"{name}: expected SparseLogits, got {got(model)}; call topk or gather on "
+                "LazyLogits, or pass student and teacher to distillation_loss"
             )
     check_device("teacher", teacher.values, "student", student.values.device)
     check_same_distribution(student, teacher)
@@ -179,7 +187,7 @@ def _check_pair(student: SparseLogits, teacher: SparseLogits) -> None:
             f"teacher: expected the student's shape [..., K] = {tuple(student.values.shape)}, got "
             f"{tuple(teacher.values.shape)}; gather it at student.ids"
         )
-    # To compare the values makes the host wait for the device.
+    # Comparing ids makes the host wait for the device, so skip it where they are the same tensor.
     if student.ids is teacher.ids or torch.compiler.is_compiling():
         return
     if not torch.equal(student.ids, teacher.ids):

@@ -79,8 +79,8 @@ class LazyLogits:
         if self.shard is not None:
             if not isinstance(self.shard, VocabShard):
                 raise TypeError(
-                    f"shard: expected a VocabShard or None, got {got(self.shard)}; make it by "
-                    "VocabShard.of(weight, group)"
+                    f"shard: expected a VocabShard or None, got {got(self.shard)}; make it with "
+                    "VocabShard.from_weight(weight, group)"
                 )
             self.shard.check_rows(rows)
             rows = self.shard.starts[-1]

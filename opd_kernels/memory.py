@@ -1,10 +1,11 @@
-"""What a loss needs beyond the models, in bytes: `python -m opd_kernels.memory --model-config DIR`.
+"""Memory of a loss beyond the models: `python -m opd_kernels.memory --model-config DIR`.
 
-Eager code holds whole tensors [N, V] in float32: five at its peak for the full reverse KL of two
-models (both log-probabilities, the student's probability, the log-ratio and their product), four
-for the top-K (both logits, and two in a logsumexp). This package holds chunks, by the plan of the
-walk itself, and the sums of gradients that are returned in another dtype. What the ranks of a
-vocabulary-parallel head exchange is counted in bytes that one sends, with all-reduces as rings.
+Eager code holds whole float32 tensors [N, V]. At its peak it has five of them for the full reverse
+KL of two models (both log-probabilities, the student's probabilities, the log-ratio and their
+product), and four for the top-K loss (both logits and two temporaries of a logsumexp). This package
+holds chunks of logits, sized as in linear/plan.py, and float32 sums of gradients that are returned
+in another dtype. Communication of a vocabulary-parallel head is the number of bytes that one rank
+sends, with all-reduces as rings.
 """
 
 import argparse
@@ -24,17 +25,17 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Loss:
-    """Two heads on the same tokens.
+    """The sizes of a distillation loss: a student's and a teacher's head on the same tokens.
 
     Attributes:
-        tokens: N.
-        dim: D of the student.
-        vocab: V.
-        k: size of the support.
-        dtype: of hidden states and weights.
-        device: "cpu", or a GPU of cost_model.GPUS.
-        ranks: over which the head is split by rows.
-        chunk_bytes: as distillation_loss takes it.
+        tokens: number of tokens N.
+        dim: hidden size D of the student.
+        vocab: vocabulary size V.
+        k: size K of the support.
+        dtype: dtype of hidden states and weights.
+        device: "cpu", or the name of a GPU in cost_model.GPUS.
+        ranks: number of ranks that share the rows of the head.
+        chunk_bytes: same as in distillation_loss.
     """
 
     tokens: int
@@ -57,63 +58,71 @@ class Loss:
 
     @property
     def rows(self) -> int:
-        """Of the weight, on the rank that has most."""
+        """Number of the weight's rows on the rank that has the most."""
         return -(-self.vocab // self.ranks)
 
     @property
     def shape(self) -> Shape:
-        """As the cost model sees the student's head; a CPU upcasts 16 bits, slice by slice."""
+        """The student's head in the cost model. A CPU multiplies 16-bit operands in float32."""
         operand = torch.float32 if self.device == "cpu" else self.dtype
         return Shape(self.tokens, self.dim, self.rows, self.k, operand_bytes=operand.itemsize)
 
     @property
     def budget(self) -> int:
-        """Bytes of logits that may live at a time."""
-        kind = torch.device("cpu" if self.device == "cpu" else "cuda")
-        return budget_of(kind, self.chunk_bytes)
+        """Maximum bytes of logits that are held at a time."""
+        device = torch.device("cpu" if self.device == "cpu" else "cuda")
+        return budget_of(device, self.chunk_bytes)
 
     def eager(self, full: bool) -> int:
-        """Peak of whole float32 tensors, in the forward pass."""
+        """Peak bytes of eager PyTorch, which it reaches in the forward pass."""
         return (5 if full else 4) * self.tokens * self.vocab * 4
 
     def one_pass(self, full: bool = False) -> int:
-        """Chunks of tokens [c, V], of both models for support="full", and the gradients' sums."""
-        width = self.shape.bytes_a_logit
+        """Peak bytes of the one-pass order: a chunk of tokens [c, V], for support="full" one of
+        each model, and the gradients' float32 sums.
+        """
+        width = self.shape.bytes_per_logit
         rows = rows_within(self.tokens, self.rows, self.budget // width)
         chunks = rows * self.rows * (width + 4 * full)
         sums = self.sums(self.tokens)
-        if self.device == "cpu":  # where dweight is returned in the memory of its sum
+        if self.device == "cpu":
+            # The 16-bit dweight is returned in the first half of its sum's memory.
             sums += self.sums(self.rows) // 2
-        elif rows < self.tokens or self.dtype != torch.bfloat16:  # else it is no sum
+        elif rows < self.tokens or self.dtype != torch.bfloat16:
+            # A single chunk writes a bf16 dweight directly and needs no sum.
             sums += self.sums(self.rows)
         return chunks + sums + self.upcast() + self.supports()
 
     def sums(self, rows: int) -> int:
-        """Float32 sums [rows, D] of gradients that are returned in another dtype."""
+        """Bytes of a float32 sum [rows, D] of gradients that are returned in 16 bits, else 0."""
         return 0 if self.dtype.itemsize >= 4 else rows * self.dim * 4
 
     def upcast(self) -> int:
-        """Slices of a 16-bit weight in float32, of 16 threads; GPUs need none."""
+        """Bytes of the float32 copies that 16 CPU threads make of slices of a 16-bit weight; 0 on
+        a GPU.
+        """
         upcasts = self.device == "cpu" and self.dtype.itemsize < 4
         return min(16 * SLICE_ROWS, self.rows) * self.dim * 4 if upcasts else 0
 
     def recompute(self) -> int:
-        """Chunks of the vocabulary [n, v], and the sums of dhidden and of a chunk's dweight."""
-        machine = Machine.of(torch.device("cpu"), self.shape.operand_bytes)
+        """Peak bytes of the recompute order: a chunk of the vocabulary [n, v], and the float32
+        sums of dhidden and of one chunk's dweight.
+        """
+        machine = Machine.for_device(torch.device("cpu"), self.shape.operand_bytes)
         if self.device != "cpu":
             machine = GPUS[self.device].machine(self.shape.operand_bytes)
         _, (rows, columns) = recompute_chunks(self.shape, machine, self.budget, fused=False)
         sums = self.sums(self.tokens + columns) + self.upcast()
-        return rows * columns * self.shape.bytes_a_logit + sums + self.supports()
+        return rows * columns * self.shape.bytes_per_logit + sums + self.supports()
 
     def supports(self) -> int:
-        """Values, ids and their gradients of both models on S, and what a row keeps beside them."""
+        """Bytes of values, ids and gradients on S of both models, and of six scalars per row."""
         return self.tokens * (2 * self.k * (4 + 8 + 4) + 2 * 6 * 4)
 
     def exchanged(self, full: bool = False) -> dict[str, int]:
-        """What a rank sends, by what it is for; none without ranks."""
+        """Bytes that a rank sends, by purpose; all 0 for a single rank."""
         others, share = self.ranks - 1, (self.ranks - 1) / self.ranks
-        ring = int(2 * share * self.tokens * 4)  # an all-reduce of a float32 for each token
+        ring = int(2 * share * self.tokens * 4)  # an all-reduce of one float32 per token
         result = {
             "top-K values and tails": others * self.tokens * (self.k + 1) * 4,
             "top-K ids": others * self.tokens * self.k * 8,
@@ -125,12 +134,12 @@ class Loss:
         return result
 
     def head(self) -> int:
-        """The rows of the student's weight that a rank holds."""
+        """Bytes of the student's weight on the rank that has the most rows."""
         return self.rows * self.dim * self.dtype.itemsize
 
     def exchanged_for_weights(self) -> dict[str, int]:
-        """What a rank sends for the student's head where ranks have other tokens, by rings: FSDP2
-        gathers it once in a forward pass, and reduces its gradient once in a step.
+        """Bytes that a rank sends for the student's head under FSDP2, where every rank has its own
+        tokens: one gather of the weight and one reduction of its gradient per step, both as rings.
         """
         share = (self.ranks - 1) / self.ranks
         size = share * self.vocab * self.dim * self.dtype.itemsize
@@ -138,7 +147,9 @@ class Loss:
 
 
 def table(loss: Loss) -> str:
-    """Markdown: peaks of eager code and of this package, and what ranks exchange."""
+    """Return Markdown tables of the peaks of eager code and of this package, and of the bytes that
+    a rank sends.
+    """
     if not isinstance(loss, Loss):
         raise TypeError(f"loss: expected a memory.Loss, got {got(loss)}")
     peaks = {
@@ -159,8 +170,8 @@ def table(loss: Loss) -> str:
 
 
 def ranks_table(losses: list[Loss]) -> str:
-    """Markdown: what a rank holds and sends where a head is split over ranks, one loss a row; last
-    what it sends for the weight under FSDP2, where each rank has so many tokens of its own.
+    """Return a Markdown table with one row per loss: MiB that a rank holds and sends when a head is
+    split over ranks. The last column is for FSDP2 instead, with N different tokens on every rank.
     """
     names = ("head", "one_pass", "recompute", "sends", "of it top-K", "sends under FSDP2")
     lines = [f"| ranks | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
@@ -169,13 +180,13 @@ def ranks_table(losses: list[Loss]) -> str:
         small = sum(exchanged.values()) - exchanged["sum of dhidden"]
         sizes = [loss.head(), loss.one_pass(), loss.recompute(), sum(exchanged.values()), small]
         sizes.append(sum(loss.exchanged_for_weights().values()))
-        figures = " | ".join(f"{size / MIB:,.0f}" for size in sizes)
-        lines.append(f"| {loss.ranks} | {figures} |")
+        cells = " | ".join(f"{size / MIB:,.0f}" for size in sizes)
+        lines.append(f"| {loss.ranks} | {cells} |")
     return "\n".join(lines)
 
 
 def read_config(path: Path) -> tuple[int, int]:
-    """D and V of a model's config.json, or of the directory that holds it."""
+    """Return D and V from a model's config.json; path is the file or its directory."""
     if not isinstance(path, Path):
         raise TypeError(f"path: expected a pathlib.Path, got {got(path)}")
     file = path / "config.json" if path.is_dir() else path
@@ -183,8 +194,7 @@ def read_config(path: Path) -> tuple[int, int]:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"path: expected a model's config.json or the directory that holds it, got {path} "
-            f"({error})"
+            f"path: expected a model's config.json or its directory, got {path} ({error})"
         ) from error
     config = config.get("text_config", config)
     missing = [name for name in ("hidden_size", "vocab_size") if name not in config]
@@ -197,26 +207,26 @@ def read_config(path: Path) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m opd_kernels.memory", description=__doc__)
-    parser.add_argument("--model-config", type=Path, help="a config.json, or its directory")
-    parser.add_argument("--dim", type=int)
-    parser.add_argument("--vocab", type=int)
-    parser.add_argument("--tokens", type=int, default=8192, help="in a micro-batch")
-    parser.add_argument("--k", type=int, default=20)
+    parser.add_argument("--model-config", type=Path, help="a model's config.json or its directory")
+    parser.add_argument("--dim", type=int, help="hidden size of the student")
+    parser.add_argument("--vocab", type=int, help="vocabulary size")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch")
+    parser.add_argument("--k", type=int, default=20, help="size of the support")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--device", choices=["cpu", *GPUS], default="H100")
     parser.add_argument(
-        "--ranks", type=int, nargs="+", default=[1], help="that a tensor-parallel head is on"
+        "--ranks", type=int, nargs="+", default=[1], help="ranks that share a vocab-parallel head"
     )
-    parser.add_argument("--chunk-bytes", type=int)
-    given = parser.parse_args()
-    dim, vocab = given.dim, given.vocab
-    if given.model_config is not None:
-        dim, vocab = read_config(given.model_config)
+    parser.add_argument("--chunk-bytes", type=int, help="same as in distillation_loss")
+    args = parser.parse_args()
+    dim, vocab = args.dim, args.vocab
+    if args.model_config is not None:
+        dim, vocab = read_config(args.model_config)
     if dim is None or vocab is None:
         parser.error("pass --model-config, or --dim and --vocab")
-    dtype, sizes = getattr(torch, given.dtype), (given.tokens, dim, vocab, given.k)
-    losses = [Loss(*sizes, dtype, given.device, n, given.chunk_bytes) for n in given.ranks]
-    print(f"N = {given.tokens:,}, D = {dim:,}, V = {vocab:,}, K = {given.k}, {given.dtype}\n")
+    dtype, sizes = getattr(torch, args.dtype), (args.tokens, dim, vocab, args.k)
+    losses = [Loss(*sizes, dtype, args.device, n, args.chunk_bytes) for n in args.ranks]
+    print(f"N = {args.tokens:,}, D = {dim:,}, V = {vocab:,}, K = {args.k}, {args.dtype}\n")
     print(table(losses[0]) if len(losses) == 1 else f"MiB:\n\n{ranks_table(losses)}")
 
 

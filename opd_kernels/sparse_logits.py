@@ -243,13 +243,16 @@ _FIELDS = ("values", "ids", "tail", "vocab_size", "temperature", "entropy")
 
 
 def check_same_distribution(student: Any, teacher: SparseLogits) -> None:
-    """Raise unless student, SparseLogits or LazyLogits, has the teacher's vocabulary and scale."""
+    """Raise ValueError unless student and teacher have the same vocab_size and temperature.
+
+    The student is SparseLogits or LazyLogits.
+    """
     for name in ("vocab_size", "temperature"):
-        ours, theirs = getattr(student, name), getattr(teacher, name)
-        if ours != theirs:
+        student_value, teacher_value = getattr(student, name), getattr(teacher, name)
+        if student_value != teacher_value:
             raise ValueError(
-                f"{name}: expected the same of student and teacher, got {ours} and {theirs}; pass "
-                f"{name}= to both"
+                f"{name}: expected the same value for student and teacher, got {student_value} and "
+                f"{teacher_value}; pass {name}= to both"
             )
 
 

@@ -34,7 +34,7 @@ BACKEND = ("cuda13", None, 3)
 
 @dataclass(frozen=True)
 class Told:
-    """A value whose message begins with the name of another argument, or of a pair's field."""
+    """A wrong value whose error names another argument, or a field of SparseLogits: `by`."""
 
     by: str
     value: Any
@@ -42,7 +42,9 @@ class Told:
 
 @dataclass(frozen=True)
 class Door:
-    """One callable: arguments that work, wrong ones, and why the others can have any value."""
+    """A public callable, valid arguments, wrong values by parameter, and reasons why the remaining
+    parameters accept any value.
+    """
 
     call: Callable[..., Any]
     good: Callable[[], dict[str, Any]]
@@ -59,13 +61,13 @@ def floats(*shape: int, **options: Any) -> Tensor:
 
 
 def tensors(*shape: int) -> tuple[Any, ...]:
-    """What is no floating tensor of a shape."""
+    """Return values that are not a floating-point tensor of a shape on the CPU."""
     wrong = (ints(*shape), floats(*shape).bool(), floats(*shape, dtype=torch.complex64))
     return (None, "x", [[0.5]], 3.0, *wrong, floats(*shape, device="meta"))
 
 
 def ids(*shape: int) -> tuple[Any, ...]:
-    """What is no tensor of ids of a shape."""
+    """Return values that are not a tensor of ids of a shape on the CPU."""
     wrong = (floats(*shape), ints(*shape).bool(), floats(*shape, dtype=torch.complex64))
     return (None, "x", [[1]], 3, *wrong, ints(*shape, device="meta"), ints(*shape, 1))
 
@@ -245,12 +247,12 @@ DOORS = {
         {"group": (None, "x", 3), "starts": (None, "x", 3, (), (0,), (0, 5, 9), (1, 20), (0, -1),
                                              (0, 2.0), [0, 20])},
     ),
-    "VocabShard.of": Door(
-        lambda **o: VocabShard.of(**{"weight": floats(20, 8)} | o), dict,
+    "VocabShard.from_weight": Door(
+        lambda **o: VocabShard.from_weight(**{"weight": floats(20, 8)} | o), dict,
         {"weight": (None, "x", [[1.0]], floats()), "group": ("x", 3)},
     ),
-    "VocabShard.is_like": Door(
-        lambda other: shard().is_like(other), lambda: {"other": shard()},
+    "VocabShard.same_split_as": Door(
+        lambda other: shard().same_split_as(other), lambda: {"other": shard()},
         {"other": (None, "x", (0, 20))},
     ),
     "VocabShard.rows": Door(
@@ -284,7 +286,7 @@ DOORS = {
 
 
 def shard() -> VocabShard:
-    return VocabShard.of(floats(20, 8))
+    return VocabShard.from_weight(floats(20, 8))
 
 
 def dtensor() -> Any:
@@ -296,7 +298,7 @@ def dtensor() -> Any:
 
 
 def config_file() -> Path:
-    """Of a model, in a place of its own."""
+    """Write a model's config.json to a new directory."""
     path = Path(tempfile.mkdtemp()) / "config.json"
     path.write_text('{"hidden_size": 8, "vocab_size": 20}')
     return path

@@ -1,4 +1,4 @@
-"""Wrong values of every parameter of the integrations."""
+"""Wrong values for every parameter of the integrations."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -48,7 +48,7 @@ ANY_KEYWORD = {"model_kwargs": "the model's own"}
 
 
 def module(cls: type, forward: Callable[[], dict[str, Any]]) -> Callable[..., Any]:
-    """Constructs a module and calls it: what needs operands to be seen is told there."""
+    """Return a function that constructs a module and calls it: some errors need operands."""
     return lambda **options: cls(**options)(**forward())
 
 
@@ -110,7 +110,7 @@ def len_of(logits: LazyLogits) -> int:
 
 
 def trainer() -> Any:
-    """TRL's, without the model that it would train."""
+    """Return TRL's trainer without initialising it, which would need a model."""
     from trl import DistillationTrainer
 
     return DistillationTrainer.__new__(DistillationTrainer)

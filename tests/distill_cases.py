@@ -1,4 +1,4 @@
-"""Students, teachers, supports and objectives to try distillation_loss with."""
+"""Students, teachers, supports and objectives for tests of distillation_loss."""
 
 from functools import partial
 
@@ -45,7 +45,7 @@ ORDERS = [
 
 
 def pair(tokens=TOKENS, **options):
-    """A student with every option and a wider teacher with its own hidden size and padding."""
+    """Return a student with all head options, and a teacher of another hidden size and padding."""
     student = make_logits(tokens=tokens, vocab=VOCAB, **options)
     teacher = make_logits(
         tokens=tokens, dim=9, vocab=VOCAB, padded=9, softcap=None, requires_grad=False,
@@ -55,7 +55,7 @@ def pair(tokens=TOKENS, **options):
 
 
 def support_ids(support, z, zt, k=K):
-    """The ids of each support from full logits, -1 in slots that it leaves empty."""
+    """Return the ids of a support, computed from full logits; -1 in empty slots."""
     ours, theirs = sorted_by_logit(z, k), sorted_by_logit(zt, k)
     if support == "student":
         return ours
@@ -82,7 +82,7 @@ def assert_same(actual, expected, rtol=1e-12, atol=1e-13):
 
 
 def served(teacher, k):
-    """What a server would answer: its own top-K log-probabilities."""
+    """Return the teacher as a server would: log-probabilities of its own top K."""
     t = teacher.topk(k)
     return SparseLogits.from_log_probs(
         t.log_probs, t.ids, vocab_size=VOCAB, temperature=teacher.temperature
@@ -90,18 +90,18 @@ def served(teacher, k):
 
 
 def objectives_for(support):
-    """Of those on K ids and that on one."""
+    """Return name: (objective, K) of the objectives that apply to a support."""
     on_k = {name: (objective, K) for name, objective in OBJECTIVES.items() if name != "mixture"}
     one = {} if support in ("union", "full") else {"policy_gradient": (policy_gradient, 1)}
     return on_k | one
 
 
 def ids_of(tokens, k):
-    """Given ids: distinct in each row."""
+    """Return ids [tokens, k] that are distinct in each row."""
     return torch.arange(tokens)[:, None] + 7 * torch.arange(k)
 
 
 def summed_loss(student, teacher, support, k, **options):
-    """distillation_loss; support="ids" stands for ids_of."""
+    """Return distillation_loss with reduction="sum"; support="ids" means ids_of."""
     ids = ids_of(student.hidden.shape[0], k) if support == "ids" else support
     return distillation_loss(student, teacher, k=k, support=ids, reduction="sum", **options)

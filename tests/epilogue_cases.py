@@ -1,4 +1,4 @@
-"""Chunks of logits that the driver does not make too, and how exact their epilogues must be."""
+"""Chunks of logits for tests of backends, including layouts that the walks do not produce."""
 
 import torch
 
@@ -9,7 +9,7 @@ from tests.reference import head_in_float64
 
 
 def make_chunk(rows, columns, dtype=torch.float32, options=(), spread=3.0):
-    """Raw logits [rows, columns] whose rows lie 3 elements apart, and their head."""
+    """Return raw products [rows, columns] with a row stride of columns + 3, and their head."""
     raw = (torch.randn(rows, columns + 3, device=DEVICE) * spread).to(dtype)[:, :columns]
     options = set(options)
     bias = torch.randn(columns + 5, device=DEVICE).to(dtype) if "bias" in options else None
@@ -20,7 +20,7 @@ def make_chunk(rows, columns, dtype=torch.float32, options=(), spread=3.0):
 
 
 def state_of(backend, raw, head, k_or_ids, entropy=True, pieces=1):
-    """The state after the chunk was walked in so many pieces."""
+    """Return the row state after updates with the chunk's columns in `pieces` pieces."""
     dtype = torch.float64 if raw.dtype == torch.float64 else torch.float32
     like = torch.empty(0, dtype=dtype, device=DEVICE)
     if isinstance(k_or_ids, int):
@@ -38,8 +38,8 @@ def in_float64(raw, head):
 
 
 def assert_no_worse(actual, same_dtype, reference):
-    """At most twice PyTorch's own rms error, which on a few numbers may by luck be under a
-    rounding's; an infinity stands where the reference has it.
+    """Assert that the rms error is at most twice PyTorch's in the same dtype, or twice a rounding
+    of the largest value, since few numbers may be exact by luck. Infinities must match.
     """
     finite = reference.isfinite()
     assert torch.equal(actual.double()[~finite], reference[~finite])

@@ -1,4 +1,4 @@
-"""Full-logits definitions in eager PyTorch that share no code with the package."""
+"""Definitions on full logits in eager PyTorch, which share no code with the package."""
 
 from dataclasses import replace
 
@@ -18,19 +18,21 @@ OPTIONS = [
 
 
 def head_in_float64(head):
-    """The head for an epilogue on float64 logits; its weight is not used there."""
+    """Return the head for float64 logits. Only the bias is converted; backends do not use the
+    weight.
+    """
     return replace(head, bias=None if head.bias is None else head.bias.double())
 
 
 def rows_for(backend, rows):
-    """Fewer for interpreted and emulated kernels, which take a thousand times longer."""
+    """Return fewer rows for interpreted and emulated kernels, which are a thousand times slower."""
     return max(4, rows // 16) if backend in ("triton", "cuda-emulated") else rows
 
 
 def make_logits(
     tokens=11, dim=7, vocab=53, padded=3, dtype=torch.float64, requires_grad=True, **options
 ):
-    """Random LazyLogits with every option on unless it is passed; gradients on all operands."""
+    """Return random LazyLogits with all head options, unless `options` overrides them."""
     options = {"softcap": 3.0, "scale": 0.7, "temperature": 0.8} | options
     leading = tokens if isinstance(tokens, tuple) else (tokens,)
     with_bias = options.pop("with_bias", True)
@@ -48,7 +50,7 @@ def make_logits(
 
 
 def full_logits(logits, dtype=torch.float64):
-    """z [..., V] by the definition, in one dtype throughout."""
+    """Return the logits z [..., V] by definition, computed in one dtype."""
     raw = logits.hidden.to(dtype) @ logits.weight[: logits.vocab_size].to(dtype).T
     if logits.bias is not None:
         raw = raw + logits.bias[: logits.vocab_size].to(dtype)
@@ -59,22 +61,26 @@ def full_logits(logits, dtype=torch.float64):
 
 
 def sorted_by_logit(z, k):
-    """The ids of the k largest logits of each row, ties by the lower id: [..., k]."""
+    """Return the ids [..., k] of the k largest logits of each row; the lower id wins ties."""
     return z.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def outside_lse(z, ids):
-    """logsumexp of each row without the given ids; -inf, with gradient 0, where these are all."""
+    """Return the logsumexp of each row without the given ids. If these are all ids, it is -inf with
+    gradient 0.
+    """
     columns = ids.masked_fill(ids < 0, z.shape[-1])
     on_support = torch.zeros(*z.shape[:-1], z.shape[-1] + 1, dtype=torch.bool)
     on_support = on_support.scatter_(-1, columns, True)[..., :-1]
-    everything = on_support.all(-1)
-    rest = z.masked_fill(on_support & ~everything[..., None], -torch.inf).logsumexp(-1)
-    return rest.masked_fill(everything, -torch.inf)
+    nothing_outside = on_support.all(-1)
+    outside = z.masked_fill(on_support & ~nothing_outside[..., None], -torch.inf).logsumexp(-1)
+    return outside.masked_fill(nothing_outside, -torch.inf)
 
 
 def eager_sparse(z, ids):
-    """SparseLogits of full logits z [..., V] at ids [..., K], -1 in empty slots; differentiable."""
+    """Return differentiable SparseLogits of full logits z [..., V] at ids [..., K]; -1 is an empty
+    slot.
+    """
     values = z.gather(-1, ids.clamp_min(0)).masked_fill(ids < 0, -torch.inf)
     return SparseLogits(values, ids, outside_lse(z, ids), z.shape[-1])
 
@@ -84,7 +90,7 @@ def operands(logits):
 
 
 def gradients(loss, logits):
-    """dhidden, dweight and dbias of a scalar; zeros where an operand was not used."""
+    """Return dhidden, dweight and dbias of a scalar loss; zeros for operands that it ignores."""
     grads = torch.autograd.grad(loss, operands(logits), allow_unused=True)
     return [
         torch.zeros_like(t) if g is None else g
@@ -93,16 +99,16 @@ def gradients(loss, logits):
 
 
 def leaves(logits, dtype=None):
-    """The same operands as leaves with a gradient, in their own dtype or another."""
+    """Return the same logits with operands that are leaves, in their dtype or another."""
     names = ("hidden", "weight", "bias")
-    given = [getattr(logits, name) for name in names]
-    fresh = [None if x is None else x.detach().clone().to(dtype or x.dtype).requires_grad_()
-             for x in given]  # fmt: skip
-    return replace(logits, **dict(zip(names, fresh, strict=True)))
+    tensors = [getattr(logits, name) for name in names]
+    copies = [None if x is None else x.detach().clone().to(dtype or x.dtype).requires_grad_()
+              for x in tensors]  # fmt: skip
+    return replace(logits, **dict(zip(names, copies, strict=True)))
 
 
 def in_float64(logits):
-    """The same operands as float64 leaves."""
+    """Return the same logits with float64 leaves."""
     return leaves(logits, torch.float64)
 
 
@@ -111,7 +117,7 @@ def exact(actual, expected):
 
 
 def random_ids(logits, k, empty=True):
-    """Distinct ids per row, with some empty slots and repeats mixed in."""
+    """Return distinct ids per row; with `empty`, some slots are empty or repeat another."""
     rows = logits.hidden.shape[:-1].numel()
     ids = torch.stack([torch.randperm(logits.vocab_size)[:k] for _ in range(rows)])
     if empty:

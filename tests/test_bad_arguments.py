@@ -1,5 +1,5 @@
-"""Every parameter of every public function, method and constructor refuses what it cannot take, in
-a message of one form: the argument, what was expected, what came.
+"""Every parameter of every public function, method and constructor refuses wrong values. All error
+messages have the form "argument: expected ..., got ...".
 """
 
 import inspect
@@ -20,7 +20,7 @@ FORM = re.compile(r"(\w+(?:, \w+)*): .*\bexpected\b.*\bgot\b", re.DOTALL)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank():
-    """For what is of a group of ranks."""
+    """A process group of one rank, for VocabShard and DTensors."""
     store = distributed.HashStore()
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
@@ -38,15 +38,15 @@ def rows():
 def test_a_wrong_value_is_refused_by_its_name(path, parameter, value):
     door = DOORS[path]
     by, value = (value.by, value.value) if isinstance(value, Told) else (parameter, value)
-    # A row outside of the leading shape is an IndexError, which ends an iteration.
+    # Indexing must raise IndexError outside the leading shape, since that ends an iteration.
     errors = (
         (TypeError, ValueError, IndexError) if parameter == "index" else (TypeError, ValueError)
     )
     with pytest.raises(errors) as error:
         door.call(**door.good() | {parameter: value})
-    said = FORM.match(str(error.value))
-    assert said, str(error.value)
-    assert by in said[1].split(", "), str(error.value)
+    message = FORM.match(str(error.value))
+    assert message, str(error.value)
+    assert by in message[1].split(", "), str(error.value)
 
 
 @pytest.mark.parametrize("path", DOORS)
@@ -55,7 +55,7 @@ def test_right_values_are_taken(path):
 
 
 def public():
-    """What the reference lists, by path in the package; a class's members behind it."""
+    """Yield the paths in the package of all names in the API reference, and of listed members."""
     pattern = r"^::: opd_kernels\.([\w.]+)\n((?:    .*\n)*)"
     for page in ("api.md", "integrations.md"):
         for path, options in re.findall(pattern, (DOCS / page).read_text() + "\n", re.MULTILINE):

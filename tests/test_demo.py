@@ -1,4 +1,4 @@
-"""The README's first command, on the real 135M model: `make test-slow`."""
+"""The first command of the README on the real 135M model, in `make test-slow`."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""The objectives against DESIGN's gradient table, the named traps, and the closed forms."""
+"""The objectives against the table of gradients, known traps and closed forms of the optimum."""
 
 from dataclasses import replace
 from functools import partial
@@ -24,8 +24,8 @@ def gradient(objective, z, zt, ids):
     return torch.autograd.grad(loss.sum(), z)[0]
 
 
-class Letters:
-    """p, q, c, m, P, Q and the indicator of S on the whole vocabulary, as in DESIGN section 4."""
+class Terms:
+    """p, q, c, m, P, Q and the indicator of S on the whole vocabulary, as in divergences.py."""
 
     def __init__(self, z, zt, ids):
         self.p, self.q = z.detach().softmax(-1), zt.softmax(-1)
@@ -79,7 +79,7 @@ TABLE = [
 def test_gradient_table(objective, expected, k):
     z, zt, ids = problem(k)
     assert_close(
-        gradient(objective, z, zt, ids), expected(Letters(z, zt, ids)), rtol=1e-10, atol=1e-15
+        gradient(objective, z, zt, ids), expected(Terms(z, zt, ids)), rtol=1e-10, atol=1e-15
     )
 
 
@@ -100,7 +100,7 @@ def test_gradient_table(objective, expected, k):
 def test_values_by_definition(objective, definition):
     z, zt, ids = problem()
     s, t = sparse(z, ids), sparse(zt, ids)
-    v = Letters(z, zt, ids)
+    v = Terms(z, zt, ids)
     p, q = v.p.gather(-1, ids), v.q.gather(-1, ids)
     assert_close(objective(s, t).detach(), definition(p, q).sum(-1), rtol=1e-12, atol=1e-13)
     with_bucket = definition(torch.cat([p, 1 - v.P], -1), torch.cat([q, 1 - v.Q], -1)).sum(-1)
@@ -136,7 +136,7 @@ def test_trap_detaching_the_weight_gives_a_gradient_without_the_teacher():
 
     z, zt, ids = problem()
     other = torch.randn_like(zt)
-    v = Letters(z, zt, ids)
+    v = Terms(z, zt, ids)
     assert_close(gradient(trap, z, zt, ids), v.p * (v.on - v.P), rtol=1e-10, atol=1e-15)
     assert_close(gradient(trap, z, zt, ids), gradient(trap, z, other, ids))
     ours = gradient(reverse_kl, z, zt, ids)
@@ -145,7 +145,7 @@ def test_trap_detaching_the_weight_gives_a_gradient_without_the_teacher():
 
 
 def test_trap_a_sampled_log_ratio_as_a_loss_has_expected_gradient_zero():
-    """And the expectation of policy_gradient's is the full reverse KL's gradient."""
+    """The expected gradient of policy_gradient is that of the full reverse KL."""
 
     def expected_gradient(objective):
         z, zt, _ = problem(rows=1)
@@ -192,7 +192,7 @@ def test_trap_renormalised_with_fewer_than_two_live_slots():
 @pytest.mark.parametrize("tail", ["drop", "bucket", "renormalize"])
 @pytest.mark.parametrize("objective", [reverse_kl, forward_kl, jsd])
 def test_trap_empty_slots_are_masked_not_nan(objective, tail):
-    """-inf minus -inf: a support with empty slots gives what the smaller support gives."""
+    """Empty slots, where -inf - -inf would be NaN, give the loss of the support without them."""
     z, zt, ids = problem()
     s, t = sparse(z, ids), sparse(zt, ids)
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -207,7 +207,9 @@ def test_trap_empty_slots_are_masked_not_nan(objective, tail):
 
 
 def test_trap_temperature_scales_loss_and_gradient_alike():
-    """The loss is the KL at temperature T; its gradient wrt untempered logits has 1 / T, no T^2."""
+    """The loss is the KL at temperature T, and its gradient wrt logits before division by T has the
+    factor 1 / T. Neither is multiplied by T^2.
+    """
     z, zt, _ = problem()
     temperature = 2.5
     p = (z / temperature).softmax(-1)
@@ -229,7 +231,7 @@ def test_the_teacher_gets_no_gradient():
 
 @pytest.mark.parametrize("tail_mass", [1e-8, 1e-6, 1e-3])
 def test_bucket_gradient_at_a_tiny_tail(tail_mass):
-    """With an accumulated tail float32 gives what float64 gives; 1 - sum(p) would not."""
+    """With an accumulated tail float32 agrees with float64; with 1 - sum(p) it would not."""
     z = torch.tensor([[2.0, 1.0, 0.5, 0.0]], dtype=torch.float64)
     zt = torch.tensor([[1.0, 2.0, 0.0, 0.5]], dtype=torch.float64)
     ids = torch.arange(4)[None]
@@ -248,7 +250,7 @@ def test_bucket_gradient_at_a_tiny_tail(tail_mass):
             assert_close(actual.double(), expected, rtol=1e-4, atol=0)
 
 
-ROWS = {  # values of student and teacher
+ROWS = {  # logits of student and teacher
     "plain": ([1.0, 0.5, -1.0], [0.2, 0.1, 2.0]),
     "one slot": ([1.0, -torch.inf, -torch.inf], [0.3, -torch.inf, -torch.inf]),
     "no slot": ([-torch.inf] * 3, [-torch.inf] * 3),
@@ -261,7 +263,7 @@ ROWS = {  # values of student and teacher
 @pytest.mark.parametrize("objective", [reverse_kl, forward_kl, jsd])
 @pytest.mark.parametrize("tail", ["drop", "bucket", "renormalize"])
 def test_no_row_changes_another(objective, tail):
-    """Neither its loss nor its gradient, whatever is in it."""
+    """Loss and gradient of a row do not depend on other rows, not even on NaN or infinite ones."""
 
     def run(rows):
         values = [torch.tensor(x, dtype=torch.float64) for x in zip(*rows, strict=True)]
@@ -279,7 +281,7 @@ def test_no_row_changes_another(objective, tail):
 
 
 def test_a_token_without_mass_in_the_weighing_model_is_as_good_as_off_the_support():
-    """Though its log-ratio is infinite: 0 times it is 0, in the loss and in the gradient."""
+    """Its log-ratio is infinite, but weight 0 makes it 0 in the loss and in the gradient."""
     z, zt, ids = problem()
     absent = torch.zeros_like(zt, dtype=torch.bool).scatter(-1, ids[:, 1:2], True)
     fewer = ids.masked_fill(torch.arange(K) == 1, -1)
@@ -296,7 +298,7 @@ def test_a_token_without_mass_in_the_weighing_model_is_as_good_as_off_the_suppor
 def test_policy_gradient_of_several_rows_is_that_of_each():
     z, zt, _ = problem()
     ids = torch.arange(6)[:, None]
-    actual, v = gradient(policy_gradient, z, zt, ids), Letters(z, zt, ids)
+    actual, v = gradient(policy_gradient, z, zt, ids), Terms(z, zt, ids)
     assert_close(actual, v.c.gather(-1, ids) * (v.on - v.p), rtol=1e-12, atol=1e-14)
 
 
@@ -311,8 +313,11 @@ def test_policy_gradient_wants_one_sampled_token():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": 18}, "vocab_size: expected the same of student and teacher, got 17 and 18"),
-        ({"temperature": 0.5}, "temperature: expected the same of student and teacher"),
+        (
+            {"vocab_size": 18},
+            "vocab_size: expected the same value for student and teacher, got 17 and 18",
+        ),
+        ({"temperature": 0.5}, "temperature: expected the same value for student and teacher"),
     ],
 )
 def test_mismatched_pairs_raise(change, message):
@@ -336,7 +341,7 @@ def test_other_ids_or_shapes_raise():
 
 
 def test_equal_ids_are_compared_only_where_they_could_differ(monkeypatch):
-    """The host waits for the device there, and a graph would break."""
+    """The comparison makes the host wait for the device, and breaks the graph of torch.compile."""
     z, zt, ids = problem()
     s, t, other = sparse(z, ids), sparse(zt, ids), sparse(zt, ids.clone())
     expected = reverse_kl(s, other)

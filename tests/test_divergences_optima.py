@@ -1,4 +1,4 @@
-"""Where the objectives end when they are minimised: closed forms, and the collapse in miniature."""
+"""Minima of the objectives: closed forms, and the paper's collapse on a small example."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ def minimise(objective, zt, ids, steps=1500):
 
 
 def test_closed_forms_of_the_optimum_on_a_fixed_support():
-    """Without stop-gradient p ends at q / e on S, so P = Q / e; with it at p = q on S."""
+    """Without stop-gradient the optimum is p = q / e on S, so P = Q / e; with it p = q on S."""
     zt = torch.randn(2, 12, dtype=torch.float64)
     ids = zt.topk(4).indices
     q = zt.softmax(-1).gather(-1, ids)
@@ -33,7 +33,9 @@ def test_closed_forms_of_the_optimum_on_a_fixed_support():
 
 
 def test_closed_forms_of_self_distillation_over_several_teachers():
-    """Reverse KL ends at the normalised geometric mean, residual -log Z; forward at the mean."""
+    """The mean reverse KL is minimal at the normalised geometric mean of the teachers, where it is
+    -log Z; the mean forward KL at their arithmetic mean.
+    """
     teachers = torch.randn(3, 9, dtype=torch.float64)
     whole = torch.arange(9)[None]
 
@@ -54,7 +56,7 @@ def test_closed_forms_of_self_distillation_over_several_teachers():
 
 
 def test_stop_gradient_keeps_the_mass_on_the_support_where_its_absence_loses_it():
-    """The paper's collapse in miniature: gradient descent on one row, S selected anew each step."""
+    """Gradient descent on one row that selects S again in every step."""
 
     def final_mass(stop_gradient):
         generator = torch.Generator(DEVICE).manual_seed(3)

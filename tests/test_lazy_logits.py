@@ -1,4 +1,4 @@
-"""LazyLogits checks its arguments before any work: the bad-input table."""
+"""LazyLogits checks its arguments before it computes anything."""
 
 import pytest
 import torch

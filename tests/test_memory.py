@@ -1,4 +1,4 @@
-"""The memory calculator against measured peaks, and its exchanged bytes against counted ones."""
+"""The memory calculator against measured peaks, and its communication against counted bytes."""
 
 import json
 
@@ -16,7 +16,7 @@ from tests.ranks import run_ranks
 
 
 def test_peaks_are_those_that_are_measured():
-    """Beyond the returned gradients: what the libraries allocate comes on top."""
+    """Peaks beyond the returned gradients. 24 MiB are allowed for the libraries' own memory."""
     problem = Problem(1024, 256, 151_936)
     loss = Loss(1024, 256, 151_936, dtype=torch.float32, device="cpu")
     expected = {
@@ -24,26 +24,26 @@ def test_peaks_are_those_that_are_measured():
         "ours_full": loss.one_pass(full=True),
         "ours_recompute": loss.recompute(),
     }
-    for name, figures in measure(problem, expected, rounds=0).items():
-        assert 0.9 * expected[name] <= figures.peak_extra_bytes <= 1.15 * expected[name] + 24 * MIB
+    for name, result in measure(problem, expected, rounds=0).items():
+        assert 0.9 * expected[name] <= result.peak_extra_bytes <= 1.15 * expected[name] + 24 * MIB
 
 
 def test_16_bits_add_half_a_sum_of_dweight_on_a_cpu():
-    """It becomes the returned gradient where it lies."""
+    """The first half of the sum's memory becomes the returned gradient."""
     problem = Problem(64, 1024, 200_000, dtype="bfloat16")
     expected = Loss(64, 1024, 200_000, device="cpu").one_pass()
-    figures = measure(problem, ["ours_one_pass"], rounds=0)["ours_one_pass"]
-    assert 0.9 * expected <= figures.peak_extra_bytes <= 1.15 * expected + 24 * MIB
+    result = measure(problem, ["ours_one_pass"], rounds=0)["ours_one_pass"]
+    assert 0.9 * expected <= result.peak_extra_bytes <= 1.15 * expected + 24 * MIB
 
 
 def test_eager_peaks_are_those_that_are_measured():
-    """The benchmark's figure is without the gradients, which are not there yet at the peak."""
+    """Eager code peaks before it has gradients. The benchmark subtracts them, so they are added."""
     loss = Loss(512, 64, 50_000, dtype=torch.float32, device="cpu")
     problem = Problem(512, 64, 50_000)
     returned = (512 + 50_000) * 64 * 4
     expected = {"eager_full": loss.eager(True), "eager_topk": loss.eager(False)}
-    for name, figures in measure(problem, expected, rounds=0).items():
-        peak = figures.peak_extra_bytes + returned
+    for name, result in measure(problem, expected, rounds=0).items():
+        peak = result.peak_extra_bytes + returned
         assert 0.9 * expected[name] <= peak <= 1.15 * expected[name] + 24 * MIB, name
 
 
@@ -52,12 +52,12 @@ def _counting_worker(rank, folder, ranks, full):
     tokens, dim, vocab, k = 32, 12, 60, 7
     hidden, weight = torch.randn(tokens, dim, requires_grad=True), torch.randn(vocab, dim)
     rows = slice(rank * vocab // ranks, (rank + 1) * vocab // ranks)
-    own = weight[rows].clone().requires_grad_()
-    shard = VocabShard.of(own)
+    local = weight[rows].clone().requires_grad_()
+    shard = VocabShard.from_weight(local)
     teacher = LazyLogits(torch.randn(tokens, dim), weight[rows].clone(), shard=shard)
     options = {"k": k, "support": "full" if full else "student"}
     with SentBytes(ranks) as counted:
-        student = LazyLogits(hidden, own, shard=shard)
+        student = LazyLogits(hidden, local, shard=shard)
         distillation_loss(student, teacher, **options).loss.backward()
     expected = Loss(tokens, dim, vocab, k, torch.float32, "cpu", ranks).exchanged(full)
     reduced = {name for name in expected if "sum" in name or "losses" in name}
@@ -73,7 +73,7 @@ def test_ranks_exchange_what_the_formula_says(tmp_path, ranks, full):
 
 
 class _Model(torch.nn.Module):
-    """A head alone, with the loss inside the forward pass."""
+    """A model that is only a head, with the loss inside the forward pass."""
 
     def __init__(self, dim, vocab):
         super().__init__()
@@ -89,7 +89,7 @@ def _weights_worker(rank, folder, ranks):
     model = _Model(dim, vocab)
     fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
     teacher = LazyLogits(torch.randn(tokens, dim), torch.randn(vocab, dim))
-    model(torch.randn(tokens, dim), teacher).backward()  # the first sets up
+    model(torch.randn(tokens, dim), teacher).backward()  # FSDP sets up
     with SentBytes(ranks) as counted:
         model(torch.randn(tokens, dim), teacher).backward()
     loss = Loss(tokens, dim, vocab, 7, torch.float32, "cpu", ranks)

@@ -1,4 +1,4 @@
-"""What can be read off SparseLogits, against full logits."""
+"""Properties and methods of SparseLogits, compared with full logits."""
 
 import pytest
 import torch
@@ -99,7 +99,7 @@ def test_from_log_probs_of_the_whole_vocabulary_has_no_tail():
 
 
 def test_from_log_probs_guards_the_tail():
-    """A row whose float32 mass is 1 or just above keeps a finite tail, without gradient."""
+    """A row whose float32 mass is 1 or slightly above gets a finite tail without gradient."""
     log_p = torch.tensor([[0.0, -40.0], [1e-7, -30.0]], requires_grad=True)
     ids = torch.tensor([[3, 4], [3, 4]])
     s = SparseLogits.from_log_probs(log_p, ids, vocab_size=10)

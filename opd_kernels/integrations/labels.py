@@ -1,4 +1,4 @@
-"""Cross-entropy of labels without logits, inside the forward pass of a model of transformers."""
+"""Cross-entropy of labels without logits, in the forward pass of a transformers model."""
 
 import inspect
 import re
@@ -16,34 +16,35 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from opd_kernels.checks import got
 from opd_kernels.integrations.transformers import forward_without_head
 
-# Of all logits and labels as they come: Git gives its own, cut and shifted.
+# Matches a loss of unchanged logits and labels. Git, for example, slices and shifts both first.
 _SHIFTED_LOSS = re.compile(r"self\.loss_function\(\s*(logits=)?(lm_)?logits,\s*(labels=)?labels,")
 
 
 def patch(model: PreTrainedModel) -> PreTrainedModel:
     """Make model(..., labels=labels) compute its cross-entropy without the logits.
 
-    The loss is that of transformers: labels [B, T] are shifted by one, -100 counts for nothing, and
-    it is a mean, or a sum over num_items_in_batch. A mixture of experts adds its auxiliary loss.
-    The output has no logits. Without labels the model is as it was.
+    The loss equals that of transformers: labels [B, T] are shifted by one, labels of -100 are
+    ignored, and the loss is the mean, or the sum divided by num_items_in_batch. A mixture of
+    experts adds its auxiliary loss. The output has no logits. Calls without labels do not change.
 
     Args:
-        model: a causal language model of transformers, before it is wrapped.
+        model: a causal language model of transformers, before it is wrapped (DDP, PEFT).
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: model is not one of transformers.
-        ValueError: the class's loss is another one; and at the call, as lazy_logits.
+        TypeError: model is not a transformers model.
+        ValueError: the model's class computes another loss of labels. Calls of the patched model
+            raise what lazy_logits raises.
     """
     _check_labels_loss(model)
-    model.forward = MethodType(_forward_of_labels(type(model).forward), model)
+    model.forward = MethodType(_wrap_forward(type(model).forward), model)
     return model
 
 
-def _forward_of_labels(bare_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A class's forward, with the loss of labels from lazy logits."""
+def _wrap_forward(bare_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a class's forward, so that it computes the loss of labels from LazyLogits."""
 
     @torch.compiler.disable
     def with_labels(
@@ -91,24 +92,26 @@ def _forward_of_labels(bare_forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_labels_loss(model: PreTrainedModel) -> None:
-    """Raise unless the class's loss of labels is the shifted cross-entropy and what is known."""
+    """Raise ValueError unless the class computes the shifted cross-entropy of labels, and adds at
+    most the auxiliary loss of a mixture of experts.
+    """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"model: expected a causal language model of transformers, got {got(model)}; patch it "
-            "before it is wrapped"
+            f"model: expected a causal language model of transformers, got {got(model)}; patch the "
+            "model before you wrap it"
         )
     code = inspect.getsource(type(model).forward)
     reason = None
     if not _SHIFTED_LOSS.search(code) or model.loss_function is not ForCausalLMLoss:
-        reason = "does not compute it by transformers' own ForCausalLMLoss"
+        reason = "does not compute it with transformers' ForCausalLMLoss"
     elif "z_loss" in code:
-        reason = "adds a loss of its logits"
+        reason = "adds a z-loss of the logits"
     elif "aux_loss" in code and not hasattr(model, "router_aux_loss_coef"):
-        reason = "adds a loss with a coefficient of its own"
+        reason = "adds an auxiliary loss without router_aux_loss_coef"
     elif "forward" in model.__dict__:
-        reason = "has another forward on this instance; patch it first"
+        reason = "already has another forward on this instance (call patch first)"
     if reason is not None:
         raise ValueError(
-            f"model: expected the loss of labels to be their shifted cross-entropy, but "
+            f"model: expected the loss of labels to be the shifted cross-entropy, but "
             f"{type(model).__name__} {reason}; call lazy_logits(model, ...).log_prob yourself"
         )

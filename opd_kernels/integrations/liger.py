@@ -1,9 +1,9 @@
-"""Liger-Kernel's fused distillation losses by name and call signature, computed by this package.
+"""Drop-in replacements for Liger-Kernel's fused distillation losses, with the same names and calls.
 
     from opd_kernels.integrations.liger import LigerFusedLinearJSDLoss
 
-Where the two vocabularies differ in size, both are cut to the smaller: Liger-Kernel gives the added
-rows of the student the logit 0, and with it probability.
+If the vocabularies differ in size, both are cut to the smaller one. Liger-Kernel pads the student
+with logits of 0 instead, which have probability.
 """
 
 from dataclasses import replace
@@ -27,17 +27,19 @@ from opd_kernels.loss.distill import distillation_loss
 
 
 class LigerFusedLinearJSDLoss(nn.Module):
-    """weight_hard_loss * cross-entropy + weight_soft_loss * JSD, a mean over the labels that count.
+    """Weighted sum of the labels' cross-entropy and the generalised JSD of student and teacher,
+    averaged over the tokens that are not ignored.
 
     Args:
-        weight_hard_loss: of the cross-entropy of the labels, at temperature 1.
-        weight_soft_loss: of the generalised JSD, see divergences.jsd.
+        weight_hard_loss: weight of the cross-entropy of the labels, at temperature 1.
+        weight_soft_loss: weight of the generalised JSD, see divergences.jsd.
         beta: weight of the teacher in the mixture; 0 is the forward KL, 1 the reverse KL.
-        ignore_index: the label of tokens without a loss.
-        temperature: of both models in the JSD.
-        compiled, chunk_size: taken and not needed; chunks are planned by cost.
-        return_soft_hard_loss: return (loss, soft, hard) and not the loss alone.
-        **options: of distillation_loss, such as support="student", k=20; default support="full".
+        ignore_index: label of tokens without a loss.
+        temperature: temperature of both models in the JSD.
+        compiled, chunk_size: accepted for compatibility and ignored; chunk sizes are computed.
+        return_soft_hard_loss: return (loss, soft loss, hard loss) instead of the loss alone.
+        **options: options of distillation_loss, such as support="student" and k=20. The default is
+            support="full".
     """
 
     def __init__(
@@ -75,19 +77,32 @@ class LigerFusedLinearJSDLoss(nn.Module):
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """The loss of student_input [N, D] against teacher_input [N, D'], with labels [N]."""
+        """Return the loss.
+
+        Args:
+            student_input: [N, D] hidden states of the student.
+            student_weight: [V, D] weight of the student's head.
+            teacher_input: [N, D'] hidden states of the teacher.
+            teacher_weight: [V', D'] weight of the teacher's head.
+            true_labels: [N] label of each token.
+            student_bias: [V] bias of the student's head, if it has one.
+            teacher_bias: [V'] bias of the teacher's head, if it has one.
+
+        Returns:
+            The scalar loss, or (loss, soft loss, hard loss) with return_soft_hard_loss.
+        """
         student = _lazy("student", student_input, student_weight, student_bias)
         teacher = _lazy("teacher", teacher_input, teacher_weight, teacher_bias)
         check_token_ids("true_labels", true_labels)
         _check_rows(student, teacher, "true_labels", true_labels)
-        return self.loss_of(student, teacher, true_labels)
+        return self._loss(student, teacher, true_labels)
 
-    def loss_of(self, student: LazyLogits, teacher: LazyLogits, labels: Tensor) -> Any:
-        """As forward, of operands that are checked."""
+    def _loss(self, student: LazyLogits, teacher: LazyLogits, labels: Tensor) -> Any:
+        """Same as forward, for operands that are already checked."""
         counted = labels != self.ignore_index
         count = counted.sum().clamp_min(1)
         pair = (replace(x, temperature=self.temperature) for x in (student, teacher))
-        every = self.options | {"token_weights": counted.float(), "denominator": count}
+        options = self.options | {"token_weights": counted.float(), "denominator": count}
         loss = student.hidden.new_zeros((), dtype=torch.float32)
         parts = {}
         for name, weight in zip(("hard", "soft"), self.weights, strict=True):
@@ -95,7 +110,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
                 continue
             with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
                 if name == "soft":
-                    parts[name] = distillation_loss(*pair, **every).loss
+                    parts[name] = distillation_loss(*pair, **options).loss
                 else:
                     log_probs = student.log_prob(labels, ignore_index=self.ignore_index)
                     parts[name] = -log_probs.sum() / count
@@ -107,11 +122,13 @@ class LigerFusedLinearJSDLoss(nn.Module):
 
 
 class LigerFusedLinearJSD(nn.Module):
-    """The generalised JSD, a mean over the labels that count, or over all tokens without labels.
+    """Generalised JSD of student and teacher, averaged over the tokens that are not ignored, or
+    over all tokens if there are no labels.
 
     Args:
-        jsd_beta, ignore_index, temperature, **options: as in LigerFusedLinearJSDLoss.
-        accum_dtype: taken and not needed; sums are of float32.
+        jsd_beta: same as beta in LigerFusedLinearJSDLoss.
+        ignore_index, temperature, **options: same as in LigerFusedLinearJSDLoss.
+        accum_dtype: accepted for compatibility and ignored; sums are accumulated in float32.
     """
 
     def __init__(
@@ -142,18 +159,20 @@ class LigerFusedLinearJSD(nn.Module):
         teacher_weight: Tensor,
         shift_labels: Tensor | None = None,
     ) -> Tensor:
-        """The loss of student_input [N, D] against teacher_input [N, D'], labels [N] or none."""
+        """Return the scalar loss. Args are those of LigerFusedLinearJSDLoss.forward, where
+        shift_labels [N] are the labels, if any.
+        """
         student = _lazy("student", student_input, student_weight, None)
         teacher = _lazy("teacher", teacher_input, teacher_weight, None)
         _check_rows(student, teacher, "shift_labels", shift_labels)
         if shift_labels is None:
             shape = student_input.shape[:-1]
             shift_labels = student_input.new_full(shape, self.ignore_index + 1, dtype=torch.long)
-        return self.loss.loss_of(student, teacher, shift_labels)
+        return self.loss._loss(student, teacher, shift_labels)
 
 
 def _lazy(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LazyLogits:
-    """LazyLogits whose messages name this module's arguments."""
+    """Return LazyLogits; errors name this module's arguments."""
     try:
         return LazyLogits(hidden, weight, bias)
     except (TypeError, ValueError) as error:
@@ -162,16 +181,16 @@ def _lazy(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> La
 
 
 def _check_rows(student: LazyLogits, teacher: LazyLogits, name: str, labels: Tensor | None) -> None:
-    """Raise unless teacher and labels are of the student's tokens."""
+    """Raise ValueError unless teacher and labels have the student's tokens and device."""
     hidden = student.hidden
     leading, device = tuple(hidden.shape[:-1]), hidden.device
-    rows = {"teacher_input": teacher.hidden[..., 0]}
+    per_token = {"teacher_input": teacher.hidden[..., 0]}
     if labels is not None:
         check_token_ids(name, labels)
-        rows[name] = labels
-    for other, tensor in rows.items():
+        per_token[name] = labels
+    for argument, tensor in per_token.items():
         if tensor.shape != leading or tensor.device != device:
             raise ValueError(
-                f"{other}, student_input: expected the same tokens, {leading} on {device}, got "
+                f"{argument}, student_input: expected the same tokens, {leading} on {device}, got "
                 f"{tuple(tensor.shape)} on {tensor.device}"
             )

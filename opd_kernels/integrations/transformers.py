@@ -1,10 +1,10 @@
-"""LazyLogits of any Hugging Face causal language model, with the model's own head options.
+"""LazyLogits of any causal language model of transformers, with the model's own head options.
 
-The call goes through the outermost module, so that DDP and FSDP see the forward pass: calling the
-decoder below them would leave gradients unsynchronised, silently. Inside, the head's forward is
-replaced for one call by one that keeps its input and weight and returns a few probe numbers in
-place of logits. What the model makes of the probes shows its scale and softcap, for every
-architecture alike; a model that does anything else to its logits is refused.
+The call goes through the outermost module, so that DDP and FSDP run their hooks: calling the
+decoder directly would silently leave gradients unsynchronised. For one call the head's forward is
+replaced by a function that stores its input and weight and returns a few probe values instead of
+logits. The model's output for the probes then shows its scale and softcap, for every architecture
+in the same way. A model that changes its logits in any other way is refused.
 """
 
 import sys
@@ -24,7 +24,7 @@ from opd_kernels.parallel import plain
 
 T = TypeVar("T")
 
-# Powers of two, so that a scale shows exactly; the last is large enough to saturate any softcap.
+# Powers of two, so that a scale is recovered exactly. The last one saturates any softcap.
 _PROBES = (0.5, -0.5, 2.0, -2.0, 16.0, -16.0, 2.0**20)
 
 
@@ -37,29 +37,29 @@ def lazy_logits(
     vocab_size: int | None = None,
     **model_kwargs: Any,
 ) -> LazyLogits:
-    """LazyLogits whose materialize() equals model(input_ids, attention_mask).logits / temperature.
+    """Return LazyLogits whose materialize() equals the model's logits divided by temperature.
 
-    The loss is computed by the caller, after the forward pass. Under FSDP, where the weight is
-    whole only during the forward pass, use call_with_lazy_logits.
+    Compute the loss after the forward pass. Under FSDP, where the head's weight is complete only
+    during the forward pass, use call_with_lazy_logits instead.
 
     Args:
         model: a causal language model of transformers, bare or wrapped in DDP or PEFT. Its decoder
-            may be compiled (model.model); torch.compile of the whole is refused.
+            (model.model) may be compiled; torch.compile(model) is refused.
         input_ids: [B, T] token ids.
         attention_mask: [B, T] 1 for tokens, 0 for padding.
-        temperature: as LazyLogits'.
-        vocab_size: as LazyLogits'; default all rows of the head.
+        temperature: same as in LazyLogits.
+        vocab_size: same as in LazyLogits; default all rows of the head.
         **model_kwargs: passed to the model, for example position_ids.
 
     Returns:
-        LazyLogits with hidden [B, T, D]; gradients flow into the decoder, the head and any LoRA on
-        it.
+        LazyLogits with hidden [B, T, D]. Gradients flow into the decoder, the head and LoRA
+        adapters on the head.
 
     Raises:
-        TypeError: model is not a causal language model of transformers, or input_ids and
-            attention_mask are not what they should be.
-        ValueError: their shapes do not fit; or the head is not a plain weight, or the model does
-            more to its logits than scale and cap them.
+        TypeError: model is not a causal language model of transformers, or input_ids or
+            attention_mask has a wrong type or dtype.
+        ValueError: input_ids or attention_mask has a wrong shape, the head is not a plain weight,
+            or the model does more to its logits than scale and softcap them.
     """
     return call_with_lazy_logits(
         model,
@@ -82,19 +82,22 @@ def call_with_lazy_logits(
     vocab_size: int | None = None,
     **model_kwargs: Any,
 ) -> T:
-    """function(lazy_logits), run inside the outermost module's forward, whose output its result is.
+    """Run the model and call function(lazy_logits) inside its forward pass.
 
-    Args and Raises as in lazy_logits.
+    The function's result is the output of the outermost module, so that DDP and FSDP see it.
 
     Args:
-        function: computes the whole loss from LazyLogits; runs under the model's autocast.
+        function: computes the loss from LazyLogits; runs under the autocast that is active at the
+            model's head.
+
+    Other arguments and Raises are those of lazy_logits.
 
     Returns:
-        What function returned.
+        The result of function.
     """
     causal_lm = causal_lm_of(model)
     if not callable(function):
-        raise TypeError(f"function: expected one of LazyLogits, got {got(function)}")
+        raise TypeError(f"function: expected a function of LazyLogits, got {got(function)}")
     _check_tokens(input_ids, attention_mask)
     bare_forward = causal_lm.forward
 
@@ -104,7 +107,8 @@ def call_with_lazy_logits(
         with torch.autocast(logits.hidden.device.type, *capture.autocast):
             return function(logits)
 
-    # model.compile() would trace into the replacement, which changes modules as it runs.
+    # Without disable, a model that was compiled in place with model.compile() would trace into the
+    # replacement, which changes the head while it runs.
     with _replaced_forward(causal_lm, torch.compiler.disable(forward)):
         return model(
             input_ids=input_ids,
@@ -118,27 +122,32 @@ def call_with_lazy_logits(
 def pad_completions(
     prompts: Sequence[list[int]], completions: Sequence[list[int]], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch prompts with their completions, and mark where completion tokens are predicted.
+    """Batch prompts with their completions, and mark the positions that predict completion tokens.
 
-    `lazy_logits(model, input_ids, attention_mask)[predicts]` are the logits of every completion
-    token, one row each, in the order of the completions: the same for a student and a teacher whose
-    prompts differ.
+    `lazy_logits(model, input_ids, attention_mask)[predicts]` are the logits of all completion
+    tokens, one row per token, in the order of the completions. The rows of a student and a teacher
+    with different prompts therefore match.
 
     Args:
-        prompts: token ids of each prompt, at least one.
-        completions: token ids of each completion, EOS included.
-        device: where the tensors go.
+        prompts: token ids of each prompt, at least one id per prompt.
+        completions: token ids of each completion, including EOS.
+        device: device of the returned tensors.
 
     Returns:
-        input_ids, attention_mask (int64) and predicts (bool), each [B, T]. The padding, id 0, is on
-        the right, so that positions start at 0; the masks come from lengths, since a pad id is
-        often EOS.
+        input_ids, attention_mask (int64) and predicts (bool), each [B, T]. Padding (id 0) is on the
+        right, so that positions start at 0. The masks are computed from lengths, since the pad id
+        is often EOS.
+
+    Raises:
+        TypeError: prompts or completions are not lists of ints, or device is not a device.
+        ValueError: there are no prompts, a prompt is empty, or the numbers of prompts and
+            completions differ.
     """
     device = _checked_device(device)
     before, after = _checked_ids("prompts", prompts, 1), _checked_ids("completions", completions, 0)
     if len(before) != len(after) or not before:
         raise ValueError(
-            "prompts, completions: expected as many of one as of the other, and at least one, got "
+            "prompts, completions: expected the same number of both, and at least one, got "
             f"{len(before)} and {len(after)}"
         )
     rows = [torch.cat(row) for row in zip(before, after, strict=True)]
@@ -150,16 +159,19 @@ def pad_completions(
     return ids.to(device), (position < end).long().to(device), predicts.to(device)
 
 
-def _checked_ids(name: str, rows: Sequence[list[int]], least: int) -> list[Tensor]:
-    """Token ids [T] of each row, at least so many."""
+def _checked_ids(name: str, rows: Sequence[list[int]], min_length: int) -> list[Tensor]:
+    """Return the token ids [T] of each row. Raise if a row has fewer than min_length."""
     try:
         tensors = [torch.tensor([*row]) for row in rows]
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: expected lists of token ids, got others ({error})") from error
+        raise TypeError(
+            f"{name}: expected lists of token ids, got other values ({error})"
+        ) from error
     for number, (row, tensor) in enumerate(zip(rows, tensors, strict=True)):
-        if len(tensor) < least or (len(tensor) and tensor.dtype != torch.int64):
+        if len(tensor) < min_length or (len(tensor) and tensor.dtype != torch.int64):
             raise ValueError(
-                f"{name}: expected lists of at least {least} token ids, got {row!r} in row {number}"
+                f"{name}: expected lists of at least {min_length} token ids, got {row!r} in row "
+                f"{number}"
             )
     return [tensor.long() for tensor in tensors]
 
@@ -172,7 +184,9 @@ def _checked_device(device: Any) -> torch.device:
 
 
 def _check_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    """Raise unless these are [B, T]. Masks of four dimensions, of packed rows, are the model's."""
+    """Raise TypeError or ValueError unless both are [B, T]. Masks with four dimensions, for packed
+    rows, are left to the model's own checks.
+    """
     check_token_ids("input_ids", input_ids)
     if input_ids.dim() != 2:
         raise ValueError(
@@ -185,46 +199,45 @@ def _check_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> None:
     if attention_mask.dim() != 4 and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask: expected the shape of input_ids, {tuple(input_ids.shape)}, got "
-            f"{tuple(attention_mask.shape)}; it has 1 for tokens, 0 for padding"
+            f"{tuple(attention_mask.shape)}; pass 1 for tokens and 0 for padding"
         )
 
 
 @dataclass
 class _Capture:
-    """What the head was given, and what the model made of the probes that it returned."""
+    """The input and parameters of the head, and the model's output for the probes."""
 
     hidden: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
-    answers: Tensor | None = None
-    calls: int = 0
-    output: Any = None  # the model's
-    autocast: tuple[torch.dtype, bool] = (torch.bfloat16, False)
+    probe_logits: Tensor | None = None  # [len(_PROBES)]
+    calls: int = 0  # of the head
+    output: Any = None  # of the model
+    autocast: tuple[torch.dtype, bool] = (torch.bfloat16, False)  # at the head: dtype, enabled
 
     def lazy_logits(
         self, model: PreTrainedModel, temperature: float, vocab_size: int | None
     ) -> LazyLogits:
         name = type(model).__name__
-        if self.calls != 1 or self.hidden is None or self.weight is None or self.answers is None:
+        hidden, weight, probe_logits = self.hidden, self.weight, self.probe_logits
+        if self.calls != 1 or hidden is None or weight is None or probe_logits is None:
             raise ValueError(
                 f"model: expected {name} to call its output embeddings once per forward pass, got "
                 f"{self.calls} calls; its logits cannot be computed lazily"
             )
-        if plain(self.weight).untyped_storage().nbytes() == 0 < self.weight.numel():
+        if plain(weight).untyped_storage().nbytes() == 0 < weight.numel():
             raise ValueError(
                 f"model: FSDP has freed the weight of {name}'s head after its forward pass; wrap "
                 "the head with reshard_after_forward=False, or leave it to the root module"
             )
-        scale, softcap = _scale_and_softcap(self.answers, name)
-        return LazyLogits(
-            self.hidden, self.weight, self.bias, softcap, scale, temperature, vocab_size
-        )
+        scale, softcap = _scale_and_softcap(probe_logits, name)
+        return LazyLogits(hidden, weight, self.bias, softcap, scale, temperature, vocab_size)
 
 
 def forward_without_head(
     model: PreTrainedModel, forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> _Capture:
-    """Call a model's forward, whose head keeps its input and answers with the probes."""
+    """Call a model's forward with a head that stores its input and returns the probes."""
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(
@@ -233,7 +246,7 @@ def forward_without_head(
         )
     capture = _Capture()
 
-    def keep_input(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    def capture_input(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         capture.calls += 1
         capture.hidden = hidden
         capture.weight, capture.bias = weight_and_bias(head)
@@ -246,7 +259,7 @@ def forward_without_head(
         probes = torch.tensor(_PROBES, dtype=dtype, device=hidden.device)
         return probes.repeat(*hidden.shape[:-1], 1)
 
-    with _replaced_forward(head, keep_input):
+    with _replaced_forward(head, capture_input):
         capture.output = forward(*args, **kwargs)
         logits = capture.output.logits
     if logits.shape[-1] != len(_PROBES):
@@ -256,32 +269,35 @@ def forward_without_head(
         )
     if capture.hidden is not None and logits.shape[:-1] != capture.hidden.shape[:-1]:
         raise ValueError(
-            f"model: {type(model).__name__} gives logits [..., V] of leading shape "
-            f"{tuple(logits.shape[:-1])} from hidden states of {tuple(capture.hidden.shape[:-1])}; "
-            "build LazyLogits from its hidden states by hand"
+            f"model: {type(model).__name__} returns logits [..., V] with the leading shape "
+            f"{tuple(logits.shape[:-1])} for hidden states with {tuple(capture.hidden.shape[:-1])};"
+            " build LazyLogits from its hidden states yourself"
         )
-    capture.answers = logits.reshape(-1, len(_PROBES))[0].detach().double()
+    capture.probe_logits = logits.reshape(-1, len(_PROBES))[0].detach().double()
     return capture
 
 
-def _scale_and_softcap(answers: Tensor, name: str) -> tuple[float, float | None]:
-    """Which scale * x, or softcap * tanh(x / softcap), turns the probes into the answers."""
-    probes = torch.tensor(_PROBES, dtype=torch.float64, device=answers.device)
-    scale = float(answers[-1] / probes[-1])
-    if torch.allclose(answers, scale * probes, rtol=1e-6, atol=0):
+def _scale_and_softcap(probe_logits: Tensor, name: str) -> tuple[float, float | None]:
+    """Return the scale of scale * x, or the softcap of softcap * tanh(x / softcap), that maps the
+    probes to probe_logits. Raise ValueError if neither does.
+    """
+    probes = torch.tensor(_PROBES, dtype=torch.float64, device=probe_logits.device)
+    scale = float(probe_logits[-1] / probes[-1])
+    if torch.allclose(probe_logits, scale * probes, rtol=1e-6, atol=0):
         return scale, None
-    softcap = float(answers[-1])
-    if softcap > 0 and torch.allclose(answers, softcap * torch.tanh(probes / softcap), rtol=1e-5):
+    softcap = float(probe_logits[-1])
+    capped = softcap * torch.tanh(probes / softcap)
+    if softcap > 0 and torch.allclose(probe_logits, capped, rtol=1e-5):
         return 1.0, softcap
     raise ValueError(
-        f"model: expected {name} to scale or softcap its logits at most, but it maps {_PROBES} to "
-        f"{tuple(round(x, 4) for x in answers.tolist())}; build LazyLogits from its hidden states "
-        "by hand"
+        f"model: expected {name} to only scale or softcap its logits, but it maps {_PROBES} to "
+        f"{tuple(round(x, 4) for x in probe_logits.tolist())}; build LazyLogits from its hidden "
+        "states yourself"
     )
 
 
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside DDP or PEFT."""
+    """Return the transformers model inside DDP or PEFT wrappers."""
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
         if isinstance(inner, nn.parallel.DistributedDataParallel):
@@ -290,22 +306,22 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
             inner = inner.get_base_model()
         else:
             raise TypeError(
-                "model: expected a causal language model of transformers, bare or in DDP or "
-                f"PEFT, got {type(inner).__name__}; compile its decoder (model.model), not the "
-                "whole"
+                "model: expected a causal language model of transformers, bare or wrapped in DDP "
+                f"or PEFT, got {type(inner).__name__}; compile its decoder (model.model), not the "
+                "whole model"
             )
     return inner
 
 
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give one module instance another forward for a while."""
-    own = module.__dict__.get("forward")  # accelerate, for example, puts one there
+    """Replace the forward of one module instance inside the context."""
+    previous = module.__dict__.get("forward")  # accelerate, for example, sets one on the instance
     module.forward = forward
     try:
         yield
     finally:
-        if own is None:
+        if previous is None:
             del module.forward
         else:
-            module.forward = own
+            module.forward = previous

@@ -1,10 +1,10 @@
-"""What a pass costs on a machine, by the operations and bytes of its kernels: a model, not a
-measurement.
+"""A roofline model of a loss's time on a machine, from the FLOPs and bytes of its kernels.
 
-`method="auto"` compares the two orders by it, and `python -m benchmarks roofline` draws it. Every
-kernel here stands for one that the driver launches, in the driver's order; its bytes are those of
-the tensors it is launched with (tests/linear/test_cost_model.py). A kernel takes as long as its
-operations or its bytes, whichever is slower; a chunk that fits in the cache moves no bytes.
+`method="auto"` compares the two orders with it, and `python -m benchmarks roofline` plots it. It
+lists the kernels of a pass in the order in which they are launched. The bytes of a kernel are those
+of the tensors that it reads and writes, which tests/linear/test_cost_model.py compares with real
+launches. A kernel takes the time of its FLOPs or of its bytes, whichever is longer. A chunk of
+logits that fits in the cache moves no bytes.
 """
 
 from collections.abc import Iterator
@@ -12,48 +12,45 @@ from dataclasses import dataclass
 
 import torch
 
-# Small kernels on [n, K] of the state, the loss and its gradient: by autograd, and with one kernel
-# of the backend's for the loss.
+# Small kernels on [n, K] tensors per chunk, for the running state, the loss and its gradient: when
+# autograd differentiates the loss, and when one kernel of the backend computes it.
 AUTOGRAD_LAUNCHES, ONE_KERNEL_LAUNCHES = 80, 25
-# What a product inside a kernel of ours is assumed to reach of cuBLAS's speed: not measured yet.
+# Assumed speed of a matrix product inside our kernels, as a fraction of cuBLAS's; not measured yet.
 FUSED_EFFICIENCY = 2 / 3
-# D up to which kernels with the product inside are used. Writing a logit and reading it again costs
-# as much as about 1,200 terms of its product on an H100: at that efficiency they draw at 2,400.
-MAX_FUSED_DIM = 2048
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a kernel's operations and bytes cost."""
+    """The rates at which a device computes and moves bytes."""
 
-    flops: float  # per second, of matrix products of the operands' dtype
-    bandwidth: float  # bytes per second of memory
-    cache: int  # bytes of a chunk that stays near between two kernels
-    launch: float = 4e-6  # seconds that a kernel takes at least
-    overlaps: bool = True  # a kernel multiplies while it moves its bytes
+    flops: float  # FLOP/s of matrix products in the operands' dtype
+    bandwidth: float  # bytes/s of main memory
+    cache: int  # largest chunk, in bytes, that stays in the cache between two kernels
+    launch: float = 4e-6  # seconds that every kernel takes at least
+    overlaps: bool = True  # whether a kernel computes while it moves its bytes
 
     @classmethod
-    def of(cls, device: torch.device, operand_bytes: int) -> "Machine":
-        """The machine behind a device; a GPU that is not in the table counts as the nearest one."""
+    def for_device(cls, device: torch.device, operand_bytes: int) -> "Machine":
+        """Return the model of a device. A GPU that is not in GPUS takes the nearest one's rates."""
         if device.type != "cuda":
             return _CPU
-        own = torch.cuda.get_device_capability(device)
-        return gpu_of(own, torch.cuda.get_device_name(device)).machine(operand_bytes)
+        capability = torch.cuda.get_device_capability(device)
+        return find_gpu(capability, torch.cuda.get_device_name(device)).machine(operand_bytes)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak rates of a GPU, from its maker's data sheet."""
+    """Peak rates of a GPU, from the vendor's data sheet."""
 
     capability: tuple[int, int]
-    tensor_flops: float  # dense, of 16-bit operands with float32 sums
-    float_flops: float  # of float32 operands
-    bandwidth: float
+    tensor_flops: float  # dense FLOP/s of 16-bit operands with float32 accumulation
+    float_flops: float  # FLOP/s of float32 operands
+    bandwidth: float  # bytes/s
     l2_bytes: int
 
     def machine(self, operand_bytes: int) -> Machine:
-        """With products of 16-bit or of float32 operands; a chunk leaves other data a quarter of
-        the L2 cache.
+        """Return the model for 16-bit (operand_bytes 2) or float32 operands. A chunk may fill three
+        quarters of the L2 cache; other data needs the rest.
         """
         flops = self.tensor_flops if operand_bytes == 2 else self.float_flops
         return Machine(flops, self.bandwidth, self.l2_bytes * 3 // 4)
@@ -72,8 +69,10 @@ GPUS = {
 }
 
 
-def gpu_of(capability: tuple[int, int], name: str) -> Gpu:
-    """The table's entry of that name, else the first of the nearest capability not above."""
+def find_gpu(capability: tuple[int, int], name: str) -> Gpu:
+    """Return the entry of GPUS whose name occurs in `name`. If there is none, return the first
+    entry with the highest capability that does not exceed this one.
+    """
     for known, gpu in GPUS.items():
         if known in name:
             return gpu
@@ -81,45 +80,45 @@ def gpu_of(capability: tuple[int, int], name: str) -> Gpu:
     return max(below, key=lambda gpu: gpu.capability, default=GPUS["T4"])
 
 
-# Two cores with AVX2 (python -m benchmarks chunks); only the ratio of the first two decides. Bytes
-# and operations do not overlap there: one thread does both.
+# Measured on two cores with AVX2 (python -m benchmarks chunks). Only the ratio of FLOP/s to bytes/s
+# matters for the choice of an order. A CPU thread does not compute while it waits for bytes.
 _CPU = Machine(flops=150e9, bandwidth=12e9, cache=24 * _MIB, launch=1e-5, overlaps=False)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch, or several small ones, of a known kind."""
+    """One kernel launch, or several launches of small kernels."""
 
     name: str
     flops: float = 0.0
     bytes: float = 0.0
     launches: int = 1
-    efficiency: float = 1.0  # of the machine's FLOPs that it reaches
+    efficiency: float = 1.0  # fraction of the machine's FLOP/s that the kernel reaches
 
     def seconds(self, machine: Machine) -> float:
-        """How long it takes at least."""
+        """Lower bound of the kernel's time."""
         times = (self.flops / (machine.flops * self.efficiency), self.bytes / machine.bandwidth)
         return self.launches * machine.launch + (max(times) if machine.overlaps else sum(times))
 
 
 def seconds(kernels: Iterator[Kernel], machine: Machine) -> float:
-    """How long kernels take one after the other."""
+    """Total time of kernels that run one after the other."""
     return sum(kernel.seconds(machine) for kernel in kernels)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A head and its tokens as the products see them."""
+    """Sizes of a head and its tokens, and bytes per element of the tensors involved."""
 
     tokens: int
     dim: int
     vocab: int
     k: int
-    operand_bytes: int  # an element's, of hidden states, weight and gradient chunk in a product
+    operand_bytes: int  # hidden states, weight and gradient chunk, as operands of a product
     logit_bytes: int = 4
-    sum_bytes: int = 4  # of an accumulated gradient, and of all that is kept of a row
-    dhidden: bool = True  # which gradients are needed
-    dweight: bool = True
+    sum_bytes: int = 4  # accumulated gradients, and the values and sums kept per row
+    dhidden: bool = True  # whether the gradient of hidden is needed
+    dweight: bool = True  # whether the gradient of the weight is needed
     loss_launches: int = AUTOGRAD_LAUNCHES
 
     @property
@@ -128,8 +127,10 @@ class Shape:
         return self.dhidden or self.dweight
 
     @property
-    def bytes_a_logit(self) -> int:
-        """Of a chunk in the one-pass order: the logit, and its gradient where that is apart."""
+    def bytes_per_logit(self) -> int:
+        """Bytes per logit of a chunk in the one-pass order. The gradient overwrites a logit of the
+        same dtype and needs its own memory otherwise.
+        """
         if self.operand_bytes == self.logit_bytes:
             return self.logit_bytes
         return self.logit_bytes + self.operand_bytes
@@ -137,7 +138,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """The kernels on a chunk of n tokens and v columns."""
+    """The kernels that process a chunk of n tokens and v columns."""
 
     shape: Shape
     n: int
@@ -145,12 +146,14 @@ class _Chunk:
     cache: int
 
     def _chunk_bytes(self, itemsize: int) -> int:
-        """Of memory, not of cache."""
+        """Bytes of the chunk that go to main memory; 0 if the cache holds it."""
         size = self.n * self.v * itemsize
         return 0 if size <= self.cache else size
 
     def _product(self, name: str, n_d: int, v_d: int, n_v: int) -> Kernel:
-        """A matrix product of n * v * D terms; the others are bytes an element of each operand."""
+        """A matrix product with n * v * D multiply-adds. n_d, v_d and n_v are the bytes moved per
+        element of the tensors [n, D], [v, D] and [n, v].
+        """
         dim = self.shape.dim
         moved = self.n * dim * n_d + self.v * dim * v_d + self._chunk_bytes(n_v)
         return Kernel(name, 2.0 * self.n * self.v * dim, moved)
@@ -161,12 +164,14 @@ class _Chunk:
         )
 
     def update(self, selects: bool) -> Kernel:
-        # Running values and ids are read and written, given ids are read, the two sums both.
+        # A selection reads and writes the running values and ids. Given ids are read, and their
+        # values written. Both cases read and write the row's maximum and sum.
         slot = 2 * (self.shape.sum_bytes + 8) if selects else self.shape.sum_bytes + 8
         rows = self.n * (self.shape.k * slot + 4 * self.shape.sum_bytes)
         return Kernel("update", bytes=self._chunk_bytes(self.shape.logit_bytes) + rows)
 
     def _gradient_rows(self) -> int:
+        """Bytes of ids, dvalues, tail and dtail that the gradient reads."""
         return self.n * (self.shape.k * (self.shape.sum_bytes + 8) + 2 * self.shape.sum_bytes)
 
     def gradient(self) -> Kernel:
@@ -195,6 +200,9 @@ class _Chunk:
         )
 
     def dweight(self, first: bool, alone: bool = False) -> Kernel:
+        """The first block of tokens writes dweight, later blocks also read it. `alone`: there is
+        one block only, which writes in the operands' dtype instead of adding to a float32 sum.
+        """
         element = self.shape.operand_bytes if alone else self.shape.sum_bytes
         written = element * (1 if first else 2)
         return self._product("dweight", self.shape.operand_bytes, written, self.shape.operand_bytes)
@@ -203,7 +211,7 @@ class _Chunk:
 def reduction(
     shape: Shape, rows: int, columns: int, machine: Machine, selects: bool, fused: bool
 ) -> Iterator[Kernel]:
-    """driver.reduce_logits in chunks of rows and columns."""
+    """Kernels of vocabulary_walk.reduce_logits with chunks of rows and columns."""
     if fused and not selects:
         yield _Chunk(shape, shape.tokens, shape.vocab, machine.cache).fused_update()
         return
@@ -217,7 +225,7 @@ def reduction(
 def backpropagation(
     shape: Shape, rows: int, columns: int, machine: Machine, fused: bool
 ) -> Iterator[Kernel]:
-    """driver.backpropagate in chunks of rows and columns."""
+    """Kernels of vocabulary_walk.backpropagate with chunks of rows and columns."""
     for v in pieces(shape.vocab, columns):
         for block, n in enumerate(pieces(shape.tokens, rows)):
             chunk = _Chunk(shape, n, v, machine.cache)
@@ -242,7 +250,9 @@ def recompute(
     fused: bool,
     selects: bool = True,
 ) -> Iterator[Kernel]:
-    """A student's pass in the recompute order; chunks are given as rows and columns."""
+    """Kernels of a student's pass in the recompute order. `forward` and `backward` are the rows and
+    columns of a chunk.
+    """
     yield from reduction(shape, *forward, machine, selects, fused)
     yield Kernel("objective", launches=shape.loss_launches)
     if shape.trains:
@@ -250,9 +260,9 @@ def recompute(
 
 
 def one_pass(shape: Shape, rows: int, machine: Machine, selects: bool = True) -> Iterator[Kernel]:
-    """A student's pass in the one-pass order, in chunks of rows."""
-    sums = shape.vocab * shape.dim
-    alone = shape.tokens <= rows  # dweight is rounded at once
+    """Kernels of a student's pass in the one-pass order, with chunks of `rows` tokens."""
+    weight_elements = shape.vocab * shape.dim
+    alone = shape.tokens <= rows  # a single chunk writes dweight in the operands' dtype
     for block, n in enumerate(pieces(shape.tokens, rows)):
         chunk = _Chunk(shape, n, shape.vocab, machine.cache)
         yield chunk.logits()
@@ -266,9 +276,9 @@ def one_pass(shape: Shape, rows: int, machine: Machine, selects: bool = True) ->
             yield chunk.dweight(block == 0, alone)
     if shape.dweight:
         element = shape.operand_bytes if alone else shape.sum_bytes
-        yield Kernel("round", bytes=sums * (element + shape.operand_bytes))
+        yield Kernel("round", bytes=weight_elements * (element + shape.operand_bytes))
 
 
-def pieces(total: int, most: int) -> list[int]:
-    """Sizes of the pieces of total."""
-    return [min(most, total - first) for first in range(0, total, most)]
+def pieces(total: int, size: int) -> list[int]:
+    """Lengths of the pieces when `total` is cut into pieces of `size`; the last may be shorter."""
+    return [min(size, total - first) for first in range(0, total, size)]

@@ -48,11 +48,11 @@ def budget_of(device: torch.device, chunk_bytes: int | None) -> int:
 
 @lru_cache(maxsize=1024)
 def recompute_sizes(
-    tokens: int, vocab: int, bytes_a_logit: int, device: torch.device, chunk_bytes: int | None
+    tokens: int, vocab: int, bytes_per_logit: int, device: torch.device, chunk_bytes: int | None
 ) -> tuple[int, int]:
     """Rows and columns of a logits chunk in the recompute order."""
-    near = _near(Machine.of(device, 2), budget_of(device, chunk_bytes))
-    return _recompute_sizes(tokens, vocab, near // bytes_a_logit)
+    near = _near(Machine.for_device(device, 2), budget_of(device, chunk_bytes))
+    return _recompute_sizes(tokens, vocab, near // bytes_per_logit)
 
 
 def _near(machine: Machine, budget: int) -> int:
@@ -70,10 +70,10 @@ def _recompute_sizes(tokens: int, vocab: int, budget: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=1024)
 def one_pass_rows(
-    tokens: int, vocab: int, bytes_a_logit: int, device: torch.device, chunk_bytes: int | None
+    tokens: int, vocab: int, bytes_per_logit: int, device: torch.device, chunk_bytes: int | None
 ) -> int:
     """Rows of a logits chunk in the one_pass order: as many as the budget holds, at least one."""
-    return rows_within(tokens, vocab, budget_of(device, chunk_bytes) // bytes_a_logit)
+    return rows_within(tokens, vocab, budget_of(device, chunk_bytes) // bytes_per_logit)
 
 
 def rows_within(tokens: int, vocab: int, budget: int) -> int:
@@ -88,7 +88,7 @@ def prefers_one_pass(
     """Whether one_pass, in the chunks that the budget holds, costs no more than recompute."""
     if shape.tokens == 0:
         return True
-    machine = Machine.of(device, shape.operand_bytes)
+    machine = Machine.for_device(device, shape.operand_bytes)
     # Counting kernels takes milliseconds and the number of tokens changes from step to step, so
     # the result is cached for a rounded number of tokens.
     rounding = 1 << max(0, shape.tokens.bit_length() - 4)
@@ -108,11 +108,11 @@ def recompute_chunks(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Rows and columns of a recompute chunk, for the forward and for the backward pass."""
     near = _near(machine, budget)
-    bytes_a_logit = shape.operand_bytes if fused else shape.bytes_a_logit
+    bytes_per_logit = shape.operand_bytes if fused else shape.bytes_per_logit
     extent = (shape.tokens, shape.vocab)
     return (
         _recompute_sizes(*extent, near // shape.logit_bytes),
-        _recompute_sizes(*extent, near // bytes_a_logit),
+        _recompute_sizes(*extent, near // bytes_per_logit),
     )
 
 
@@ -123,7 +123,7 @@ def orders_of(
 
     The teacher, if there is one, gathers at the student's ids.
     """
-    rows = rows_within(shape.tokens, shape.vocab, budget // shape.bytes_a_logit)
+    rows = rows_within(shape.tokens, shape.vocab, budget // shape.bytes_per_logit)
     forward, backward = recompute_chunks(shape, machine, budget, fused)
     orders = {
         "one_pass": one_pass(shape, rows, machine),

@@ -72,14 +72,14 @@ def backpropagate(
         gradient = replace(gradient, dvalues=dvalues, dtail=dtail)
     fused = epilogues.fused(hidden.dtype, head, gradient.ids.shape[1])
     chunks: _Recomputed | _RecomputedInside
-    logit_bytes = hidden.dtype.itemsize  # of the chunk of gradients
+    bytes_per_logit = hidden.dtype.itemsize  # of the chunk of gradients
     if fused is None:
         if dtype != hidden.dtype:
-            logit_bytes += dtype.itemsize  # of the chunk of logits beside it
-        walk = _VocabularyWalk.plan(hidden, head, logit_bytes, chunk_bytes)
+            bytes_per_logit += dtype.itemsize  # of the chunk of logits beside it
+        walk = _VocabularyWalk.plan(hidden, head, bytes_per_logit, chunk_bytes)
         chunks = _Recomputed(walk, gradient, epilogues)
     else:
-        walk = _VocabularyWalk.plan(hidden.contiguous(), head, logit_bytes, chunk_bytes)
+        walk = _VocabularyWalk.plan(hidden.contiguous(), head, bytes_per_logit, chunk_bytes)
         chunks = _RecomputedInside(walk, gradient, fused)
     dhidden, dweight, dbias = sums
     for columns in walk.columns:
@@ -115,11 +115,11 @@ class _VocabularyWalk:
 
     @classmethod
     def plan(
-        cls, hidden: Tensor, head: Head, logit_bytes: int, chunk_bytes: int | None
+        cls, hidden: Tensor, head: Head, bytes_per_logit: int, chunk_bytes: int | None
     ) -> "_VocabularyWalk":
-        """Choose the sizes of chunks that take logit_bytes for each logit."""
+        """Choose the sizes of chunks that take bytes_per_logit for each logit."""
         extent = (hidden.shape[0], head.vocab_size)
-        rows, columns = recompute_sizes(*extent, logit_bytes, hidden.device, chunk_bytes)
+        rows, columns = recompute_sizes(*extent, bytes_per_logit, hidden.device, chunk_bytes)
         return cls(hidden, head, _blocks(extent[0], rows), _blocks(extent[1], columns))
 
     def buffer(self, dtype: torch.dtype) -> Tensor:

@@ -184,7 +184,7 @@ def _check_denominator(denominator: float | Tensor | None, reduction: str) -> No
 def _check_shards(student: LazyLogits, teacher: LazyLogits, options: LossOptions) -> None:
     """Raise for what support="full" cannot do where a head is vocabulary-parallel."""
     ours, theirs = student.shard, teacher.shard
-    if theirs is not None and (ours is None or not theirs.is_like(ours)):
+    if theirs is not None and (ours is None or not theirs.same_split_as(ours)):
         raise ValueError(
             "teacher: with support='full', expected a whole head or one that is split as the "
             "student's is; split them alike, or use a support of K ids"

@@ -32,7 +32,7 @@ def kernels(request):
 
 
 def make_rows(rows, k):
-    """Values of two models on the same ids, with an empty slot and a row without a tail."""
+    """Return values and tails of both models, with an empty slot and a row whose tail is -inf."""
     values, teacher = (4 * torch.randn(rows, k, device=DEVICE) for _ in range(2))
     tails = torch.randn(2, rows, device=DEVICE)
     if k > 2:
@@ -65,7 +65,7 @@ def test_loss_and_gradient(kernels, options, rows, k):
 
 def test_infinite_losses_and_nan(kernels):
     values, tail, teacher, teacher_tail = make_rows(5, 4)
-    teacher[0, 0] = -torch.inf  # the student's mass has no place in the teacher
+    teacher[0, 0] = -torch.inf  # the student has mass where the teacher has none
     values[2, 0] = torch.nan
     models = (values, tail, teacher, teacher_tail)
     loss, dvalues, _ = kernels.reverse_kl(*models, stop_gradient=True, bucket=False)

@@ -1,4 +1,4 @@
-"""The Triton kernels with a matrix product inside, against the product and the torch epilogues."""
+"""Triton kernels with a matrix product inside, compared with a product and the torch backend."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ SHAPES = [(1, 5, 7, 1), (37, 23, 83, 4), (20, 48, 200, 3)]  # N, D, V, K
 
 
 def make_problem(rows, dim, vocab, k, dtype, every_option):
-    """hidden, a head of a padded weight, ids with empty and repeated slots, and exact logits."""
+    """Return hidden, a head with a padded weight, ids with empty slots, and float64 products."""
     hidden, weight = (torch.randn(n, dim, device=DEVICE).to(dtype) for n in (rows, vocab + 3))
     head = Head(weight, None, None, 1.0, 1.0, vocab)
     if every_option:
@@ -33,7 +33,7 @@ def make_problem(rows, dim, vocab, k, dtype, every_option):
 
 
 def assert_close_to_float32(actual, reference, terms):
-    """A sum of D products in float32: a rounding for each, on the scale of the largest."""
+    """Allow one float32 rounding of the largest value for each of the D terms of a product."""
     finite = reference.isfinite()
     assert torch.equal(actual.double()[~finite], reference[~finite])
     bound = torch.finfo(torch.float32).eps * (terms + 4) * max(1, reference[finite].abs().max())

@@ -1,4 +1,4 @@
-"""A patched model's loss of labels is its own, without logits."""
+"""A patched model computes the same loss of labels as before, without logits."""
 
 import copy
 
@@ -71,10 +71,10 @@ def test_a_class_with_another_loss_of_labels_is_not_patched():
                    decoder_ffn_dim=32, is_decoder=True)
     )  # fmt: skip
     with pytest.raises(
-        ValueError, match="BartForCausalLM does not compute it by transformers' own"
+        ValueError, match="BartForCausalLM does not compute it with transformers' ForCausal"
     ):
         patch(bart)
-    with pytest.raises(ValueError, match="has another forward on this instance"):
+    with pytest.raises(ValueError, match="already has another forward on this instance"):
         patch(patch(tiny_model("llama")))
 
 

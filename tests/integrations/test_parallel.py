@@ -1,4 +1,4 @@
-"""Models of transformers under FSDP2 and tensor parallelism learn what one process learns."""
+"""Transformers models under FSDP2 and tensor parallelism have the gradients of one process."""
 
 import pytest
 import torch
@@ -22,11 +22,11 @@ def _loss(model, teacher, ids, mask, denominator, **options):
     with torch.no_grad():
         target = lazy_logits(teacher, ids, mask)
 
-    def loss_of(logits):
+    def compute_loss(logits):
         weighted = {"token_weights": mask, "denominator": denominator}
         return distillation_loss(logits, target, k=8, **weighted, **options).loss
 
-    return call_with_lazy_logits(model, loss_of, ids, mask)
+    return call_with_lazy_logits(model, compute_loss, ids, mask)
 
 
 def _expected(model, teacher, ids, mask, **options):

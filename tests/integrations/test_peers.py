@@ -1,4 +1,4 @@
-"""The drop-in losses compute what the real packages do, called in the same way."""
+"""The drop-in losses compute the same as the original packages, with the same calls."""
 
 from functools import partial
 
@@ -16,8 +16,8 @@ def _operands(tokens=23, vocab=61):
     student = make_logits(tokens=tokens, vocab=vocab, padded=0, dtype=torch.float32)
     teacher = make_logits(tokens=tokens, dim=9, vocab=vocab, padded=0, dtype=torch.float32)
     labels = torch.randint(0, vocab, (tokens,)).masked_fill(torch.arange(tokens) % 4 == 0, -100)
-    given = (student.hidden, student.weight, teacher.hidden.detach(), teacher.weight.detach())
-    return given, labels, (student.bias, teacher.bias.detach())
+    operands = (student.hidden, student.weight, teacher.hidden.detach(), teacher.weight.detach())
+    return operands, labels, (student.bias, teacher.bias.detach())
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
@@ -25,30 +25,30 @@ def _operands(tokens=23, vocab=61):
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_ligers_chunked_jsd(beta, weights, with_bias):
     peer = pytest.importorskip("liger_kernel.chunked_loss")
-    given, labels, biases = _operands()
+    operands, labels, biases = _operands()
     options = {"weight_hard_loss": weights[0], "weight_soft_loss": weights[1], "beta": beta}
     options |= {"temperature": 1.7, "compiled": False, "return_soft_hard_loss": True}
     results = []
     for package in (peer, ours):
         module = package.LigerFusedLinearJSDLoss(**options)
-        parts = module(*given, labels, *(biases if with_bias else ()))
-        leaves = [given[0], given[1], *([biases[0]] if with_bias else [])]
+        parts = module(*operands, labels, *(biases if with_bias else ()))
+        leaves = [operands[0], operands[1], *([biases[0]] if with_bias else [])]
         results.append((parts, torch.autograd.grad(parts[0], leaves)))
     assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-6)
     assert_close(results[1][1], results[0][1], rtol=1e-4, atol=1e-6)
     options["return_soft_hard_loss"] = False
     assert_close(
-        ours.LigerFusedLinearJSDLoss(**options)(*given, labels, *(biases if with_bias else ())),
+        ours.LigerFusedLinearJSDLoss(**options)(*operands, labels, *(biases if with_bias else ())),
         results[1][0][0],
     )
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_ligers_fused_linear_jsd(beta):
-    """Liger-Kernel's own is a Triton kernel for GPUs, so against the definition."""
-    given, labels, _ = _operands()
-    log_p = (given[0] @ given[1].T / 0.8).log_softmax(-1)
-    log_q = (given[2] @ given[3].T / 0.8).log_softmax(-1)
+    """Compared with the definition, since Liger-Kernel's is a Triton kernel for GPUs."""
+    operands, labels, _ = _operands()
+    log_p = (operands[0] @ operands[1].T / 0.8).log_softmax(-1)
+    log_q = (operands[2] @ operands[3].T / 0.8).log_softmax(-1)
     if beta in (0.0, 1.0):
         first, second = (log_p, log_q) if beta else (log_q, log_p)
         per_token = (first.exp() * (first - second)).sum(-1)
@@ -58,29 +58,31 @@ def test_ligers_fused_linear_jsd(beta):
         per_token = per_token + beta * (log_q.exp() * (log_q - log_m)).sum(-1)
     module = ours.LigerFusedLinearJSD(jsd_beta=beta, temperature=0.8)
     counted = labels != -100
-    for shown, expected in ((labels, per_token[counted].mean()), (None, per_token.mean())):
-        loss = module(*given, shown)
+    for shift_labels, expected in ((labels, per_token[counted].mean()), (None, per_token.mean())):
+        loss = module(*operands, shift_labels)
         assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-        gradients = [torch.autograd.grad(x, given[:2], retain_graph=True) for x in (loss, expected)]
+        gradients = [
+            torch.autograd.grad(x, operands[:2], retain_graph=True) for x in (loss, expected)
+        ]
         assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_a_support_of_k_ids_in_ligers_place():
-    given, labels, _ = _operands()
+    operands, labels, _ = _operands()
     options = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0, "beta": 1.0}
-    full = ours.LigerFusedLinearJSDLoss(**options)(*given, labels)
+    full = ours.LigerFusedLinearJSDLoss(**options)(*operands, labels)
     cut = ours.LigerFusedLinearJSDLoss(**options, support="student", k=61, objective=reverse_kl)
-    assert_close(cut(*given, labels), full, rtol=1e-5, atol=1e-6)
+    assert_close(cut(*operands, labels), full, rtol=1e-5, atol=1e-6)
     few = ours.LigerFusedLinearJSDLoss(**options, support="student", k=3, objective=reverse_kl)
-    assert (few(*given, labels) - full).abs() > 1e-2
+    assert (few(*operands, labels) - full).abs() > 1e-2
 
 
 def test_a_padded_teacher_is_cut_where_liger_pads_the_student():
-    given, labels, _ = _operands()
-    padded = torch.cat([given[3], torch.randn(5, 9)])
+    operands, labels, _ = _operands()
+    padded = torch.cat([operands[3], torch.randn(5, 9)])
     options = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0, "beta": 1.0}
-    expected = ours.LigerFusedLinearJSDLoss(**options)(*given, labels)
-    assert_close(ours.LigerFusedLinearJSDLoss(**options)(*given[:3], padded, labels), expected)
+    expected = ours.LigerFusedLinearJSDLoss(**options)(*operands, labels)
+    assert_close(ours.LigerFusedLinearJSDLoss(**options)(*operands[:3], padded, labels), expected)
 
 
 def _trl_trainer(folder, beta):
@@ -140,4 +142,4 @@ def test_trls_trainer_with_the_top_k(tmp_path):
     full = distil_with(_trl_trainer(tmp_path, 1.0))
     full.train()
     exact = [x["loss"] for x in full.state.log_history if "loss" in x]
-    assert 0 < cut[0] < exact[0]  # fewer outcomes are closer
+    assert 0 < cut[0] < exact[0]  # merging outcomes reduces a KL

@@ -1,4 +1,4 @@
-"""lazy_logits of real architectures: equal to the model's own logits, or refused."""
+"""lazy_logits of real architectures equal the model's logits, or the model is refused."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def test_head_options_are_found(name, options):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_equal_those_of_full_logits(name):
-    """Through the decoder, the head and a tied embedding, in float64."""
+    """Gradients of the decoder, the head and a tied embedding, in float64."""
     model, (ids, mask) = tiny_model(name, torch.float64), tiny_batch()
     targets = torch.randint(0, 97, ids.shape)
 
@@ -130,7 +130,7 @@ class _Int8Linear(nn.Linear):
 
 
 class _OddModel(type(tiny_model("llama"))):
-    """Models that do to their logits what scale and softcap cannot say."""
+    """A model that changes its logits by something other than a scale or softcap."""
 
     change = staticmethod(lambda model, logits: logits)
 
@@ -152,9 +152,9 @@ def odd_model(change):
     [
         (
             lambda model, logits: logits + 1.0,
-            "expected _OddModel to scale or softcap its logits at most",
+            "expected _OddModel to only scale or softcap its logits",
         ),
-        (lambda model, logits: logits.relu(), "build LazyLogits from its hidden states by hand"),
+        (lambda model, logits: logits.relu(), "build LazyLogits from its hidden states yourself"),
         (lambda model, logits: model.lm_head(torch.zeros(1, 1, 16)), "got 2 calls"),
         (lambda model, logits: torch.zeros(1, 1, 97), "without calling its output embeddings"),
     ],
@@ -237,7 +237,7 @@ def test_autocast_reaches_the_loss():
 
 
 def test_distilling_a_model_into_another():
-    """One step of the whole chain lowers the loss."""
+    """One optimiser step lowers the loss."""
     student, teacher = tiny_model("llama", seed=1), tiny_model("qwen3", seed=2)
     ids, mask = tiny_batch()
     optimiser = torch.optim.SGD(student.parameters(), lr=1e-3)
@@ -260,7 +260,7 @@ def test_distilling_a_model_into_another():
      ("prophetnet", "refused")],
 )  # fmt: skip
 def test_the_walk_over_all_classes_tells_what_works(model_type, verdict):
-    """The whole walk is `make causal-lms`. ProphetNet's logits are of some of its head's rows."""
+    """`make causal-lms` tries all classes. ProphetNet uses only some rows of its head."""
     assert walk(model_type)[0] == verdict
 
 

@@ -1,6 +1,7 @@
-"""The cost model counts what the driver launches: recorded on meta tensors, at a real head's size.
+"""The cost model counts the kernels that are launched, recorded on meta tensors of a real head's
+size.
 
-Meta tensors have no values, so this shows too that the host never waits for one.
+Meta tensors have no values, so these tests also show that the host never waits for one.
 """
 
 from dataclasses import replace
@@ -19,8 +20,8 @@ from opd_kernels.loss.token_walk import walk
 
 pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason="needs Triton")
 TOKENS, VOCAB, K = 3_000, 151_936, 20
-# How often a launch reads or writes each of its tensors; missing are placeholders, and `starts`, of
-# which a program reads one number.
+# How often a launch reads or writes each of its tensors. Left out are placeholders, and `starts`,
+# since a program reads only one number of it.
 TRAFFIC = {
     "update_kernel": {"chunk": 1, "values": 2, "ids": 2, "maxima": 2, "sums": 2},
     "gradient_kernel": {"chunk": 1, "ids": 1, "dvalues": 1, "tails": 1, "dtails": 1, "out": 1},
@@ -42,7 +43,9 @@ NAMES = {
 
 
 class Recorder(TorchDispatchMode):
-    """(name, FLOPs, bytes) of each product, Triton launch, and pass over a [v, D] of sums."""
+    """Records (name, FLOPs, bytes) of every matrix product, Triton launch, and elementwise pass
+    over a float32 sum [v, D].
+    """
 
     def __init__(self, monkeypatch, dim):
         super().__init__()
@@ -68,15 +71,16 @@ class Recorder(TorchDispatchMode):
         name = kernel.fn.__name__
 
         def launch(*args, **kwargs):
-            if name == "reverse_kl_kernel":  # among the model's "objective", of launches alone
+            if name == "reverse_kl_kernel":  # part of the model's "objective", which has no bytes
                 return
-            given = dict(zip(kernel.arg_names, args, strict=False))
-            moved = sum(given[a].nbytes * times for a, times in TRAFFIC[name].items())
+            tensors = dict(zip(kernel.arg_names, args, strict=False))
+            moved = sum(tensors[a].nbytes * times for a, times in TRAFFIC[name].items())
             if name == "update_kernel" and not kwargs["SELECTS"]:
-                moved -= given["values"].nbytes + given["ids"].nbytes  # written, and read, only
+                # Values are only written, and ids only read.
+                moved -= tensors["values"].nbytes + tensors["ids"].nbytes
             flops = 0.0
             if name.startswith("linear"):
-                rows, columns = given["hidden"].shape[0], given["weight"].shape[0]
+                rows, columns = tensors["hidden"].shape[0], tensors["weight"].shape[0]
                 flops = 2.0 * rows * columns * self.dim
             self.records.append((NAMES[name], flops, moved))
 
@@ -98,7 +102,7 @@ class Recorder(TorchDispatchMode):
 
 
 def assert_same(records, kernels):
-    """In the same order; a hundredth of the bytes may be what the model leaves out."""
+    """Compare names, order, FLOPs and bytes. The model may leave out 1 % of the bytes."""
     kernels = [k for k in kernels if k.name != "objective"]
     assert [r[0] for r in records] == [k.name for k in kernels]
     for (name, flops, moved), kernel in zip(records, kernels, strict=True):
@@ -116,10 +120,12 @@ def operands(dim):
     return hidden, torch.empty(VOCAB, dim, dtype=torch.bfloat16, device="meta")
 
 
-def model_of(dim):
-    """Shape, a machine without a cache, and whether kernels are fused."""
+def make_model(dim):
+    """A shape, a machine without a cache, and whether kernels have the matrix product inside."""
+    from opd_kernels.backends.triton.configs import MAX_FUSED_DIM  # needs Triton
+
     machine = cost_model.Machine(1e15, 3e12, cache=0)
-    return cost_model.Shape(TOKENS, dim, VOCAB, K, 2), machine, dim <= cost_model.MAX_FUSED_DIM
+    return cost_model.Shape(TOKENS, dim, VOCAB, K, 2), machine, dim <= MAX_FUSED_DIM
 
 
 @pytest.mark.parametrize("selects", [True, False])
@@ -130,14 +136,14 @@ def test_reduction(recorder, selects):
     state = replace(state, selects=selects)
     with recorder:
         reduce_logits(hidden, head, state, select_backend("triton", hidden.device), None)
-    shape, machine, fused = model_of(recorder.dim)
+    shape, machine, fused = make_model(recorder.dim)
     sizes = plan.recompute_sizes(TOKENS, VOCAB, 4, hidden.device, None)
     assert_same(recorder.records, cost_model.reduction(shape, *sizes, machine, selects, fused))
 
 
 def test_backpropagation(recorder):
     hidden, weight = operands(recorder.dim)
-    shape, machine, fused = model_of(recorder.dim)
+    shape, machine, fused = make_model(recorder.dim)
     values = torch.empty(TOKENS, K, device="meta")
     ids = torch.empty(TOKENS, K, dtype=torch.int64, device="meta")
     dhidden, dweight = torch.zeros_like(hidden, dtype=torch.float32), torch.zeros_like(weight)
@@ -166,7 +172,7 @@ def test_one_pass(recorder, tokens):
     with torch.no_grad(), recorder:
         result = walk(batch, rows[:, 0], (True, True, False))
         result.gradients.scaled(torch.empty((), device="meta"))
-    shape, machine, _ = model_of(recorder.dim)
+    shape, machine, _ = make_model(recorder.dim)
     count = plan.one_pass_rows(tokens, VOCAB, 6, hidden.device, None)
     assert_same(
         recorder.records, cost_model.one_pass(replace(shape, tokens=tokens), count, machine)
@@ -175,7 +181,7 @@ def test_one_pass(recorder, tokens):
 
 @pytest.mark.parametrize(("head", "tokens"), [((4_096, 151_936), 8_192)])
 def test_one_pass_on_an_h100_is_near_its_four_products(head, tokens):
-    """The roofline's bound, with at most 1.5 GiB of chunks, in the order that "auto" picks."""
+    """The roofline's bound for the order that "auto" picks, with at most 1.5 GiB of chunks."""
     from benchmarks import roofline
 
     (row,) = [r for r in roofline.estimates("H100", "Qwen3-8B", tokens) if r.chosen]
@@ -186,11 +192,11 @@ def test_one_pass_on_an_h100_is_near_its_four_products(head, tokens):
 
 def test_a_gpu_is_known_by_name_or_counts_as_the_nearest():
     gpus = cost_model.GPUS
-    assert cost_model.gpu_of((9, 0), "NVIDIA H200") is gpus["H200"]
-    assert cost_model.gpu_of((9, 0), "NVIDIA GH300") is gpus["H100"]
-    assert cost_model.gpu_of((8, 9), "NVIDIA L40S") is gpus["RTX 4090"]
-    assert cost_model.gpu_of((10, 3), "NVIDIA B300 SXM6") is gpus["B200"]
-    assert cost_model.gpu_of((7, 0), "Tesla V100-SXM2-16GB") is gpus["T4"]
+    assert cost_model.find_gpu((9, 0), "NVIDIA H200") is gpus["H200"]
+    assert cost_model.find_gpu((9, 0), "NVIDIA GH300") is gpus["H100"]
+    assert cost_model.find_gpu((8, 9), "NVIDIA L40S") is gpus["RTX 4090"]
+    assert cost_model.find_gpu((10, 3), "NVIDIA B300 SXM6") is gpus["B200"]
+    assert cost_model.find_gpu((7, 0), "Tesla V100-SXM2-16GB") is gpus["T4"]
     assert gpus["H100"].machine(2).flops > 10 * gpus["H100"].machine(4).flops
 
 
@@ -200,7 +206,7 @@ def test_auto_needs_a_chunk_large_enough_to_pay_for_the_sum_of_dweight():
     row = 4 * 151_936
     assert plan.prefers_one_pass(shape, cpu, 256 * row, fused=False)
     assert not plan.prefers_one_pass(shape, cpu, 32 * row, fused=False)
-    for tokens in (1, 5, 11):  # to scale dweight costs more than to compute so few logits again
+    for tokens in (1, 5, 11):  # scaling dweight costs more than recomputing these few logits
         few = replace(shape, tokens=tokens)
         assert not plan.prefers_one_pass(few, cpu, 256 * row, fused=False)
     frozen = replace(shape, dweight=False)

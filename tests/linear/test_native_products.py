@@ -1,7 +1,8 @@
-"""16-bit operands that a device multiplies as they are: stood in for on a CPU by the same products.
+"""Products of 16-bit operands with float32 results, as GPUs compute them natively.
 
-The driver, the chunk of gradients in 16 bits, float16's range and the fused kernels are the ones a
-GPU takes; only torch.mm(..., out_dtype=...), which a CPU lacks, is replaced.
+On a CPU torch.mm(..., out_dtype=...) does not exist, and a product of upcast operands replaces it.
+All other code is what runs on a GPU: the walks, 16-bit chunks of gradients, float16 scaling and the
+fused kernels.
 """
 
 from dataclasses import replace
@@ -26,7 +27,7 @@ RENORMALIZED = partial(reverse_kl, tail="renormalize")
 
 @pytest.fixture(autouse=True)
 def products(monkeypatch):
-    """How many products were taken natively."""
+    """Replace the native products on a CPU and count their calls."""
     if DEVICE.type == "cuda":
         return None
     counts = {"written": 0, "added": 0}
@@ -53,21 +54,21 @@ def make_pair(dtype, **options):
 
 
 def errors(actual, expected):
-    """Relative rms error of each gradient."""
+    """Relative error of each gradient in the Frobenius norm."""
     return [
         ((a.double() - e).norm() / e.norm()).item() for a, e in zip(actual, expected, strict=True)
     ]
 
 
 def eager_gradients(student, teacher):
-    """The full reverse KL's as PyTorch has them, and the teacher's log-probabilities."""
+    """Gradients of the full reverse KL in eager PyTorch, and the teacher's log-probabilities."""
     z = torch.nn.functional.linear(student.hidden, student.weight[:VOCAB], student.bias[:VOCAB])
     log_p, log_q = z.float().log_softmax(-1), torch.randn(TOKENS, VOCAB).log_softmax(-1)
     return gradients((log_p.exp() * (log_p - log_q)).sum(-1).mean(), student), log_q
 
 
 def rounding_of(dtype):
-    """The error of eager PyTorch's gradients in that dtype, relative to float64's."""
+    """Relative error of eager PyTorch's gradients in a dtype."""
     student, teacher = make_pair(dtype, softcap=None, scale=1.0, temperature=1.0)
     actual, log_q = eager_gradients(student, teacher)
     exact = in_float64(student)
@@ -117,7 +118,7 @@ def test_gradients(backend, products, dtype, method, options):
 
 @pytest.mark.parametrize("options", [{"gradient_filter": 2.0**-40}, {"objective": RENORMALIZED}])
 def test_rows_are_summed_in_float32_even_for_a_single_chunk(backend, options):
-    """Every token has the same hidden state: in bfloat16 a sum of many equal rows stops growing."""
+    """All tokens have the same hidden state, whose sum in bfloat16 would stop growing."""
     tokens = 600
     hidden = torch.ones(tokens, 8, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(VOCAB, 8).bfloat16().requires_grad_()
@@ -130,7 +131,7 @@ def test_rows_are_summed_in_float32_even_for_a_single_chunk(backend, options):
     torch.testing.assert_close(dweight, tokens * dweight_of_one, rtol=0.01, atol=1e-4)
 
 
-FACTORS = [2.0**-26, 2.0**20]  # as of a mean over many tokens, and of a loss scale
+FACTORS = [2.0**-26, 2.0**20]  # of a mean over many tokens, and of a loss scaler
 
 
 @pytest.mark.parametrize("factor", FACTORS)
@@ -151,7 +152,7 @@ def test_recompute_in_float16_neither_flushes_nor_overflows(backend, factor):
     dvalues, dtail = torch.randn(TOKENS, K), torch.randn(TOKENS)
 
     def sums(factor):
-        """In float32, so that only a chunk could flush."""
+        """Gradients in float32, so that only a 16-bit chunk could flush to 0."""
         operands = (student.hidden, student.weight, student.bias)
         dhidden, dweight, dbias = (torch.zeros_like(t, dtype=torch.float32) for t in operands)
         epilogues = select_backend(backend, student.hidden.device)
@@ -179,7 +180,7 @@ def test_operands_of_any_strides(backend, name):
 
 
 def test_without_an_accumulating_addmm(monkeypatch):
-    """PyTorch before 2.10 adds no 16-bit product to a float32 sum; then mm and add do."""
+    """Before version 2.10, PyTorch cannot add a 16-bit product to a float32 sum: use mm and add."""
     total = torch.ones(3, 5)
     a, b = torch.randn(3, 4), torch.randn(4, 5)
     monkeypatch.undo()

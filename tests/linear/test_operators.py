@@ -1,4 +1,4 @@
-"""The two operators against full logits, on every backend."""
+"""The two operators, compared with full logits on every backend."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from tests.reference import (
 
 
 def live_ids(ids, vocab):
-    """The same ids with -1 for what the operators must treat as empty; row by row, in Python."""
+    """Replace ids that the operators treat as empty by -1: repeated or outside the vocabulary."""
     result = ids.clone()
     for row in result.reshape(-1, ids.shape[-1]):
         seen = set()
@@ -94,7 +94,8 @@ def test_gradients_equal_full_logits(backend, options, operator, uses):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("operator", ["topk", "gather", "gather_no_tail"])
 def test_gradcheck(backend, options, operator):
-    # It differentiates numerically, twice for every entry of every operand.
+    # gradcheck calls the function twice per entry of every operand, which is slow in Triton's
+    # interpreter.
     sizes = {"tokens": 4, "dim": 3, "vocab": 13}
     if backend == "triton":
         sizes = {"tokens": 2, "dim": 2, "vocab": 7}
@@ -150,9 +151,9 @@ def test_backward_computes_what_is_needed_only(with_bias, with_tail, operand):
         arguments = (*upstream, *head, *scalars, ids, values, tail, needs, None, "torch")
         torch.library.opcheck(linear_backward, arguments)
         results.append(linear_backward(*arguments))
-    for number, (everything, one) in enumerate(zip(*results, strict=True)):
-        there = number == operand and (with_bias or number < 2)
-        assert torch.equal(one, everything if there else torch.empty(0).double())
+    for number, (expected, actual) in enumerate(zip(*results, strict=True)):
+        is_computed = number == operand and (with_bias or number < 2)
+        assert torch.equal(actual, expected if is_computed else torch.empty(0).double())
 
 
 @pytest.mark.parametrize("tail", [True, False])

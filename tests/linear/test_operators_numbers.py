@@ -1,4 +1,4 @@
-"""The operators' numbers: errors, ties, extreme logits, repeatability, on every backend."""
+"""Numerics of the operators on every backend: errors, ties, extreme logits, repeatability."""
 
 import pytest
 import torch
@@ -24,8 +24,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("options", OPTIONS[:4])
 @pytest.mark.parametrize("with_tail", [True, False])
 def test_error_is_at_most_twice_that_of_same_dtype_pytorch(backend, with_tail, dtype, options):
-    """STYLE's tolerance rule, at fixed ids; the loss weighs every output."""
-    # Without a tail no kernel walks the vocabulary, and the maximum of a few rows is noise.
+    """At fixed ids, compared with float64. The loss depends on every output."""
+    # Slow backends take few rows. Without a tail no kernel reads the whole vocabulary, so they are
+    # fast enough for 64 rows, and the largest error of few rows would be noise.
     tokens = rows_for(backend, 64) if with_tail else 64
     logits = make_logits(tokens=tokens, dim=96, vocab=1500, dtype=dtype, **options)
     ids = sorted_by_logit(full_logits(logits), 20)
@@ -84,7 +85,7 @@ def test_minus_infinity_never_enters_the_support(backend):
 
 
 def test_small_tail_is_exact(backend):
-    """1 - sum(p) in float32 would lose a tail of 1e-9 altogether; the accumulated one keeps it."""
+    """An accumulated tail keeps a mass of 1e-9, which 1 - sum(p) in float32 would lose."""
     hidden = torch.ones(3, 1)
     weight = torch.full((1000, 1), -12.0)
     weight[:2] = 16.0
@@ -97,7 +98,7 @@ def test_small_tail_is_exact(backend):
 
 
 def test_entropy_of_a_peaked_row_is_right_to_float32(backend):
-    """lse - E[z] at |z| = 50 would be off by 4e-6, a quarter of this entropy."""
+    """At |z| = 50, lse - E[z] would have an error of 4e-6, a quarter of this entropy."""
     hidden, weight = torch.ones(1, 1), torch.tensor([[50.0], [36.0], [35.0]])
     actual = LazyLogits(hidden, weight).topk(1, entropy=True, backend=backend).entropy
     expected = torch.distributions.Categorical(logits=weight.T.double()).entropy()

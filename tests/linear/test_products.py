@@ -1,4 +1,6 @@
-"""On a CPU products take the weight in slices: each thread its own, with the C++ extension."""
+"""Matrix products on a CPU, which use slices of the weight: with the C++ extension every thread its
+own, without it one at a time.
+"""
 
 from types import SimpleNamespace
 
@@ -13,8 +15,8 @@ FLOATING = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=["extension", "torch"])
 def path(request, monkeypatch):
-    """What takes slices of 64 rows: threads of the extension, or PyTorch's own products; .calls
-    are those of the extension.
+    """Select the extension's products or PyTorch's, with slices of 64 rows. `calls` lists the calls
+    of the extension.
     """
     calls = []
     if request.param == "torch":
@@ -39,7 +41,7 @@ def _counted(function, name, calls):
 
 
 def _check(hidden, weight, dtype=torch.float32, **tolerance):
-    """Both products against float64's."""
+    """Compare both products with float64 and return them."""
     count, vocab = len(hidden), len(weight)
     wide = weight.double()
     logits = products.project(hidden, weight, torch.full((count, vocab), torch.nan, dtype=dtype))
@@ -106,7 +108,7 @@ def test_no_division_among_threads_adds_up_worse_than_pytorch(threads, tokens, d
 
 
 class Subclass(torch.Tensor):
-    """What may mean something else by its numbers."""
+    """A subclass may change the meaning of its values, so the extension must not read them."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What distillation_loss refuses in each order; tests/bad_arguments.py has the rest."""
+"""Arguments that distillation_loss refuses in both orders; see also tests/bad_arguments.py."""
 
 from dataclasses import replace
 from functools import partial
@@ -74,8 +74,8 @@ def test_a_servers_answer_must_be_well_formed():
         ({"ids": answer.ids.int()}, "teacher: expected int64 ids"),
         ({"ids": answer.ids.double()}, "ids: expected an integer tensor"),
         ({"ids": answer.ids[:, :4]}, r"ids: .* shape of the values, \(11, 9\), got \(11, 4\)"),
-        ({"vocab_size": VOCAB + 1}, "vocab_size: expected the same of student and teacher"),
-        ({"temperature": 7.0}, "temperature: expected the same of student and teacher"),
+        ({"vocab_size": VOCAB + 1}, "vocab_size: expected the same value for student and teacher"),
+        ({"temperature": 7.0}, "temperature: expected the same value for student and teacher"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             distillation_loss(

@@ -1,4 +1,4 @@
-"""torch.compile: operators and divergences are one graph for any number of tokens."""
+"""torch.compile captures operators and divergences in one graph for any number of tokens."""
 
 from functools import partial
 
@@ -85,7 +85,7 @@ def test_one_graph_for_every_number_of_tokens(name):
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_walks_tokens_stays_outside_the_graph(name):
-    """And gives the same; with fullgraph=True the error says what to use instead."""
+    """The loss does not change. With fullgraph=True the error names the alternative."""
     eager = partial(loss, BROKEN[name])
     compiled = torch.compile(eager, backend="aot_eager", dynamic=True)
     for tokens in TOKENS:
@@ -111,7 +111,7 @@ def test_autocast_inside_and_around_a_compiled_step():
 
 @pytest.mark.parametrize("options", [{"method": "recompute"}, {"method": "one_pass"}])
 def test_activation_checkpointing(options):
-    """A loss, and the layer before it, that are computed again in backward."""
+    """The loss and the layer before it are computed again in backward."""
 
     def step(student, teacher):
         return loss(options, (torch.tanh(student[0]), student[1]), teacher)

@@ -15,14 +15,14 @@ def _loss(model, teacher, ids, mask, inside, denominator):
     with torch.no_grad():
         target = lazy_logits(teacher, ids, mask)
 
-    def loss_of(logits):
+    def compute_loss(logits):
         return distillation_loss(
             logits, target, k=8, token_weights=mask, denominator=denominator
         ).loss
 
     if inside:
-        return call_with_lazy_logits(model, loss_of, ids, mask)
-    return loss_of(lazy_logits(model, ids, mask))
+        return call_with_lazy_logits(model, compute_loss, ids, mask)
+    return compute_loss(lazy_logits(model, ids, mask))
 
 
 def _worker(rank, folder, inside):

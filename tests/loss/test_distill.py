@@ -1,4 +1,4 @@
-"""distillation_loss in both orders against full logits."""
+"""distillation_loss in both orders, compared with full logits."""
 
 from functools import partial
 
@@ -48,7 +48,7 @@ def test_both_orders_equal_full_logits(backend, objective, support):
     if support == "ids":
         support = torch.randint(-2, VOCAB + 3, (tokens, 6))
         ids = support.clone()
-        for row in ids:  # empty the repeats and what is out of range
+        for row in ids:  # repeated ids and ids outside the vocabulary are empty slots
             for slot in range(6):
                 if row[slot] in row[:slot] or row[slot] >= VOCAB:
                     row[slot] = -1
@@ -136,12 +136,12 @@ def test_micro_batches_with_a_global_denominator_add_up(method):
 @pytest.mark.parametrize("method", ["one_pass", "recompute"])
 @pytest.mark.parametrize("support", ["student", "full"])
 def test_padded_vocabularies_are_cut_to_the_smaller(method, support):
-    """Student V = 151,936 and teacher V = 152,064: as if both had been cut to 151,936."""
+    """Student V = 151,936 and teacher V = 152,064 give the loss of heads cut to 151,936 rows."""
     small, large = 151_936, 152_064
     hidden = torch.randn(2, 4, requires_grad=True)
     weight = torch.randn(small, 4, requires_grad=True)
     t_hidden, t_weight = torch.randn(2, 3), torch.randn(large, 3)
-    t_weight[small:] = 9.0  # a leak of the padding would dominate
+    t_weight[small:] = 9.0  # the padding would dominate the loss
     student = LazyLogits(hidden, weight)
     run = partial(distillation_loss, student, k=20, method=method, support=support)
     padded = run(LazyLogits(t_hidden, t_weight))
@@ -210,7 +210,7 @@ def test_backward_twice(method, support):
 
 
 def test_a_failed_backward_of_one_pass_cannot_be_called_again(monkeypatch):
-    """Its sums may be scaled in part: a second call would hand out wrong gradients."""
+    """Some sums may already be scaled, so a second call would return wrong gradients."""
     student, teacher = pair()
     out = distillation_loss(student, teacher, k=K, method="one_pass")
     with monkeypatch.context() as patch:
@@ -281,7 +281,7 @@ def test_error_is_at_most_twice_that_of_same_dtype_pytorch(dtype, method, suppor
     reference = eager(in_float64(student), torch.float64)
     results = list(zip(ours, eager(student, dtype), reference, strict=True))
     error, peer = ((x.double() - results[0][2]).square().mean().sqrt() for x in results[0][:2])
-    assert error <= 2 * peer  # over the tokens: a single number may be right by luck
+    assert error <= 2 * peer  # rms over tokens, as one number may be exact by luck
     for actual, same_dtype, expected in results[1:]:
         error = (actual.double() - expected).abs().max()
         peer = (same_dtype.double() - expected).abs().max()
@@ -352,7 +352,7 @@ def test_an_objective_may_use_the_entropies(method, support):
 
 
 def test_a_saturated_softcap_keeps_its_gradient_in_full():
-    """1 - tanh^2 from a rounded tanh would be mostly wrong at scores of 30 under a cap of 5."""
+    """At scores of 30 with a softcap of 5, 1 - tanh^2 of a rounded tanh would be mostly wrong."""
     student, teacher = pair(softcap=5.0, scale=12.0, dtype=torch.float32)
     run = partial(distillation_loss, support="full", reduction="sum")
     wide = in_float64(student)

@@ -1,4 +1,4 @@
-"""No tensor of size N * V in either order."""
+"""Neither order allocates a tensor of N * V elements."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The loss's numbers: small tails, threads, repeatability, on every backend."""
+"""Numerics of the loss on every backend: small tails, threads, repeatability."""
 
 import itertools
 from functools import partial
@@ -15,7 +15,7 @@ OBJECTIVES = {"reverse": reverse_kl, "forward": forward_kl}
 
 
 def with_tail(log_tail, rows, vocab=3000, support=20):
-    """float32 logits of which all but `support` hold a probability of exp(log_tail)."""
+    """Return float32 logits. Tokens after the first `support` have the total mass exp(log_tail)."""
     z = torch.randn(rows, vocab, dtype=torch.float64)
     on, off = z[:, :support], z[:, support:]
     on = on.log_softmax(-1) + torch.log1p(-torch.tensor(log_tail).double().exp())
@@ -24,7 +24,7 @@ def with_tail(log_tail, rows, vocab=3000, support=20):
 
 
 def loss_and_gradient(z, zt, objective, **options):
-    """The logits are the weight itself: hidden states are unit vectors."""
+    """Hidden states are unit vectors, so that the weight holds the logits."""
     unit = torch.eye(z.shape[0], dtype=z.dtype)
     student = LazyLogits(unit, z.T.contiguous().requires_grad_())
     out = distillation_loss(
@@ -39,7 +39,7 @@ def loss_and_gradient(z, zt, objective, **options):
 def test_a_bucket_for_a_small_tail_is_right_to_a_ten_thousandth(
     backend, method, objective, exponent
 ):
-    """Student tail 10^-exponent, teacher's three times smaller; against float64 throughout."""
+    """The student's tail is 10^-exponent, the teacher's a third of it. Compared with float64."""
     log_tail = -exponent * torch.tensor(10.0).log().item()
     z, zt = with_tail(log_tail, 4), with_tail(log_tail - 1.1, 4)
     bucket = partial(OBJECTIVES[objective], tail="bucket")
@@ -47,14 +47,14 @@ def test_a_bucket_for_a_small_tail_is_right_to_a_ten_thousandth(
     exact = {"method": method, "backend": "torch"}
     true_loss, true_dz = loss_and_gradient(z.double(), zt.double(), bucket, **exact)
     assert_close(loss.double(), true_loss, rtol=1e-4, atol=0)
-    for part in (slice(0, 20), slice(20, None)):  # each on its own scale
+    for part in (slice(0, 20), slice(20, None)):  # compare each part on its own scale
         error = (dz[:, part] - true_dz[:, part]).norm(dim=-1)
         assert (error <= 1e-4 * true_dz[:, part].norm(dim=-1)).all()
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_full_vocabulary_error_is_at_most_twice_that_of_log_softmax(backend, beta):
-    """Loss and gradient of peaked logits, on the scale of all rows."""
+    """Errors of loss and gradient of peaked logits, as norms over all rows."""
     z, zt = 3 * torch.randn(2, 24, 131)
     objective = partial(jsd, beta=beta)
     options = {"support": "full"}
@@ -107,7 +107,7 @@ def test_two_runs_are_bitwise_equal_and_threads_matter_to_rounding_only(backend,
         assert torch.equal(a, b)
     for one, other in itertools.combinations(runs, 2):
         for a, b in zip(one, other, strict=True):
-            # A matrix product may sum in another order: a few roundings of the largest entry.
+            # A product may sum in another order with other threads: allow a few roundings.
             assert_close(a, b, rtol=1e-5, atol=4e-6 * b.abs().max().item())
 
 
@@ -115,7 +115,7 @@ def test_two_runs_are_bitwise_equal_and_threads_matter_to_rounding_only(backend,
 @pytest.mark.parametrize("method", ["one_pass", "recompute"])
 @pytest.mark.parametrize("where", ["hidden", "weight"])
 def test_nan_reaches_loss_and_gradient(backend, method, tail, where):
-    """Also of a loss that reads nothing but S, into which NaN is not selected."""
+    """A loss that reads only S is NaN too, although no NaN is selected into S."""
     student, teacher = make_logits(tokens=4), make_logits(tokens=4, requires_grad=False)
     with torch.no_grad():
         if where == "hidden":

@@ -1,4 +1,4 @@
-"""Extreme numbers and shapes: loss and gradients are right."""
+"""Losses and gradients of extreme logits and shapes."""
 
 from dataclasses import replace
 from functools import partial
@@ -36,14 +36,14 @@ def constant(model):
 
 
 def one_hot(model):
-    """One logit is so far above the others that its probability is 1 in float32."""
+    """One logit is so large that its probability is 1 in float32."""
     bias = torch.zeros_like(model.bias)
     bias[3] = 200.0
     return replace(model, bias=bias)
 
 
 def thin_tail(model):
-    """K tokens have all of the mass but about 1e-9."""
+    """K tokens have all of the mass except about 1e-9."""
     bias = torch.full_like(model.bias, -24.0)
     bias[7 : 7 + K] = 0.0
     return replace(model, scale=0.3, bias=bias / 0.3)
@@ -64,8 +64,8 @@ EXTREMES = {
 @pytest.mark.parametrize("support", SUPPORTS)
 @pytest.mark.parametrize("extreme", EXTREMES)
 def test_error_is_at_most_twice_that_of_float32_pytorch(compiled_backend, extreme, support, method):
-    """Against the float64 definition, with a few roundings of the largest logit to spare, in the
-    loss or in the gradient of a logit.
+    """Compared with the float64 definition. The error may exceed twice PyTorch's by a few roundings
+    of the largest logit, in the loss or in the gradient of a logit.
     """
     walk = {"method": method, "backend": compiled_backend}
     change, temperature = EXTREMES[extreme]
@@ -76,13 +76,12 @@ def test_error_is_at_most_twice_that_of_float32_pytorch(compiled_backend, extrem
     wide, wide_teacher = in_float64(student), in_float64(teacher)
     z, zt = full_logits(wide).detach(), full_logits(wide_teacher).detach()
     for name, (objective, k) in objectives_for(support).items():
-        given = support == "ids"
-        ids = ids_of(z.shape[0], k) if given else support_ids(support, z, zt, k)
+        ids = ids_of(z.shape[0], k) if support == "ids" else support_ids(support, z, zt, k)
 
-        def eager(inputs, theirs, dtype, ids=ids, objective=objective):
-            rows = (eager_sparse(full_logits(x, dtype), ids) for x in (inputs, theirs))
+        def eager(student, teacher, dtype, ids=ids, objective=objective):
+            rows = (eager_sparse(full_logits(x, dtype), ids) for x in (student, teacher))
             loss = objective(*rows)
-            return loss.detach(), *gradients(loss.sum(), inputs)
+            return loss.detach(), *gradients(loss.sum(), student)
 
         reference = eager(wide, wide_teacher, torch.float64)
         peer = eager(student, teacher, torch.float32)
@@ -90,19 +89,19 @@ def test_error_is_at_most_twice_that_of_float32_pytorch(compiled_backend, extrem
         ours = out.per_token, *gradients(out.loss, student)
         rounding = 2.0**-22 * max(1.0, z.abs().max().item(), zt.abs().max().item())
         largest = max(student.hidden.abs().max().item(), student.weight.abs().max().item())
-        chain = max(1.0, student.scale / temperature * largest)  # from a logit to an operand
-        spares = [4 * rounding, *[rounding * chain] * 3]
-        for actual, same, expected, spare in zip(ours, peer, reference, spares, strict=True):
+        chain = max(1.0, student.scale / temperature * largest)  # bounds d logit / d operand
+        margins = [4 * rounding, *[rounding * chain] * 3]
+        for actual, same, expected, margin in zip(ours, peer, reference, margins, strict=True):
             error, allowed = ((x.double() - expected).norm() for x in (actual, same))
             assert expected.isfinite().all()
-            assert error <= 2 * allowed + spare, (name, error, allowed, spare)
+            assert error <= 2 * allowed + margin, (name, error, allowed, margin)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("support", SUPPORTS)
 @pytest.mark.parametrize("live", [3, 20])
 def test_logits_of_minus_infinity_are_as_good_as_absent(compiled_backend, live, support, method):
-    """A bias of -inf in both models, to below K tokens; against heads without these tokens."""
+    """A bias of -inf in both models leaves 3 or 20 tokens; compared with heads of only these."""
     models, cut = [], []
     for model in pair(softcap=None):
         masked = leaves(model)
@@ -121,7 +120,7 @@ def test_logits_of_minus_infinity_are_as_good_as_absent(compiled_backend, live, 
             z, zt = (full_logits(x).detach() for x in cut)
             ids = support_ids(support, z, zt, min(k, live))
         if k == 1 and (ids < 0).any():
-            continue  # a sampled token has a probability
+            continue  # a sampled token cannot have the probability 0
         expected = objective(*(eager_sparse(full_logits(x), ids) for x in cut))
         assert_close(out.per_token, expected.detach(), rtol=1e-12, atol=1e-12, msg=name)
         assert_same(gradients(out.loss, models[0]), gradients(expected.sum(), cut[0]), atol=1e-11)
@@ -140,7 +139,7 @@ SERVED = {
 @pytest.mark.parametrize("answer", SERVED)
 @pytest.mark.parametrize("support", ["teacher", "intersection", "ids"])
 def test_a_servers_log_probs_at_the_edges(compiled_backend, support, answer, method):
-    """Against p and q in float64, where the teacher's tail has at least 2^-24."""
+    """Compared with p and q in float64, where the teacher's tail has a mass of at least 2^-24."""
     log_q = torch.tensor(SERVED[answer])
     ids = torch.tensor([[1, 4, 6], [2, 3, 8]])
     teacher = SparseLogits.from_log_probs(log_q.expand(2, 3), ids, vocab_size=9)
@@ -161,7 +160,7 @@ def test_a_servers_log_probs_at_the_edges(compiled_backend, support, answer, met
             q_rest = (1 - q.sum(-1, keepdim=True)).clamp_min(2.0**-24)
             p, q = torch.cat([log_p.exp(), rest], -1), torch.cat([q, q_rest], -1)
             log_ratio = torch.cat([log_p, rest.log()], -1)
-            q /= q.sum(-1, keepdim=True)  # a mass above 1 by rounding is brought to 1
+            q /= q.sum(-1, keepdim=True)  # rounding may make the mass exceed 1
             log_ratio = log_ratio - q.log()
             keep = torch.cat([live, torch.tensor([float(tail == "bucket")])]) > 0
             log_ratio = log_ratio.masked_fill(~keep, 0.0)
@@ -225,7 +224,7 @@ def test_heads_without_a_dimension_are_refused():
 @pytest.mark.parametrize("support", SUPPORTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_products_beyond_the_operands_range_are_finite(compiled_backend, dtype, support, method):
-    """float16 ends at 65,504, but logits are float32."""
+    """Products exceed 65,504, the largest float16 number, but logits are float32."""
     walk = {"method": method, "backend": compiled_backend}
     operands = [(300 * torch.randn(n, 6)).to(dtype) for n in (4, VOCAB, 4, VOCAB)]
     student = LazyLogits(*(x.requires_grad_() for x in operands[:2]))

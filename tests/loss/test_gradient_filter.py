@@ -1,4 +1,4 @@
-"""gradient_filter against full logits: the same gradient with its small entries put to 0."""
+"""gradient_filter, compared with the gradient of full logits without its small entries."""
 
 from dataclasses import replace
 from functools import partial
@@ -12,11 +12,11 @@ from opd_kernels.backends.sparse_rows import SparseRows
 from tests.distill_cases import TOKENS, VOCAB, K, assert_same, pair
 from tests.reference import OPTIONS, eager_sparse, full_logits, operands, rows_for, sorted_by_logit
 
-EPS = 0.02  # of 53 tokens: some entries of most rows fall, and some stay
+EPS = 0.02  # with 53 tokens, most rows have entries below and above it
 
 
 def filtered(student, teacher, objective, weights):
-    """The loss on full logits, its filtered gradients, and the probability that is left out."""
+    """The loss on full logits, its filtered gradients, and the mass of the dropped entries."""
     z = full_logits(student)
     leaf = z.detach().requires_grad_()
     ids = sorted_by_logit(leaf.detach(), K)

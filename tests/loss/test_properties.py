@@ -1,4 +1,4 @@
-"""Properties that hold for every problem: `make fuzz` tries ten times as many as `make test`."""
+"""Properties of all losses on random problems. `make fuzz` tries ten times as many."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +20,7 @@ EVERYTHING = ["student", "teacher", "union", "intersection", "full"]
 
 @dataclass(frozen=True)
 class Problem:
-    """What distillation_loss is called with, made from a seed so that it can be shown."""
+    """Arguments of distillation_loss. Tensors come from a seed, so that hypothesis can print it."""
 
     seed: int
     tokens: int
@@ -29,7 +29,7 @@ class Problem:
     padded: tuple[int, int]  # rows of their weights beyond V
     head: dict[str, Any]
     with_bias: bool
-    peak: float  # of the hidden states: how peaked the distributions are
+    peak: float  # scale of the hidden states: how peaked the distributions are
     objective: str
     support: str
     k: int
@@ -39,7 +39,9 @@ class Problem:
     dtype: torch.dtype
 
     def operands(self) -> tuple[LazyLogits, LazyLogits, torch.Tensor]:
-        """Student, teacher and token weights, of which some are 0; of untied tokens."""
+        """Return student, teacher and token weights, some of them 0. The K largest logits of a row
+        have no ties.
+        """
         generator = torch.Generator().manual_seed(self.seed)
 
         def random(*shape: int, factor: float = 1.0) -> torch.Tensor:
@@ -50,10 +52,10 @@ class Problem:
             hidden = random(self.tokens, dim, factor=self.peak)
             weight = random(self.vocab + padded, dim)
             bias = random(self.vocab + padded) if self.with_bias else None
-            own = self.head if number == 0 else self.head | {"softcap": None, "scale": 1.0}
-            model = LazyLogits(hidden, weight, bias, vocab_size=self.vocab, **own)
+            head = self.head if number == 0 else self.head | {"softcap": None, "scale": 1.0}
+            model = LazyLogits(hidden, weight, bias, vocab_size=self.vocab, **head)
             models.append(leaves(model) if number == 0 else model)
-        for model in models:  # a saturated softcap ties tokens, whose order is then rounding's
+        for model in models:  # a saturated softcap makes ties, which rounding would decide
             best = full_logits(model).sort(descending=True).values[:, : self.k + 1]
             assume(bool((best.diff(dim=-1).abs() > 1e-9).all()))
         weights = torch.rand(self.tokens, generator=generator, dtype=torch.float64)
@@ -62,7 +64,7 @@ class Problem:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The rest of distillation_loss's arguments."""
+        """The other arguments of distillation_loss."""
         item = torch.promote_types(self.dtype, torch.float32).itemsize
         return {
             "k": self.k, "objective": OBJECTIVES[self.objective], "support": self.support,
@@ -79,7 +81,7 @@ def problems(draw, supports=tuple(EVERYTHING), dtypes=(torch.float64,)):
         "temperature": draw(st.sampled_from([1.0, 0.5, 3.0])),
     }
     objective = draw(st.sampled_from(sorted(OBJECTIVES)))
-    least = 2 if objective == "renormalize" else 1
+    min_k = 2 if objective == "renormalize" else 1
     return Problem(
         seed=draw(st.integers(0, 2**31)),
         tokens=draw(st.integers(0, 9)),
@@ -91,7 +93,7 @@ def problems(draw, supports=tuple(EVERYTHING), dtypes=(torch.float64,)):
         peak=draw(st.sampled_from([0.1, 1.0, 4.0])),
         objective=objective,
         support=draw(st.sampled_from(supports)),
-        k=draw(st.integers(least, vocab)),
+        k=draw(st.integers(min_k, vocab)),
         method=draw(st.sampled_from(["one_pass", "recompute"])),
         chunk=draw(st.integers(1, 300)),
         backend=draw(st.sampled_from(BACKENDS)),
@@ -100,7 +102,7 @@ def problems(draw, supports=tuple(EVERYTHING), dtypes=(torch.float64,)):
 
 
 def eager(problem, student, teacher, weights):
-    """Loss and gradients from full logits; eager PyTorch on the ids of the support."""
+    """Loss and gradients of eager PyTorch on full logits, at the ids of the support."""
     with torch.no_grad():
         z, zt = full_logits(student), full_logits(teacher)
     ids = support_ids(problem.support, z, zt, problem.k)
@@ -122,8 +124,8 @@ def test_loss_and_gradients_are_those_of_full_logits(problem):
 
 @given(problems(dtypes=(torch.float32, torch.bfloat16, torch.float16)))
 def test_errors_are_those_of_the_dtype(problem):
-    """Against float64 on the same rounded operands: at most twice eager float32's, and the rounding
-    of what is returned. The support is given, since two dtypes choose different ids.
+    """Errors against float64 on the same operands are at most twice those of eager float32, plus
+    the rounding of the result. The support is fixed, since another dtype may select other ids.
     """
     student, teacher, weights = problem.operands()
     wide, wide_teacher = in_float64(student), in_float64(teacher)
@@ -131,7 +133,7 @@ def test_errors_are_those_of_the_dtype(problem):
         z, zt = full_logits(wide), full_logits(wide_teacher)
     ids = support_ids(problem.support, z, zt, problem.k)
     if problem.objective == "renormalize" and bool(((ids >= 0).sum(-1) < 2).any()):
-        return  # a row without a loss
+        return  # some rows have no loss
     options = problem.options | {"support": ids, "token_weights": weights.float()}
     loss = distillation_loss(student, teacher, **options).loss
     actual = [loss, *gradients(loss, student)]
@@ -147,8 +149,8 @@ def test_errors_are_those_of_the_dtype(problem):
 
     exact, same = definition(torch.float64), definition(torch.float32)
     small = torch.finfo(torch.float32).eps
-    # A cut loss is a sum of both signs, in nats, and so is the gradient of a logit: what is left of
-    # it is as wrong as a probability, which dhidden and dweight multiply by an operand.
+    # A loss on S, and the gradient of a logit, are sums of terms with both signs. Their error is
+    # that of a probability even if the terms cancel. dhidden and dweight multiply it by an operand.
     factor = abs(problem.head["scale"]) / problem.head["temperature"]
     largest = max([1.0, *(float(x.detach().abs().max()) for x in operands(wide) if x.numel())])
     for number, (ours, true, float32) in enumerate(zip(actual, exact, same, strict=True)):
@@ -175,17 +177,17 @@ def test_rows_may_come_in_any_order(problem, seed):
 
 @given(problems(supports=("student", "teacher", "union", "full")), st.integers(0, 2**31))
 def test_tokens_may_have_other_ids(problem, seed):
-    """A permutation of the vocabulary changes nothing but the ids."""
+    """A permutation of the vocabulary changes only the ids."""
     student, teacher, weights = problem.operands()
     order = torch.randperm(problem.vocab, generator=torch.Generator().manual_seed(seed))
 
-    def renamed(logits):
+    def permuted(logits):
         rows = torch.cat([order, torch.arange(problem.vocab, logits.weight.shape[0])])
         bias = None if logits.bias is None else logits.bias[rows]
         return replace(logits, weight=logits.weight[rows], bias=bias)
 
     run = partial(distillation_loss, token_weights=weights, **problem.options)
-    output, other = run(student, teacher), run(renamed(student), renamed(teacher))
+    output, other = run(student, teacher), run(permuted(student), permuted(teacher))
     assert_close(other.per_token, output.per_token, rtol=1e-9, atol=1e-11)
     live = other.student.ids >= 0
     assert torch.equal(order[other.student.ids.clamp_min(0)][live],
@@ -206,7 +208,7 @@ def test_chunks_and_backends_make_no_difference(problem, chunk, backend):
 
 @given(problems(), st.floats(-50, 50))
 def test_a_constant_on_all_logits_changes_nothing(problem, constant):
-    """Nor has any row a gradient along it: those of its logits sum to 0."""
+    """The gradients of a row's logits sum to 0."""
     problem = replace(problem, with_bias=True, head=problem.head | {"softcap": None})
     student, teacher, weights = problem.operands()
     shifted = leaves(replace(student, bias=student.bias + constant))
@@ -245,12 +247,12 @@ def test_chunks_grow_with_their_budget_and_stay_within_it(tokens, vocab, width, 
     extent = recompute_sizes(tokens, vocab, width, device, small)
     assert 1 <= extent[0] <= tokens
     assert 1 <= extent[1] <= vocab
-    least = min(vocab, MIN_COLUMNS) * width  # of one row
-    assert extent[0] * extent[1] * width <= max(small, least)
+    smallest_chunk = min(vocab, MIN_COLUMNS) * width  # one row
+    assert extent[0] * extent[1] * width <= max(small, smallest_chunk)
 
 
 def test_every_kind_of_problem_is_drawn():
-    """So that a strategy which never reaches a case is seen."""
+    """Detects a strategy that never draws one of the cases."""
     seen = []
 
     @given(problems())

@@ -1,4 +1,4 @@
-"""A served teacher, which has values at its own ids only."""
+"""A served teacher, which has values only at its own ids."""
 
 from functools import partial
 
@@ -41,7 +41,9 @@ def test_served_teacher(method):
 
 
 def test_missing_drop_is_the_papers_fill_under_stop_gradient():
-    """Filled with the student's own log-prob, a missing slot has c = 0; dropped, it does too."""
+    """The paper fills a missing slot with the student's log-prob, so that c = 0. Dropping the slot
+    has the same gradient.
+    """
     student, teacher = pair()
     answer = served(teacher, 9)
     z, zt = full_logits(student), full_logits(teacher)

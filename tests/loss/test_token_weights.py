@@ -1,4 +1,4 @@
-"""Token weights: any dtype, and rows of weight 0 that may hold anything."""
+"""Token weights of any dtype, and tokens of weight 0, which may hold NaN or infinity."""
 
 from dataclasses import replace
 from functools import partial
@@ -26,7 +26,7 @@ def test_reduction_none_keeps_the_place_of_dropped_tokens():
 @pytest.mark.parametrize("method", ["one_pass", "recompute"])
 @pytest.mark.parametrize("support", ["student", "full"])
 def test_dropped_tokens_may_hold_anything(method, support):
-    """compact leaves weight 0 out before the first product, so NaN in padding does no harm."""
+    """compact=True removes tokens of weight 0 before the first product, so their NaN is ignored."""
     student, teacher = pair()
     weights = torch.ones(TOKENS)
     weights[2] = 0
@@ -60,7 +60,7 @@ def test_what_a_graph_records_has_no_shape_that_depends_on_weights(monkeypatch):
 @pytest.mark.parametrize("method", ["one_pass", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.bool, torch.int64])
 def test_weights_of_any_dtype_average_as_float32_ones_do(method, dtype):
-    """Their own sum would round at 257 in bfloat16 and be inf past 65,504 in float16."""
+    """A sum of weights in their own dtype would round 257 in bfloat16 and overflow in float16."""
     student, teacher = (
         LazyLogits(torch.randn(301, 3, requires_grad=True), torch.randn(9, 3, requires_grad=True))
         for _ in range(2)
@@ -95,9 +95,9 @@ def test_rows_of_weight_zero_do_no_harm_without_compact(method, support, poison)
     grads = gradients(out.loss, dirty)
     assert (grads[0][weights == 0] == 0).all()
     if poison == "infinite loss":
-        clean = support != "full"  # there q = 0 makes every row infinite
-        assert torch.isfinite(out.loss) == clean
-        assert all(torch.isfinite(g).all() for g in grads) or not clean
+        is_finite = support != "full"  # where q = 0 makes the loss of every row infinite
+        assert torch.isfinite(out.loss) == is_finite
+        assert all(torch.isfinite(g).all() for g in grads) or not is_finite
     else:
         assert_close(out.loss, expected.loss)
         assert_same(grads[1:], gradients(expected.loss, student)[1:])

@@ -14,7 +14,6 @@ from opd_kernels.backends.triton.launch import flags, operands
 from opd_kernels.backends.triton.linear import TritonFusedEpilogues
 from opd_kernels.backends.triton.reverse_kl import reverse_kl_kernel
 from opd_kernels.backends.triton.rows import gradient_kernel, update_kernel
-from opd_kernels.linear.cost_model import MAX_FUSED_DIM
 
 
 class TritonEpilogues(Epilogues):
@@ -106,7 +105,7 @@ class TritonEpilogues(Epilogues):
     def fused(self, operand: torch.dtype, head: Head, k: int) -> FusedEpilogues | None:
         """The kernels of linear.py, for a product of few terms in 16 bits and few slots."""
         is_16_bit = operand.itemsize == 2 and operand == head.weight.dtype
-        is_small = head.weight.shape[1] <= MAX_FUSED_DIM and k <= configs.MAX_FUSED
+        is_small = head.weight.shape[1] <= configs.MAX_FUSED_DIM and k <= configs.MAX_FUSED
         return _FUSED if is_16_bit and is_small and head.weight.stride(1) == 1 else None
 
 

@@ -1,7 +1,8 @@
-"""divergence: the loss of whole rows of student and teacher, and its gradient, on a pair of chunks.
+"""divergence: KL or JSD of whole rows of student and teacher logits, and its gradient.
 
-One program a row. The first walk finds both logsumexps and, for a KL, its expectation; a JSD needs
-a second walk for its sums; the last one writes the gradient over the student's logits.
+One program per row. The first pass over the row computes both logsumexps and, for a KL, the loss. A
+JSD needs a second pass for its sums. The last pass writes the gradient, which may overwrite the
+student's logits.
 """
 
 import triton
@@ -18,8 +19,8 @@ def _log_probs(
     raw, bias, inner, outer, peak, log_total, column, live,
     HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Scores and log-probabilities of some columns. Rounding peak + log_total, the logsumexp, would
-    cost every entry more than taking one after the other.
+    """Scores and log-probabilities of some columns. Subtracting the logsumexp as one rounded number
+    peak + log_total would lose more precision than subtracting its two parts in turn.
     """
     scores = scores_of(raw, bias, column, live, HAS_BIAS, DTYPE)
     return scores, logits_of(scores, inner, outer, CAPPED) - peak - log_total
@@ -27,13 +28,14 @@ def _log_probs(
 
 @triton.jit
 def _log_mixture(p, q, beta, dtype: tl.constexpr):
-    """log((1 - beta) p + beta q), finite where both have underflowed."""
+    """log((1 - beta) p + beta q), finite even if both have underflowed."""
     tiny = 2.2250738585072014e-308 if dtype == tl.float64 else 1.1754943508222875e-38
     return tl.log(tl.maximum((1.0 - beta) * p + beta * q, tiny))
 
 
 @triton.jit
 def _zero_where(condition, value):
+    """The value, or 0 where the condition holds: 0 times infinity would be NaN."""
     return tl.where(condition, 0.0, value)
 
 
@@ -72,8 +74,8 @@ def divergence_kernel(
     raw = chunk + row * stride
     teacher_raw = teacher_chunk + row * teacher_stride
 
-    # E[z - y] under the weights of z, both relative to their largest logit so far: z and y are the
-    # student's and the teacher's logits, or for a forward KL the other way round.
+    # Accumulate the sum of exp(z) (z - y), with z and y relative to the largest logit so far. z and
+    # y are the logits of student and teacher; for a forward KL they are swapped.
     peak = tl.full((), float("-inf"), dtype)
     total = tl.zeros((), dtype)
     other_peak = tl.full((), float("-inf"), dtype)
@@ -107,7 +109,7 @@ def divergence_kernel(
     if KIND == FORWARD:
         peak, log_total, other_peak, other_log_total = other_peak, other_log_total, peak, log_total
 
-    # The gradient is p (w - E[w]): for the reverse KL E[w] is the loss.
+    # The gradient is p (w - sum p w). For the reverse KL w = log p - log q, so sum p w is the loss.
     mean = loss
     if KIND == JSD:
         mean = tl.zeros((), dtype)
@@ -151,5 +153,5 @@ def divergence_kernel(
                     w = (1.0 - beta) * (log_p - _log_mixture(p, q, beta, dtype))
                 dlogits = _zero_where(p == 0.0, p * (w - mean))
             dlogits = _zero_where(scale == 0.0, dlogits * scale)
-            draw = dlogits * derivatives_of(scores, inner, outer, CAPPED)
-            tl.store(out + row * out_stride + column, draw.to(out.dtype.element_ty), mask=live)
+            dscores = dlogits * derivatives_of(scores, inner, outer, CAPPED)
+            tl.store(out + row * out_stride + column, dscores.to(out.dtype.element_ty), mask=live)

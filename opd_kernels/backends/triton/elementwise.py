@@ -1,7 +1,8 @@
-"""Logits of raw products inside a kernel: what head.py defines for whole tensors.
+"""Final logits from raw products inside a kernel; head.py defines the same for whole tensors.
 
-A head comes as two scalars, z = outer * tanh(inner * score), or z = outer * score without a
-softcap; they arrive in double precision and are rounded once, to the dtype of the computation.
+A score is hidden @ weight.T + bias. A head is passed as two scalars: z = outer * tanh(inner *
+score), or z = outer * score without a softcap. They are passed in double precision and rounded once
+to the dtype of the computation.
 """
 
 import triton
@@ -10,9 +11,8 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    """Cephes' tanhf and tanh: near 0 the exponential form would lose the relative precision.
-
-    libdevice has a tanh, but the interpreter does not.
+    """tanh as in the Cephes library: a rational function near 0, where the formula with exp would
+    lose relative precision. libdevice has a tanh, but Triton's interpreter does not.
     """
     a = tl.abs(x)
     s = x * x
@@ -32,7 +32,9 @@ def tanh(x):
 
 @triton.jit
 def scores_of(raw, bias, columns, live, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr):
-    """hidden @ weight.T + bias at some columns of a row that starts at raw; 0 where not live."""
+    """Scores at some columns of a row of raw products that starts at the pointer raw; 0 at columns
+    that are not live.
+    """
     scores = tl.load(raw + columns, mask=live, other=0.0).to(DTYPE)
     if HAS_BIAS:
         scores += tl.load(bias + columns, mask=live, other=0.0).to(DTYPE)
@@ -49,7 +51,9 @@ def logits_of(scores, inner, outer, CAPPED: tl.constexpr):
 
 @triton.jit
 def derivatives_of(scores, inner, outer, CAPPED: tl.constexpr):
-    """dz / dscore. 1 - tanh^2 cancels where the cap saturates; 4 e / (1 + e)^2 does not."""
+    """dz / dscore. 1 - tanh^2 would cancel where the cap saturates; with e = exp(-2 |inner score|),
+    4 e / (1 + e)^2 does not.
+    """
     if CAPPED:
         e = tl.exp(-2.0 * tl.abs(scores * inner))
         return (4.0 * inner * outer) * e / ((1.0 + e) * (1.0 + e))

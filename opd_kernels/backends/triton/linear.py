@@ -1,8 +1,9 @@
-"""update and gradient with the matrix product inside: logits live in registers, a tile at a time.
+"""update and gradient with the matrix product inside: only a tile of logits exists at a time, in
+registers.
 
-update takes given ids only. Each program walks a piece of the vocabulary for a block of
-rows; pieces are merged in their order afterwards, so that two runs are bitwise equal. The entries
-of S come sorted by column, so a tile finds its own at a cursor.
+`update` supports given ids only. Each program processes a piece of the vocabulary for a block of
+rows. The pieces are merged in a fixed order afterwards, so that two runs are bitwise equal. The
+entries of S are sorted by column, so that a program finds those of each tile by advancing a cursor.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from opd_kernels.backends.triton.launch import flags, operands
 from opd_kernels.backends.triton.online_sum import absorb
 
 _NO_COLUMN = 2**31 - 1
-_GRAIN = tl.constexpr(16)  # columns at which a tile may start
+_GRAIN = tl.constexpr(16)  # tiles start at multiples of this many columns
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def _scores(
     DEPTH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """A tile of hidden @ weight.T + bias in float32."""
+    """A tile [ROWS, COLUMNS] of hidden @ weight.T + bias in float32."""
     inner = tl.arange(0, DEPTH)
     a = hidden + row.to(tl.int64)[:, None] * hidden_stride + inner[None, :]
     b = weight + column.to(tl.int64)[None, :] * weight_stride + inner[:, None]
@@ -77,7 +78,7 @@ def _scores(
         rest = depth - first
         x = tl.load(a + first, mask=live_rows[:, None] & (inner[None, :] < rest), other=0.0)
         y = tl.load(b + first, mask=live_columns[None, :] & (inner[:, None] < rest), other=0.0)
-        if UPCAST:  # the interpreter multiplies the bits of bfloat16
+        if UPCAST:  # the interpreter's tl.dot would multiply the raw bits of bfloat16
             x, y = x.to(tl.float32), y.to(tl.float32)
         total = tl.dot(x, y, total, input_precision="ieee")
     if HAS_BIAS:
@@ -102,7 +103,7 @@ def linear_update_kernel(
     targets,  # T
     starts,  # [blocks, grains]
     grains,
-    tiles,  # tiles of a piece
+    tiles,  # number of tiles per piece
     values,  # [n, k]
     k,
     maxima,  # [pieces, n]
@@ -147,11 +148,11 @@ def linear_update_kernel(
             target_column = tl.load(target_columns + target)
         block_peak = tl.max(z, axis=1)
         peak, total, moment = absorb(z, block_peak, peak, total, moment, HAS_MOMENT, 1)
-    place_of = piece * rows + row
-    tl.store(maxima + place_of, peak, mask=live_rows)
-    tl.store(sums + place_of, total, mask=live_rows)
+    offset = piece * rows + row
+    tl.store(maxima + offset, peak, mask=live_rows)
+    tl.store(sums + offset, total, mask=live_rows)
     if HAS_MOMENT:
-        tl.store(moments + place_of, moment, mask=live_rows)
+        tl.store(moments + offset, moment, mask=live_rows)
 
 
 @triton.jit
@@ -199,7 +200,8 @@ def linear_gradient_kernel(
     )  # fmt: skip
     tail = tl.load(tails + row, mask=live_rows, other=0.0)
     dtail = tl.load(dtails + row, mask=live_rows, other=0.0)
-    # A row whose tail is -inf has no mass off S, and -inf - -inf would be NaN.
+    # A row with tail -inf has no mass off S. Subtracting +inf gives exp(-inf) = 0 there, while
+    # -inf - -inf would be NaN.
     shift = tl.where(tail == float("-inf"), float("inf"), tail)
     dlogits = tl.exp(logits_of(scores, inner, outer, CAPPED) - shift[:, None]) * dtail[:, None]
     first_grain = (first_id + first) // _GRAIN
@@ -212,9 +214,9 @@ def linear_gradient_kernel(
         dlogits = tl.where(here, dvalue, dlogits)
         target += 1
         target_column = tl.load(target_columns + target)
-    draw = dlogits * derivatives_of(scores, inner, outer, CAPPED)
-    at = out + row[:, None] * out_stride + column[None, :]
-    tl.store(at, draw.to(out.dtype.element_ty), mask=live_rows[:, None] & live[None, :])
+    dscores = dlogits * derivatives_of(scores, inner, outer, CAPPED)
+    pointers = out + row[:, None] * out_stride + column[None, :]
+    tl.store(pointers, dscores.to(out.dtype.element_ty), mask=live_rows[:, None] & live[None, :])
 
 
 class TritonFusedEpilogues:

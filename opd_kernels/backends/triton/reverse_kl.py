@@ -1,8 +1,8 @@
-"""reverse_kl: the top-K reverse KL of rows and its gradient, from the two models' values on S.
+"""reverse_kl: the top-K reverse KL of rows and its gradient, from both models' values on S.
 
-With c = log p - log q and m = sum_S p c, the gradient is p (c - m) on S and -p m off it: the tail's
-share of the mass. Without stop-gradient c becomes c + 1, and with a bucket the tail is one more
-slot, see ../../divergences.py.
+With c = log p - log q and m = sum_S p c, the gradient is p (c - m) wrt the values on S and
+-p_tail m wrt the tail. Without stop-gradient c + 1 replaces c in the gradient. With a bucket the
+tail is one more slot, see ../../divergences.py.
 """
 
 import triton
@@ -13,7 +13,9 @@ from opd_kernels.backends.triton.online_sum import origin
 
 @triton.jit
 def _log_probs(z, tail):
-    """Log-probabilities of slots [ROWS, K] and tails [ROWS], relative to the row's largest."""
+    """Log-probabilities of slots [ROWS, K] and tails [ROWS]. Subtracting the row's maximum first
+    keeps the precision of large logits.
+    """
     peak = origin(tl.maximum(tl.max(z, axis=1), tail))
     z, tail = z - peak[:, None], tail - peak
     log_total = tl.log(tl.sum(tl.exp(z), axis=1) + tl.exp(tail))
@@ -41,17 +43,17 @@ def reverse_kl_kernel(
     live_rows = row < rows
     live = live_rows[:, None] & (slot < k)[None, :]
     place = row[:, None] * k + slot[None, :]
-    nothing = float("-inf")
+    empty = float("-inf")
     log_p, log_p_tail = _log_probs(
-        tl.load(values + place, mask=live, other=nothing),
-        tl.load(tails + row, mask=live_rows, other=nothing),
+        tl.load(values + place, mask=live, other=empty),
+        tl.load(tails + row, mask=live_rows, other=empty),
     )
     log_q, log_q_tail = _log_probs(
-        tl.load(teacher_values + place, mask=live, other=nothing),
-        tl.load(teacher_tails + row, mask=live_rows, other=nothing),
+        tl.load(teacher_values + place, mask=live, other=empty),
+        tl.load(teacher_tails + row, mask=live_rows, other=empty),
     )
     p, p_tail = tl.exp(log_p), tl.exp(log_p_tail)
-    # A slot without mass costs nothing, whatever its logarithms.
+    # A slot without mass adds 0 to the loss, even if its log-ratio is infinite or NaN.
     c = tl.where(p == 0.0, 0.0, log_p - log_q)
     loss = tl.sum(p * c, axis=1)
     c_tail = tl.zeros_like(p_tail)

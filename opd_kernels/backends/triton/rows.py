@@ -1,9 +1,9 @@
-"""update and gradient: one program a row of a logits chunk, walking its columns block by block.
+"""update and gradient: kernels that process a row of a logits chunk block by block.
 
-What belongs to S is taken out of a block before the rest joins the online logsumexp, so that a tail
-far below the best logits keeps its precision. There are few such entries, so they are found one
-after the other: a loop with a scalar condition costs a comparison a column and entry, where a sort
-of the block would cost every column a hundred.
+`update_kernel` removes the entries of S from a block before the rest is added to the online
+logsumexp, so that a tail far below the largest logits keeps its precision. A block holds few such
+entries, so they are found one at a time. The loop costs one comparison per column and entry;
+sorting the block would cost a hundred per column.
 """
 
 import triton
@@ -17,14 +17,16 @@ _NO_ID = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _worst(values, ids):
-    """Of the K best logits the smallest, of equal ones the one of the highest id."""
+    """Value and id of the smallest of the K best logits; of equal ones, the one with the highest
+    id.
+    """
     value = tl.min(values)
     return value, tl.max(tl.where(values == value, ids, -_NO_ID))
 
 
 @triton.jit
 def _ranks(values, ids, live):
-    """How many live slots are better than each, [K]: a slot's place in descending order."""
+    """Number of live slots that are better than each slot [K]: its place in descending order."""
     other, other_id = values[:, None], ids[:, None]
     better = (other > values[None, :]) | ((other == values[None, :]) & (other_id < ids[None, :]))
     return tl.sum((better & live[:, None]).to(tl.int32), axis=0)
@@ -32,7 +34,7 @@ def _ranks(values, ids, live):
 
 @triton.jit
 def _next_id(ids, lowest):
-    """The smallest of the ids that is at least `lowest`."""
+    """The smallest id that is at least `lowest`."""
     return tl.min(tl.where(ids >= lowest, ids, _NO_ID))
 
 
@@ -66,16 +68,18 @@ def update_kernel(
     live_slots = slots < k
     place = row * k + slots
     support_ids = tl.load(ids + place, mask=live_slots, other=-1).to(tl.int32)
-    # An empty slot gets a negative id of its own, so that ids tell slots apart.
+    # Give every empty slot a different negative id, so that ids identify slots.
     support_ids = tl.where(support_ids < 0, -1 - slots, support_ids)
     if SELECTS:
-        # Slots behind the k-th are never the worst.
+        # Slots from k to K pad to a power of two. With +inf they are never the worst.
         best = tl.load(values + place, mask=live_slots, other=float("inf"))
         worst, worst_id = _worst(best, support_ids)
     else:
-        at = support_ids - first_id
-        here = live_slots & (support_ids >= 0) & (at >= 0) & (at < columns)
-        gathered = scores_of(raw, bias, at, here, HAS_BIAS, dtype)
+        support_columns = support_ids - first_id
+        here = (
+            live_slots & (support_ids >= 0) & (support_columns >= 0) & (support_columns < columns)
+        )
+        gathered = scores_of(raw, bias, support_columns, here, HAS_BIAS, dtype)
         tl.store(values + place, logits_of(gathered, inner, outer, CAPPED), mask=here)
         next_id = _next_id(support_ids, tl.maximum(first_id, 0))
     peak = tl.load(maxima + row)
@@ -89,7 +93,8 @@ def update_kernel(
         z = logits_of(scores_of(raw, bias, column, live, HAS_BIAS, dtype), inner, outer, CAPPED)
         z = tl.where(live, z, float("-inf"))
         if SELECTS:
-            # What a better logit evicts takes its place in the block, and so joins the tail.
+            # Swap the block's largest logit with the worst of the K best. The evicted one is then
+            # added to the tail with the rest of the block.
             block_peak = tl.max(z)
             while block_peak > worst:
                 chosen = tl.min(tl.where(z == block_peak, column, columns))
@@ -150,7 +155,8 @@ def gradient_kernel(
     next_id = _next_id(support_ids, first_id + first)
     tail = tl.load(tails + row)
     dtail = tl.load(dtails + row)
-    # A row whose tail is -inf has no mass off S, and -inf - -inf would be NaN.
+    # A row with tail -inf has no mass off S. Subtracting +inf gives exp(-inf) = 0 there, while
+    # -inf - -inf would be NaN.
     shift = tl.where(tail == float("-inf"), float("inf"), tail)
     for start in range(first, tl.minimum(first + SPAN, columns), BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -161,5 +167,5 @@ def gradient_kernel(
             dvalue = tl.sum(tl.where(support_ids == next_id, support_gradients, 0.0))
             dlogits = tl.where(column == next_id - first_id, dvalue, dlogits)
             next_id = _next_id(support_ids, next_id + 1)
-        draw = dlogits * derivatives_of(scores, inner, outer, CAPPED)
-        tl.store(out + row * out_stride + column, draw.to(out.dtype.element_ty), mask=live)
+        dscores = dlogits * derivatives_of(scores, inner, outer, CAPPED)
+        tl.store(out + row * out_stride + column, dscores.to(out.dtype.element_ty), mask=live)
