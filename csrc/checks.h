@@ -1,9 +1,11 @@
-// What the bindings of every backend ask of their tensors before they take the pointers.
+// The arguments that the C++ and the CUDA bindings share, and the checks before a kernel takes their
+// pointers.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/SmallVector.h>
 
+#include <limits>
 #include <optional>
 
 namespace opd {
@@ -12,6 +14,35 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 enum class Use { kRead, kWritten };
+
+// A head as every binding takes it: bias, capped, inner and outer, in this order.
+// z = outer * tanh(inner * (raw + bias)) if capped, else outer * (raw + bias). Head.factors of
+// opd_kernels/backends/head.py computes inner and outer.
+struct HeadArguments {
+  const void* bias;  // [v] of the chunk's columns in the accumulator dtype, or null
+  bool capped;
+  double inner, outer;
+};
+
+// float64 for float64 chunks, else float32: the dtype of logits, states, tails and losses.
+inline at::ScalarType accumulator_of(const Tensor& chunk) {
+  return chunk.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline void check_first_id(const Tensor& chunk, int64_t first_id, int64_t max_columns) {
+  const int64_t last = max_columns - chunk.size(1);
+  TORCH_CHECK_VALUE(first_id >= 0 && first_id <= last, "first_id: expected 0 to ", last, ", got ",
+                    first_id);
+}
+
+inline void check_divergence(const Tensor& chunk, const Tensor& teacher, double beta) {
+  TORCH_CHECK_VALUE(teacher.sizes() == chunk.sizes() &&
+                        teacher.scalar_type() == chunk.scalar_type() && chunk.size(1) >= 1,
+                    "teacher: expected the student's shape [n, V] and dtype, ", chunk.sizes(),
+                    " of ", chunk.scalar_type(), ", got ", teacher.sizes(), " of ",
+                    teacher.scalar_type());
+  TORCH_CHECK_VALUE(beta >= 0 && beta <= 1, "beta: expected 0 to 1, got ", beta);
+}
 
 // The tensors of one call. Each is checked as it is added, and against those before it: on one
 // device, and what is written in memory of its own.
@@ -39,6 +70,44 @@ class Arguments {
                       name, ": expected a matrix with contiguous rows, got shape ", matrix.sizes(),
                       " with strides ", matrix.strides());
     add_memory(matrix, name, use);
+  }
+
+  HeadArguments add_head(const Tensor& chunk, const char* bias_name, const OptionalTensor& bias,
+                         bool capped, double inner, double outer) {
+    if (bias) add(*bias, bias_name, accumulator_of(chunk), {chunk.size(1)});
+    return {bias ? bias->data_ptr() : nullptr, capped, inner, outer};
+  }
+
+  // Token ids [n, K] with K from min_k to max_k; returns K.
+  int64_t add_ids(const Tensor& ids, int64_t rows, int64_t min_k, int64_t max_k,
+                  Use use = Use::kRead) {
+    const int64_t k = ids.dim() == 2 ? ids.size(1) : -1;
+    TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(0) == rows && k >= min_k && k <= max_k,
+                      "ids: expected [", rows, ", K] with K from ", min_k, " to ", max_k, ", got ",
+                      ids.sizes());
+    add(ids, "ids", at::kLong, {rows, k}, use);
+    return k;
+  }
+
+  // The row state of opd_kernels/backends/state.py, without its ids.
+  void add_state(const Tensor& chunk, int64_t k, const Tensor& values, const Tensor& max,
+                 const Tensor& sum, const OptionalTensor& moment) {
+    const auto dtype = accumulator_of(chunk);
+    const int64_t rows = chunk.size(0);
+    add(values, "values", dtype, {rows, k}, Use::kWritten);
+    add(max, "max", dtype, {rows}, Use::kWritten);
+    add(sum, "sum", dtype, {rows}, Use::kWritten);
+    if (moment) add(*moment, "moment", dtype, {rows}, Use::kWritten);
+  }
+
+  // The gradient of a row's values at its ids, and of its tail.
+  void add_row_gradient(const Tensor& chunk, int64_t k, const Tensor& dvalues, const Tensor& tail,
+                        const Tensor& dtail) {
+    const auto dtype = accumulator_of(chunk);
+    const int64_t rows = chunk.size(0);
+    add(dvalues, "dvalues", dtype, {rows, k});
+    add(tail, "tail", dtype, {rows});
+    add(dtail, "dtail", dtype, {rows});
   }
 
  private:

@@ -113,16 +113,13 @@ class Problem:
             first = ~same
         return ids.masked_fill(~first, -1)
 
-    def head(self, on_gpu: bool) -> tuple[dict[str, Any], Head]:
-        """A head's arguments, and the head of scores, to which its bias is added."""
+    def head(self) -> tuple[dict[str, Any], Head]:
+        """A head's arguments, and the same head without its bias for scores that include it."""
         cap, scale, temperature = (self.options[n] for n in ("softcap", "scale", "temperature"))
         bias = placed(self.random(self.columns)) if self.options["bias"] else None
         head = Head(torch.empty(0, 1), None, cap, scale, temperature, self.columns)
-        if on_gpu:
-            inner, outer = head.factors
-            return {"bias": bias, "capped": cap is not None, "inner": inner, "outer": outer}, head
-        options = {"bias": bias, "softcap": cap, "scale": scale, "temperature": temperature}
-        return options, head
+        inner, outer = head.factors
+        return {"bias": bias, "capped": cap is not None, "inner": inner, "outer": outer}, head
 
 
 def _scores(chunk: Tensor, head: dict[str, Any], dtype: torch.dtype) -> Tensor:
@@ -138,7 +135,7 @@ def _columns_of(ids: Tensor, problem: Problem) -> Tensor:
 
 
 def update(problem: Problem, on_gpu: bool) -> Call:
-    chunk, (head, plain) = problem.chunk(), problem.head(on_gpu)
+    chunk, (head, plain) = problem.chunk(), problem.head()
     selects, entropy = problem.options["selects"], problem.options["entropy"]
     like = torch.empty(0, dtype=problem.accumulator)
     if selects:
@@ -178,7 +175,7 @@ def update(problem: Problem, on_gpu: bool) -> Call:
 
 
 def gradient(problem: Problem, on_gpu: bool, threshold: bool = False) -> Call:
-    chunk, (head, plain) = problem.chunk(), problem.head(on_gpu)
+    chunk, (head, plain) = problem.chunk(), problem.head()
     ids = problem.support()
     rows = {"ids": ids, "dvalues": placed(problem.random(*ids.shape)), "tail": problem.vector(),
             "dtail": problem.vector()}  # fmt: skip
@@ -223,9 +220,9 @@ def filtered_gradient(problem: Problem, on_gpu: bool) -> Call:
 
 
 def divergence(problem: Problem, on_gpu: bool) -> Call:
-    chunk, (head, plain) = problem.chunk(), problem.head(on_gpu)
+    chunk, (head, plain) = problem.chunk(), problem.head()
     other = replace(problem, options=problem.options | {"bias": not problem.options["bias"]})
-    teacher, (theirs, teacher_plain) = other.matrix(), other.head(on_gpu)
+    teacher, (theirs, teacher_plain) = other.matrix(), other.head()
     beta, upstream = problem.options["beta"], None
     if problem.options["upstream"]:
         upstream = problem.vector()

@@ -18,6 +18,7 @@
 namespace {
 
 using opd::Arguments;
+using opd::HeadArguments;
 using opd::OptionalTensor;
 using opd::Tensor;
 using opd::Use;
@@ -36,29 +37,9 @@ Arguments arguments_of(const Tensor& matrix, Use use, const char* name = "chunk"
   return arguments;
 }
 
-void check_first_id(const Tensor& chunk, int64_t first_id) {
-  const int64_t last = INT64_MAX - chunk.size(1);
-  TORCH_CHECK_VALUE(first_id >= 0 && first_id <= last, "first_id: expected 0 to ", last, ", got ",
-                    first_id);
-}
-
-void add_bias(Arguments& arguments, const OptionalTensor& bias, const char* name,
-              const Tensor& chunk) {
-  if (bias) arguments.add(*bias, name, chunk.scalar_type(), {chunk.size(1)});
-}
-
 template <typename T>
-opd::Head<T> head_of(const OptionalTensor& bias, std::optional<double> softcap, double scale,
-                     double temperature) {
-  const double cap = softcap.value_or(1.0);
-  return {bias ? bias->data_ptr<T>() : nullptr, softcap.has_value(), T(scale / temperature),
-          T(scale / cap), T(cap / temperature)};
-}
-
-int64_t slots_of(const Tensor& ids, int64_t least) {
-  TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(1) >= least, "ids: expected [n, K] with K >= ",
-                    least, ", got ", ids.sizes());
-  return ids.size(1);
+opd::Head<T> head_of(const HeadArguments& head) {
+  return {static_cast<const T*>(head.bias), head.capped, head.inner, head.outer};
 }
 
 template <typename Function>
@@ -69,77 +50,59 @@ void for_dtype_of(const Tensor& chunk, const Function& function) {
     function(double{});
 }
 
-void update(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias,
-            std::optional<double> softcap, double scale, double temperature, const Tensor& values,
-            const Tensor& ids, bool selects, const Tensor& max, const Tensor& sum,
-            const OptionalTensor& moment) {
+void update(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias, bool capped,
+            double inner, double outer, const Tensor& values, const Tensor& ids, bool selects,
+            const Tensor& max, const Tensor& sum, const OptionalTensor& moment) {
   Arguments arguments = arguments_of(chunk, Use::kRead);
-  check_first_id(chunk, first_id);
-  add_bias(arguments, bias, "bias", chunk);
-  const int64_t rows = chunk.size(0), k = slots_of(ids, 1);
-  const auto dtype = chunk.scalar_type();
-  arguments.add(ids, "ids", at::kLong, {rows, k}, selects ? Use::kWritten : Use::kRead);
-  arguments.add(values, "values", dtype, {rows, k}, Use::kWritten);
-  arguments.add(max, "max", dtype, {rows}, Use::kWritten);
-  arguments.add(sum, "sum", dtype, {rows}, Use::kWritten);
-  if (moment) arguments.add(*moment, "moment", dtype, {rows}, Use::kWritten);
+  opd::check_first_id(chunk, first_id, INT64_MAX);
+  const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
+  const int64_t k = arguments.add_ids(ids, chunk.size(0), 1, INT64_MAX,
+                                      selects ? Use::kWritten : Use::kRead);
+  arguments.add_state(chunk, k, values, max, sum, moment);
   for_dtype_of(chunk, [&](auto zero) {
     using T = decltype(zero);
     const opd::State<T> state{values.data_ptr<T>(), ids.data_ptr<int64_t>(), k, selects,
                               max.data_ptr<T>(),    sum.data_ptr<T>(),
                               moment ? moment->data_ptr<T>() : nullptr};
-    const auto head = head_of<T>(bias, softcap, scale, temperature);
     const pybind11::gil_scoped_release no_gil;
-    opd::update(chunk_of<T>(chunk, first_id), head, state);
+    opd::update(chunk_of<T>(chunk, first_id), head_of<T>(head), state);
   });
 }
 
-// Adds what both forms of the gradient take; returns K.
-int64_t add_gradient(Arguments& arguments, const Tensor& chunk, const OptionalTensor& bias,
-                     const Tensor& ids, const Tensor& dvalues, const Tensor& tail,
-                     const Tensor& dtail) {
-  const int64_t rows = chunk.size(0), k = slots_of(ids, 0);
-  const auto dtype = chunk.scalar_type();
-  add_bias(arguments, bias, "bias", chunk);
-  arguments.add(ids, "ids", at::kLong, {rows, k});
-  arguments.add(dvalues, "dvalues", dtype, {rows, k});
-  arguments.add(tail, "tail", dtype, {rows});
-  arguments.add(dtail, "dtail", dtype, {rows});
-  return k;
-}
-
-void gradient_(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias,
-               std::optional<double> softcap, double scale, double temperature, const Tensor& ids,
-               const Tensor& dvalues, const Tensor& tail, const Tensor& dtail) {
+void gradient_(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias, bool capped,
+               double inner, double outer, const Tensor& ids, const Tensor& dvalues,
+               const Tensor& tail, const Tensor& dtail) {
   Arguments arguments = arguments_of(chunk, Use::kWritten);
-  check_first_id(chunk, first_id);
-  const int64_t k = add_gradient(arguments, chunk, bias, ids, dvalues, tail, dtail);
+  opd::check_first_id(chunk, first_id, INT64_MAX);
+  const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
+  const int64_t k = arguments.add_ids(ids, chunk.size(0), 0, INT64_MAX);
+  arguments.add_row_gradient(chunk, k, dvalues, tail, dtail);
   for_dtype_of(chunk, [&](auto zero) {
     using T = decltype(zero);
-    const auto head = head_of<T>(bias, softcap, scale, temperature);
     const pybind11::gil_scoped_release no_gil;
-    opd::gradient(chunk_of<T>(chunk, first_id), head, ids.data_ptr<int64_t>(),
+    opd::gradient(chunk_of<T>(chunk, first_id), head_of<T>(head), ids.data_ptr<int64_t>(),
                   dvalues.data_ptr<T>(), k, tail.data_ptr<T>(), dtail.data_ptr<T>());
   });
 }
 
-// Row and column [E] and value [E] of every entry, and kept [n].
+// Returns row and column [E] and value [E] of every entry, and kept [n].
 std::tuple<Tensor, Tensor, Tensor, Tensor> filtered_gradient(
-    const Tensor& chunk, const OptionalTensor& bias, std::optional<double> softcap, double scale,
-    double temperature, const Tensor& ids, const Tensor& dvalues, const Tensor& tail,
-    const Tensor& dtail, const Tensor& threshold) {
+    const Tensor& chunk, const OptionalTensor& bias, bool capped, double inner, double outer,
+    const Tensor& ids, const Tensor& dvalues, const Tensor& tail, const Tensor& dtail,
+    const Tensor& threshold) {
   Arguments arguments = arguments_of(chunk, Use::kRead);
-  const int64_t k = add_gradient(arguments, chunk, bias, ids, dvalues, tail, dtail);
-  const int64_t rows = chunk.size(0);
+  const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
+  const int64_t rows = chunk.size(0), k = arguments.add_ids(ids, rows, 0, INT64_MAX);
+  arguments.add_row_gradient(chunk, k, dvalues, tail, dtail);
   arguments.add(threshold, "threshold", chunk.scalar_type(), {rows});
   Tensor row_ids, columns, values, kept = at::empty({rows}, chunk.options());
   for_dtype_of(chunk, [&](auto zero) {
     using T = decltype(zero);
-    const auto head = head_of<T>(bias, softcap, scale, temperature);
     const pybind11::gil_scoped_release no_gil;
-    const auto entries = opd::filtered_gradient(
-        chunk_of<T>(chunk, 0), head, ids.data_ptr<int64_t>(), dvalues.data_ptr<T>(), k,
-        tail.data_ptr<T>(), dtail.data_ptr<T>(), threshold.data_ptr<T>(), kept.data_ptr<T>());
+    const auto entries =
+        opd::filtered_gradient(chunk_of<T>(chunk, 0), head_of<T>(head), ids.data_ptr<int64_t>(),
+                               dvalues.data_ptr<T>(), k, tail.data_ptr<T>(), dtail.data_ptr<T>(),
+                               threshold.data_ptr<T>(), kept.data_ptr<T>());
     int64_t count = 0;
     for (const auto& row : entries) count += row.size();
     row_ids = at::empty({count}, ids.options());
@@ -157,31 +120,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> filtered_gradient(
   return {row_ids, columns, values, kept};
 }
 
-void divergence_(const Tensor& chunk, const OptionalTensor& bias, std::optional<double> softcap,
-                 double scale, double temperature, const Tensor& teacher,
-                 const OptionalTensor& teacher_bias, std::optional<double> teacher_softcap,
-                 double teacher_scale, double teacher_temperature, double beta,
+void divergence_(const Tensor& chunk, const OptionalTensor& bias, bool capped, double inner,
+                 double outer, const Tensor& teacher, const OptionalTensor& teacher_bias,
+                 bool teacher_capped, double teacher_inner, double teacher_outer, double beta,
                  const OptionalTensor& upstream, const Tensor& loss) {
   Arguments arguments = arguments_of(chunk, upstream ? Use::kWritten : Use::kRead);
   arguments.add_matrix(teacher, "teacher");
+  opd::check_divergence(chunk, teacher, beta);
+  const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
+  const HeadArguments teacher_head = arguments.add_head(
+      teacher, "teacher_bias", teacher_bias, teacher_capped, teacher_inner, teacher_outer);
   const auto dtype = chunk.scalar_type();
-  TORCH_CHECK_VALUE(teacher.sizes() == chunk.sizes() && teacher.scalar_type() == dtype &&
-                        chunk.size(1) >= 1,
-                    "teacher: expected the student's shape [n, V] and dtype, ", chunk.sizes(),
-                    " of ", dtype, ", got ", teacher.sizes(), " of ", teacher.scalar_type());
-  TORCH_CHECK_VALUE(beta >= 0 && beta <= 1, "beta: expected 0 to 1, got ", beta);
-  add_bias(arguments, bias, "bias", chunk);
-  add_bias(arguments, teacher_bias, "teacher_bias", teacher);
   if (upstream) arguments.add(*upstream, "upstream", dtype, {chunk.size(0)});
   arguments.add(loss, "loss", dtype, {chunk.size(0)}, Use::kWritten);
   for_dtype_of(chunk, [&](auto zero) {
     using T = decltype(zero);
-    const auto head = head_of<T>(bias, softcap, scale, temperature);
-    const auto teacher_head =
-        head_of<T>(teacher_bias, teacher_softcap, teacher_scale, teacher_temperature);
     const pybind11::gil_scoped_release no_gil;
-    opd::divergence(chunk_of<T>(chunk, 0), head, chunk_of<T>(teacher, 0), teacher_head, beta,
-                    upstream ? upstream->data_ptr<T>() : nullptr, loss.data_ptr<T>());
+    opd::divergence(chunk_of<T>(chunk, 0), head_of<T>(head), chunk_of<T>(teacher, 0),
+                    head_of<T>(teacher_head), beta, upstream ? upstream->data_ptr<T>() : nullptr,
+                    loss.data_ptr<T>());
   });
 }
 
@@ -271,18 +228,19 @@ void add_hidden_gradient_(const Tensor& dhidden, const Tensor& dlogits, const Te
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using pybind11::arg;  // the names are for messages
-  m.def("update", &update, arg("chunk"), arg("first_id"), arg("bias"), arg("softcap"), arg("scale"),
-        arg("temperature"), arg("values"), arg("ids"), arg("selects").noconvert(), arg("max"),
-        arg("sum"), arg("moment"));
-  m.def("gradient_", &gradient_, arg("chunk"), arg("first_id"), arg("bias"), arg("softcap"),
-        arg("scale"), arg("temperature"), arg("ids"), arg("dvalues"), arg("tail"), arg("dtail"));
-  m.def("filtered_gradient", &filtered_gradient, arg("chunk"), arg("bias"), arg("softcap"),
-        arg("scale"), arg("temperature"), arg("ids"), arg("dvalues"), arg("tail"), arg("dtail"),
-        arg("threshold"));
-  m.def("divergence_", &divergence_, arg("chunk"), arg("bias"), arg("softcap"), arg("scale"),
-        arg("temperature"), arg("teacher"), arg("teacher_bias"), arg("teacher_softcap"),
-        arg("teacher_scale"), arg("teacher_temperature"), arg("beta"), arg("upstream"),
-        arg("loss"));
+  m.def("update", &update, arg("chunk"), arg("first_id"), arg("bias"), arg("capped").noconvert(),
+        arg("inner"), arg("outer"), arg("values"), arg("ids"), arg("selects").noconvert(),
+        arg("max"), arg("sum"), arg("moment"));
+  m.def("gradient_", &gradient_, arg("chunk"), arg("first_id"), arg("bias"),
+        arg("capped").noconvert(), arg("inner"), arg("outer"), arg("ids"), arg("dvalues"),
+        arg("tail"), arg("dtail"));
+  m.def("filtered_gradient", &filtered_gradient, arg("chunk"), arg("bias"),
+        arg("capped").noconvert(), arg("inner"), arg("outer"), arg("ids"), arg("dvalues"),
+        arg("tail"), arg("dtail"), arg("threshold"));
+  m.def("divergence_", &divergence_, arg("chunk"), arg("bias"), arg("capped").noconvert(),
+        arg("inner"), arg("outer"), arg("teacher"), arg("teacher_bias"),
+        arg("teacher_capped").noconvert(), arg("teacher_inner"), arg("teacher_outer"), arg("beta"),
+        arg("upstream"), arg("loss"));
   m.def("project", &project, arg("hidden"), arg("weight"), arg("out"), arg("slice_rows"));
   m.def("add_hidden_gradient_", &add_hidden_gradient_, arg("dhidden"), arg("dlogits"),
         arg("weight"), arg("slice_rows"));

@@ -18,7 +18,9 @@
 
 namespace {
 
+using opd::accumulator_of;
 using opd::Arguments;
+using opd::HeadArguments;
 using opd::OptionalTensor;
 using opd::Tensor;
 using opd::Use;
@@ -36,10 +38,6 @@ OpdDtype dtype_of(const Tensor& tensor, const char* name) {
     default:
       TORCH_CHECK_TYPE(false, name, ": expected a floating dtype, got ", tensor.scalar_type());
   }
-}
-
-at::ScalarType accumulator_of(const Tensor& tensor) {
-  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 OpdMatrix add_matrix(Arguments& arguments, const Tensor& tensor, const char* name,
@@ -69,24 +67,8 @@ std::pair<OpdMatrix, OpdMatrix> add_gradient_of(Arguments& arguments, const Tens
   return {matrix, result};
 }
 
-void check_first_id(const Tensor& chunk, int64_t first_id) {
-  const int64_t last = OPD_MAX_COLUMNS - chunk.size(1);
-  TORCH_CHECK_VALUE(first_id >= 0 && first_id <= last, "first_id: expected 0 to ", last, ", got ",
-                    first_id);
-}
-
-OpdHead add_head(Arguments& arguments, const Tensor& chunk, const OptionalTensor& bias,
-                 const char* name, bool capped, double inner, double outer) {
-  if (bias) arguments.add(*bias, name, accumulator_of(chunk), {chunk.size(1)});
-  return {bias ? bias->data_ptr() : nullptr, capped, inner, outer};
-}
-
-int64_t slots_of(const Tensor& ids, int64_t rows, int64_t least, int64_t most) {
-  const int64_t k = ids.dim() == 2 ? ids.size(1) : -1;
-  TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(0) == rows && k >= least && k <= most,
-                    "ids: expected [", rows, ", K] with K from ", least, " to ", most, ", got ",
-                    ids.sizes());
-  return k;
+OpdHead head_of(const HeadArguments& head) {
+  return {head.bias, head.capped, head.inner, head.outer};
 }
 
 void check_launch(int error, const char* name) {
@@ -101,19 +83,16 @@ void update(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias, b
             int64_t stream) {
   Arguments arguments(OPD_DEVICE);
   const OpdMatrix matrix = add_matrix(arguments, chunk, "chunk");
-  check_first_id(chunk, first_id);
-  const OpdHead head = add_head(arguments, chunk, bias, "bias", capped, inner, outer);
-  const int64_t rows = chunk.size(0);
-  const int64_t k = slots_of(ids, rows, selects, selects ? OPD_MAX_SELECTED : OPD_MAX_GIVEN);
-  const auto dtype = accumulator_of(chunk);
-  arguments.add(ids, "ids", at::kLong, {rows, k}, selects ? Use::kWritten : Use::kRead);
-  arguments.add(values, "values", dtype, {rows, k}, Use::kWritten);
-  arguments.add(max, "max", dtype, {rows}, Use::kWritten);
-  arguments.add(sum, "sum", dtype, {rows}, Use::kWritten);
-  if (moment) arguments.add(*moment, "moment", dtype, {rows}, Use::kWritten);
+  opd::check_first_id(chunk, first_id, OPD_MAX_COLUMNS);
+  const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
+  const int64_t k = arguments.add_ids(ids, chunk.size(0), selects,
+                                      selects ? OPD_MAX_SELECTED : OPD_MAX_GIVEN,
+                                      selects ? Use::kWritten : Use::kRead);
+  arguments.add_state(chunk, k, values, max, sum, moment);
   const OpdState state{values.data_ptr(), ids.data_ptr<int64_t>(), k, selects, max.data_ptr(),
                        sum.data_ptr(),    moment ? moment->data_ptr() : nullptr};
-  check_launch(opd_update(matrix, first_id, head, state, block_per_row, pointer(stream)), "update");
+  check_launch(opd_update(matrix, first_id, head_of(head), state, block_per_row, pointer(stream)),
+               "update");
 }
 
 void gradient(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias, bool capped,
@@ -121,16 +100,13 @@ void gradient(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias,
               const Tensor& tail, const Tensor& dtail, const Tensor& out, int64_t stream) {
   Arguments arguments(OPD_DEVICE);
   const auto [matrix, result] = add_gradient_of(arguments, chunk, out, true);
-  check_first_id(chunk, first_id);
-  const OpdHead head = add_head(arguments, chunk, bias, "bias", capped, inner, outer);
-  const int64_t rows = chunk.size(0), k = slots_of(ids, rows, 0, OPD_MAX_GIVEN);
-  const auto dtype = accumulator_of(chunk);
-  arguments.add(ids, "ids", at::kLong, {rows, k});
-  arguments.add(dvalues, "dvalues", dtype, {rows, k});
-  arguments.add(tail, "tail", dtype, {rows});
-  arguments.add(dtail, "dtail", dtype, {rows});
-  check_launch(opd_gradient(matrix, first_id, head, ids.data_ptr<int64_t>(), dvalues.data_ptr(), k,
-                            tail.data_ptr(), dtail.data_ptr(), result, pointer(stream)),
+  opd::check_first_id(chunk, first_id, OPD_MAX_COLUMNS);
+  const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
+  const int64_t k = arguments.add_ids(ids, chunk.size(0), 0, OPD_MAX_GIVEN);
+  arguments.add_row_gradient(chunk, k, dvalues, tail, dtail);
+  check_launch(opd_gradient(matrix, first_id, head_of(head), ids.data_ptr<int64_t>(),
+                            dvalues.data_ptr(), k, tail.data_ptr(), dtail.data_ptr(), result,
+                            pointer(stream)),
                "gradient");
 }
 
@@ -142,19 +118,14 @@ void divergence(const Tensor& chunk, const OptionalTensor& bias, bool capped, do
   Arguments arguments(OPD_DEVICE);
   const auto [student, result] = add_gradient_of(arguments, chunk, out, upstream.has_value());
   const OpdMatrix other = add_matrix(arguments, teacher, "teacher");
-  TORCH_CHECK_VALUE(teacher.sizes() == chunk.sizes() && other.dtype == student.dtype &&
-                        chunk.size(1) >= 1,
-                    "teacher: expected the student's shape [n, V] and dtype, ", chunk.sizes(),
-                    " of ", chunk.scalar_type(), ", got ", teacher.sizes(), " of ",
-                    teacher.scalar_type());
-  TORCH_CHECK_VALUE(beta >= 0 && beta <= 1, "beta: expected 0 to 1, got ", beta);
-  const OpdHead head = add_head(arguments, chunk, bias, "bias", capped, inner, outer);
-  const OpdHead teacher_head = add_head(arguments, teacher, teacher_bias, "teacher_bias",
-                                        teacher_capped, teacher_inner, teacher_outer);
+  opd::check_divergence(chunk, teacher, beta);
+  const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
+  const HeadArguments teacher_head = arguments.add_head(
+      teacher, "teacher_bias", teacher_bias, teacher_capped, teacher_inner, teacher_outer);
   const auto dtype = accumulator_of(chunk);
   if (upstream) arguments.add(*upstream, "upstream", dtype, {chunk.size(0)});
   arguments.add(loss, "loss", dtype, {chunk.size(0)}, Use::kWritten);
-  check_launch(opd_divergence(student, head, other, teacher_head, beta,
+  check_launch(opd_divergence(student, head_of(head), other, head_of(teacher_head), beta,
                               upstream ? upstream->data_ptr() : nullptr, loss.data_ptr(), result,
                               pointer(stream)),
                "divergence");
@@ -180,8 +151,7 @@ void sparse_product(const Tensor& ids, const Tensor& coefficients, const Tensor&
                     const Tensor& sums, int64_t stream) {
   Arguments arguments(OPD_DEVICE);
   const auto [matrix, result] = add_product(arguments, dense, sums);
-  const int64_t rows = sums.size(0), k = slots_of(ids, rows, 0, INT32_MAX);
-  arguments.add(ids, "ids", at::kLong, {rows, k});
+  const int64_t rows = sums.size(0), k = arguments.add_ids(ids, rows, 0, INT32_MAX);
   arguments.add(coefficients, "coefficients", accumulator_of(dense), {rows, k});
   check_launch(opd_sparse_product(ids.data_ptr<int64_t>(), coefficients.data_ptr(), k, matrix,
                                   result, pointer(stream)),

@@ -78,11 +78,11 @@ reverse_kl = definition.reverse_kl
 fused = definition.fused
 
 
-def _head(
-    chunk: Tensor, first_id: int, head: Head
-) -> tuple[Tensor | None, float | None, float, float]:
-    """bias [v] of the chunk's columns, in its dtype, softcap, scale and temperature."""
+def _head(chunk: Tensor, first_id: int, head: Head) -> tuple[Tensor | None, bool, float, float]:
+    """Return bias [v] of the chunk's columns in its dtype, whether the head has a softcap, and the
+    two factors of csrc/cpu/head.h.
+    """
     bias = head.bias
     if bias is not None:
         bias = bias.detach()[first_id : first_id + chunk.shape[1]].to(chunk.dtype).contiguous()
-    return bias, head.softcap, head.scale, head.temperature
+    return bias, head.softcap is not None, *head.factors

@@ -215,7 +215,7 @@ def test_numbers_out_of_range_are_refused(name, on_gpu):
     for argument, values in {
         "first_id": (-1, last + 1, 2**63 + 1, -(2**63), 0.5, "0", None),
         "beta": (-0.1, 1.1, float("nan"), "0", None),
-        "scale": ("1", None, 1j), "inner": ("1", None), "capped": ("yes", None),
+        "inner": ("1", None, 1j), "outer": ("1", None, 1j), "capped": ("yes", None),
         "slice_rows": (0, -1, 2**63, 0.5, "1", None),
     }.items():  # fmt: skip
         for value in values:
