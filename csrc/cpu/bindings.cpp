@@ -1,4 +1,4 @@
-// Python's door to the kernels: checks every tensor, then calls them on raw pointers.
+// The Python bindings of the C++ kernels: they check every tensor and pass raw pointers on.
 
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
@@ -21,17 +21,16 @@ using opd::Arguments;
 using opd::HeadArguments;
 using opd::OptionalTensor;
 using opd::Tensor;
-using opd::Use;
 
 template <typename T>
 opd::Chunk<T> chunk_of(const Tensor& chunk, int64_t first_id) {
   return {chunk.data_ptr<T>(), chunk.size(0), chunk.size(1), chunk.stride(0), first_id};
 }
 
-// The arguments of a call, of which this is the first: it has the dtype of logits.
-Arguments arguments_of(const Tensor& matrix, Use use, const char* name = "chunk") {
+// Starts the checks of a call with its first matrix, whose dtype is that of the logits.
+Arguments arguments_of(const Tensor& matrix, const char* name = "chunk") {
   Arguments arguments(at::kCPU);
-  arguments.add_matrix(matrix, name, use);
+  arguments.add_matrix(matrix, name);
   TORCH_CHECK_TYPE(matrix.scalar_type() == at::kFloat || matrix.scalar_type() == at::kDouble, name,
                    ": expected float32 or float64, got ", matrix.scalar_type());
   return arguments;
@@ -53,11 +52,10 @@ void for_dtype_of(const Tensor& chunk, const Function& function) {
 void update(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias, bool capped,
             double inner, double outer, const Tensor& values, const Tensor& ids, bool selects,
             const Tensor& max, const Tensor& sum, const OptionalTensor& moment) {
-  Arguments arguments = arguments_of(chunk, Use::kRead);
+  Arguments arguments = arguments_of(chunk);
   opd::check_first_id(chunk, first_id, INT64_MAX);
   const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
-  const int64_t k = arguments.add_ids(ids, chunk.size(0), 1, INT64_MAX,
-                                      selects ? Use::kWritten : Use::kRead);
+  const int64_t k = arguments.add_ids(ids, chunk.size(0), 1, INT64_MAX);
   arguments.add_state(chunk, k, values, max, sum, moment);
   for_dtype_of(chunk, [&](auto zero) {
     using T = decltype(zero);
@@ -72,7 +70,7 @@ void update(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias, b
 void gradient_(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias, bool capped,
                double inner, double outer, const Tensor& ids, const Tensor& dvalues,
                const Tensor& tail, const Tensor& dtail) {
-  Arguments arguments = arguments_of(chunk, Use::kWritten);
+  Arguments arguments = arguments_of(chunk);
   opd::check_first_id(chunk, first_id, INT64_MAX);
   const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
   const int64_t k = arguments.add_ids(ids, chunk.size(0), 0, INT64_MAX);
@@ -85,12 +83,12 @@ void gradient_(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias
   });
 }
 
-// Returns row and column [E] and value [E] of every entry, and kept [n].
+// Returns the row [E], column [E] and value [E] of every entry, and kept [n].
 std::tuple<Tensor, Tensor, Tensor, Tensor> filtered_gradient(
     const Tensor& chunk, const OptionalTensor& bias, bool capped, double inner, double outer,
     const Tensor& ids, const Tensor& dvalues, const Tensor& tail, const Tensor& dtail,
     const Tensor& threshold) {
-  Arguments arguments = arguments_of(chunk, Use::kRead);
+  Arguments arguments = arguments_of(chunk);
   const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
   const int64_t rows = chunk.size(0), k = arguments.add_ids(ids, rows, 0, INT64_MAX);
   arguments.add_row_gradient(chunk, k, dvalues, tail, dtail);
@@ -124,7 +122,7 @@ void divergence_(const Tensor& chunk, const OptionalTensor& bias, bool capped, d
                  double outer, const Tensor& teacher, const OptionalTensor& teacher_bias,
                  bool teacher_capped, double teacher_inner, double teacher_outer, double beta,
                  const OptionalTensor& upstream, const Tensor& loss) {
-  Arguments arguments = arguments_of(chunk, upstream ? Use::kWritten : Use::kRead);
+  Arguments arguments = arguments_of(chunk);
   arguments.add_matrix(teacher, "teacher");
   opd::check_divergence(chunk, teacher, beta);
   const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
@@ -132,7 +130,7 @@ void divergence_(const Tensor& chunk, const OptionalTensor& bias, bool capped, d
       teacher, "teacher_bias", teacher_bias, teacher_capped, teacher_inner, teacher_outer);
   const auto dtype = chunk.scalar_type();
   if (upstream) arguments.add(*upstream, "upstream", dtype, {chunk.size(0)});
-  arguments.add(loss, "loss", dtype, {chunk.size(0)}, Use::kWritten);
+  arguments.add(loss, "loss", dtype, {chunk.size(0)});
   for_dtype_of(chunk, [&](auto zero) {
     using T = decltype(zero);
     const pybind11::gil_scoped_release no_gil;
@@ -145,39 +143,32 @@ void divergence_(const Tensor& chunk, const OptionalTensor& bias, bool capped, d
 template <typename T>
 opd::Matrix<T> matrix_of(const Tensor& matrix) {
   const int64_t rows = matrix.size(0), columns = matrix.size(1);
-  const int64_t stride = std::max(matrix.stride(0), columns);  // a single row may have any
+  const int64_t stride = std::max(matrix.stride(0), columns);  // one row may have any
   if constexpr (std::is_const_v<T>)
     return {matrix.const_data_ptr<std::remove_const_t<T>>(), rows, columns, stride};
   else
     return {matrix.mutable_data_ptr<T>(), rows, columns, stride};
 }
 
-// A matrix that a product reads or writes, by its name in messages.
-struct Operand {
-  const Tensor& matrix;
-  const char* name;
-  Use use;
-};
-
-// Refuses hidden states (or their gradient) [n, D], logits (or theirs) [n, v] and weight [v, D] that
-// do not fit one another. The weight may be of a narrower dtype than the others.
-void check_product(const Operand& hidden, const Operand& logits, const Tensor& weight,
-                   int64_t slice_rows) {
-  Arguments arguments = arguments_of(hidden.matrix, hidden.use, hidden.name);
+// Checks that hidden [n, D], logits [n, v] and weight [v, D] fit together. hidden and logits, or
+// their gradients, share a dtype; the weight may have a narrower one.
+void check_product(const Tensor& hidden, const char* hidden_name, const Tensor& logits,
+                   const char* logits_name, const Tensor& weight, int64_t slice_rows) {
+  Arguments arguments = arguments_of(hidden, hidden_name);
   arguments.add_matrix(weight, "weight");
-  const auto dtype = hidden.matrix.scalar_type(), narrow = weight.scalar_type();
+  const auto dtype = hidden.scalar_type(), narrow = weight.scalar_type();
   const bool is_narrow = narrow == at::kFloat || narrow == at::kBFloat16 || narrow == at::kHalf;
   TORCH_CHECK_TYPE(is_narrow || narrow == dtype, "weight: expected ", dtype,
                    " or a narrower float, got ", narrow);
-  TORCH_CHECK_VALUE(weight.size(1) == hidden.matrix.size(1) && weight.size(1) >= 1,
-                    "weight: expected [v, D] with the D >= 1 of ", hidden.name, ", ",
-                    hidden.matrix.sizes(), ", got ", weight.sizes());
-  arguments.add_matrix(logits.matrix, logits.name, logits.use);
-  const std::array shape{hidden.matrix.size(0), weight.size(0)};
-  TORCH_CHECK_TYPE(logits.matrix.scalar_type() == dtype, logits.name, ": expected ", dtype,
-                   ", got ", logits.matrix.scalar_type());
-  TORCH_CHECK_VALUE(logits.matrix.sizes() == at::IntArrayRef(shape), logits.name,
-                    ": expected shape ", at::IntArrayRef(shape), ", got ", logits.matrix.sizes());
+  TORCH_CHECK_VALUE(weight.size(1) == hidden.size(1) && weight.size(1) >= 1,
+                    "weight: expected [v, D] with the D >= 1 of ", hidden_name, ", ",
+                    hidden.sizes(), ", got ", weight.sizes());
+  arguments.add_matrix(logits, logits_name);
+  const std::array shape{hidden.size(0), weight.size(0)};
+  TORCH_CHECK_TYPE(logits.scalar_type() == dtype, logits_name, ": expected ", dtype, ", got ",
+                   logits.scalar_type());
+  TORCH_CHECK_VALUE(logits.sizes() == at::IntArrayRef(shape), logits_name, ": expected shape ",
+                    at::IntArrayRef(shape), ", got ", logits.sizes());
   TORCH_CHECK_VALUE(slice_rows >= 1, "slice_rows: expected at least 1, got ", slice_rows);
 }
 
@@ -196,7 +187,7 @@ void for_dtypes_of(const Tensor& logits, const Tensor& weight, const Function& f
 }
 
 void project(const Tensor& hidden, const Tensor& weight, const Tensor& out, int64_t slice_rows) {
-  check_product({hidden, "hidden", Use::kRead}, {out, "out", Use::kWritten}, weight, slice_rows);
+  check_product(hidden, "hidden", out, "out", weight, slice_rows);
   RECORD_FUNCTION("opd_kernels::project", std::vector<c10::IValue>{});
   if (out.numel() == 0) return;
   for_dtypes_of(out, weight, [&](auto zero, auto narrow) {
@@ -210,8 +201,7 @@ void project(const Tensor& hidden, const Tensor& weight, const Tensor& out, int6
 
 void add_hidden_gradient_(const Tensor& dhidden, const Tensor& dlogits, const Tensor& weight,
                           int64_t slice_rows) {
-  check_product({dhidden, "dhidden", Use::kWritten}, {dlogits, "dlogits", Use::kRead}, weight,
-                slice_rows);
+  check_product(dhidden, "dhidden", dlogits, "dlogits", weight, slice_rows);
   RECORD_FUNCTION("opd_kernels::add_hidden_gradient_", std::vector<c10::IValue>{});
   if (dlogits.numel() == 0) return;
   for_dtypes_of(dlogits, weight, [&](auto zero, auto narrow) {
@@ -227,7 +217,7 @@ void add_hidden_gradient_(const Tensor& dhidden, const Tensor& dlogits, const Te
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  using pybind11::arg;  // the names are for messages
+  using pybind11::arg;  // error messages show the names
   m.def("update", &update, arg("chunk"), arg("first_id"), arg("bias"), arg("capped").noconvert(),
         arg("inner"), arg("outer"), arg("values"), arg("ids"), arg("selects").noconvert(),
         arg("max"), arg("sum"), arg("moment"));

@@ -1,5 +1,6 @@
-// Python's door to the launchers: checks every tensor, then passes raw pointers and PyTorch's
-// current stream, which comes as an integer. The tests build it for the CPU, see tests/cuda_emulator.
+// The Python bindings of the CUDA kernels: they check every tensor and pass raw pointers on.
+// `stream` is PyTorch's current stream as an integer. tests/cuda_emulator builds this file for the
+// CPU.
 
 #include <ATen/ops/empty.h>
 #include <torch/csrc/utils/pybind.h>
@@ -23,7 +24,6 @@ using opd::Arguments;
 using opd::HeadArguments;
 using opd::OptionalTensor;
 using opd::Tensor;
-using opd::Use;
 
 OpdDtype dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
@@ -40,9 +40,8 @@ OpdDtype dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
-OpdMatrix add_matrix(Arguments& arguments, const Tensor& tensor, const char* name,
-                     Use use = Use::kRead) {
-  arguments.add_matrix(tensor, name, use);
+OpdMatrix add_matrix(Arguments& arguments, const Tensor& tensor, const char* name) {
+  arguments.add_matrix(tensor, name);
   const OpdDtype dtype = dtype_of(tensor, name);
   TORCH_CHECK_VALUE(tensor.size(0) <= INT32_MAX && tensor.size(1) <= OPD_MAX_COLUMNS, name,
                     ": expected at most ", INT32_MAX, " rows and ", OPD_MAX_COLUMNS,
@@ -50,17 +49,15 @@ OpdMatrix add_matrix(Arguments& arguments, const Tensor& tensor, const char* nam
   return {tensor.data_ptr(), dtype, tensor.size(0), tensor.size(1), tensor.stride(0)};
 }
 
-// A chunk and the gradient of it, which may take its place.
-std::pair<OpdMatrix, OpdMatrix> add_gradient_of(Arguments& arguments, const Tensor& chunk,
-                                                const Tensor& out, bool is_written) {
-  const bool in_place = out.is_same(chunk);
-  const Use use = is_written ? Use::kWritten : Use::kRead;
-  const OpdMatrix matrix = add_matrix(arguments, chunk, "chunk", in_place ? use : Use::kRead);
-  if (in_place) return {matrix, matrix};
-  const OpdMatrix result = add_matrix(arguments, out, "out", use);
+// A chunk and the matrix for its gradient, which may be the chunk itself.
+std::pair<OpdMatrix, OpdMatrix> add_chunk_and_out(Arguments& arguments, const Tensor& chunk,
+                                                  const Tensor& out) {
+  const OpdMatrix matrix = add_matrix(arguments, chunk, "chunk");
+  if (out.is_same(chunk)) return {matrix, matrix};
+  const OpdMatrix result = add_matrix(arguments, out, "out");
   const bool is_narrowed = matrix.dtype == OPD_FLOAT32 && out.element_size() == 2;
   TORCH_CHECK_TYPE(result.dtype == matrix.dtype || is_narrowed, "out: expected ",
-                   chunk.scalar_type(), ", as the chunk's, or 16 bits for float32, got ",
+                   chunk.scalar_type(), ", the chunk's dtype, or 16 bits for float32, got ",
                    out.scalar_type());
   TORCH_CHECK_VALUE(out.sizes() == chunk.sizes(), "out: expected ", chunk.sizes(), ", got ",
                     out.sizes());
@@ -86,8 +83,7 @@ void update(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias, b
   opd::check_first_id(chunk, first_id, OPD_MAX_COLUMNS);
   const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
   const int64_t k = arguments.add_ids(ids, chunk.size(0), selects,
-                                      selects ? OPD_MAX_SELECTED : OPD_MAX_GIVEN,
-                                      selects ? Use::kWritten : Use::kRead);
+                                      selects ? OPD_MAX_SELECTED : OPD_MAX_GIVEN);
   arguments.add_state(chunk, k, values, max, sum, moment);
   const OpdState state{values.data_ptr(), ids.data_ptr<int64_t>(), k, selects, max.data_ptr(),
                        sum.data_ptr(),    moment ? moment->data_ptr() : nullptr};
@@ -99,7 +95,7 @@ void gradient(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias,
               double inner, double outer, const Tensor& ids, const Tensor& dvalues,
               const Tensor& tail, const Tensor& dtail, const Tensor& out, int64_t stream) {
   Arguments arguments(OPD_DEVICE);
-  const auto [matrix, result] = add_gradient_of(arguments, chunk, out, true);
+  const auto [matrix, result] = add_chunk_and_out(arguments, chunk, out);
   opd::check_first_id(chunk, first_id, OPD_MAX_COLUMNS);
   const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
   const int64_t k = arguments.add_ids(ids, chunk.size(0), 0, OPD_MAX_GIVEN);
@@ -116,7 +112,7 @@ void divergence(const Tensor& chunk, const OptionalTensor& bias, bool capped, do
                 const OptionalTensor& upstream, const Tensor& loss, const Tensor& out,
                 int64_t stream) {
   Arguments arguments(OPD_DEVICE);
-  const auto [student, result] = add_gradient_of(arguments, chunk, out, upstream.has_value());
+  const auto [student, result] = add_chunk_and_out(arguments, chunk, out);
   const OpdMatrix other = add_matrix(arguments, teacher, "teacher");
   opd::check_divergence(chunk, teacher, beta);
   const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
@@ -124,20 +120,20 @@ void divergence(const Tensor& chunk, const OptionalTensor& bias, bool capped, do
       teacher, "teacher_bias", teacher_bias, teacher_capped, teacher_inner, teacher_outer);
   const auto dtype = accumulator_of(chunk);
   if (upstream) arguments.add(*upstream, "upstream", dtype, {chunk.size(0)});
-  arguments.add(loss, "loss", dtype, {chunk.size(0)}, Use::kWritten);
+  arguments.add(loss, "loss", dtype, {chunk.size(0)});
   check_launch(opd_divergence(student, head_of(head), other, head_of(teacher_head), beta,
                               upstream ? upstream->data_ptr() : nullptr, loss.data_ptr(), result,
                               pointer(stream)),
                "divergence");
 }
 
-// The operands of a product with a sparse matrix, dense [n, D] and the sums [rows, D].
+// The dense operand [n, D] of a product with a sparse matrix, and the sums [rows, D].
 std::pair<OpdMatrix, OpdMatrix> add_product(Arguments& arguments, const Tensor& dense,
                                             const Tensor& sums) {
   const OpdMatrix matrix = add_matrix(arguments, dense, "dense");
   TORCH_CHECK_VALUE(dense.size(1) <= OPD_MAX_DIM, "dense: expected at most ", OPD_MAX_DIM,
                     " columns, got ", dense.sizes());
-  const OpdMatrix result = add_matrix(arguments, sums, "sums", Use::kWritten);
+  const OpdMatrix result = add_matrix(arguments, sums, "sums");
   TORCH_CHECK_TYPE(sums.scalar_type() == accumulator_of(dense), "sums: expected ",
                    accumulator_of(dense), ", got ", sums.scalar_type());
   TORCH_CHECK_VALUE(sums.size(1) == dense.size(1) && sums.is_contiguous(),
@@ -158,13 +154,13 @@ void sparse_product(const Tensor& ids, const Tensor& coefficients, const Tensor&
                "sparse_product");
 }
 
-// sums [V, D] += the transposed matrix @ dense [n, D], its entries [E] in the order of their ids.
+// sums [V, D] += the transposed [n, V] matrix @ dense [n, D]. Its entries [E] are sorted by id.
 void sparse_scatter(const Tensor& ids, const Tensor& rows, const Tensor& coefficients,
                     const Tensor& dense, const Tensor& sums, int64_t stream) {
   Arguments arguments(OPD_DEVICE);
   const auto [matrix, result] = add_product(arguments, dense, sums);
-  const int64_t entries = ids.numel(), most = int64_t(OPD_PIECE) * INT32_MAX;
-  TORCH_CHECK_VALUE(entries <= most, "ids: expected at most ", most, " entries, got ", entries);
+  const int64_t entries = ids.numel(), limit = int64_t(OPD_PIECE) * INT32_MAX;
+  TORCH_CHECK_VALUE(entries <= limit, "ids: expected at most ", limit, " entries, got ", entries);
   arguments.add(ids, "ids", at::kLong, {entries});
   arguments.add(rows, "rows", at::kLong, {entries});
   arguments.add(coefficients, "coefficients", accumulator_of(dense), {entries});
@@ -183,7 +179,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("MAX_GIVEN") = OPD_MAX_GIVEN;
   m.attr("PIECE") = OPD_PIECE;
   m.attr("LEAST_CAPABILITY") = OPD_LEAST_CAPABILITY;
-  using pybind11::arg;  // the names are for messages
+  using pybind11::arg;  // error messages show the names
   m.def("update", &update, arg("chunk"), arg("first_id"), arg("bias"), arg("capped").noconvert(),
         arg("inner"), arg("outer"), arg("values"), arg("ids"), arg("selects").noconvert(),
         arg("max"), arg("sum"), arg("moment"), arg("block_per_row").noconvert(), arg("stream"));
