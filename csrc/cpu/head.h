@@ -1,4 +1,4 @@
-// From raw products hidden @ weight.T to final logits and back, block by block.
+// A language-model head: final logits from raw products hidden @ weight.T, and their derivative.
 #pragma once
 
 #include "vector.h"
@@ -28,7 +28,7 @@ struct Head {
     return capped ? (score * Vec<T>(inner)).tanh() * Vec<T>(outer) : score * Vec<T>(outer);
   }
 
-  // dz / draw. 1 - tanh^2 cancels where the cap saturates; 4 e / (1 + e)^2 does not.
+  // dz / draw. 1 - tanh^2 would cancel where the cap saturates, 4 e / (1 + e)^2 does not.
   Vec<T> derivative(Vec<T> score) const {
     if (!capped) return Vec<T>(slope);
     const auto e = exp((score * Vec<T>(inner)).abs() * Vec<T>(-2));
@@ -43,8 +43,8 @@ struct Head {
     return 4 * slope * e / ((1 + e) * (1 + e));
   }
 
-  // Logits of columns [first, first + count) into z, padded with -inf to whole vectors; their
-  // maximum, or NaN if there is one.
+  // Writes the logits of columns [first, first + count) to z, padded with -inf to whole vectors.
+  // Returns their maximum, or NaN if any logit is NaN.
   T logits(const T* raw, int64_t first, int64_t count, T* z) const {
     constexpr int64_t width = Vec<T>::size();
     Vec<T> peak(-kInfinity<T>);

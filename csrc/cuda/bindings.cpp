@@ -127,7 +127,7 @@ void divergence(const Tensor& chunk, const OptionalTensor& bias, bool capped, do
                "divergence");
 }
 
-// The dense operand [n, D] of a product with a sparse matrix, and the sums [rows, D].
+// The dense operand and the sums of a product with a sparse matrix; both have D columns.
 std::pair<OpdMatrix, OpdMatrix> add_product(Arguments& arguments, const Tensor& dense,
                                             const Tensor& sums) {
   const OpdMatrix matrix = add_matrix(arguments, dense, "dense");
