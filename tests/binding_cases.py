@@ -39,8 +39,8 @@ def placed(values: Tensor, strides: tuple[int, ...] | None = None) -> Tensor:
 
 
 def bytes_around(tensor: Tensor, is_written: bool) -> Tensor:
-    """Return the bytes of a tensor's memory that must not change: all, or those outside of the tensor
-    if it is written.
+    """Return the bytes of a tensor's memory that must not change: all, or only those outside of the
+    tensor if it is written.
     """
     memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
     if not is_written:
@@ -179,8 +179,8 @@ def update(problem: Problem, on_gpu: bool) -> Call:
         return {n: getattr(expected, n) for n in names}
 
     written = ("values", "max", "sum") + (("moment",) if entropy else ())
-    least, most = (int(selects), 256 if selects else 512) if on_gpu else (1, problem.k)
-    refused = None if least <= problem.k <= most else "ids"
+    min_k, max_k = (int(selects), 256 if selects else 512) if on_gpu else (1, problem.k)
+    refused = None if min_k <= problem.k <= max_k else "ids"
     return Call(arguments, written + (("ids",) if selects else ()), defined, refused)
 
 

@@ -1,5 +1,5 @@
 """The CUDA kernels in the emulator: random problems under the address sanitizer, and planted faults
-that these must catch. The operators' and the epilogues' tests run them as `cuda-emulated`.
+that they must find. The tests of operators and epilogues run the kernels as `cuda-emulated`.
 """
 
 import os
@@ -22,12 +22,12 @@ ROOT = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.skipif(not cuda_emulator.is_available(), reason="needs a C++ compiler"),
-    pytest.mark.skipif(os.environ.get("OPD_SANITIZE") == "1", reason="sanitizes on its own"),
+    pytest.mark.skipif(os.environ.get("OPD_SANITIZE") == "1", reason="loads the sanitizer itself"),
 ]
 
 
 def fuzz(library: Path, cases: int, seed: int = 0) -> subprocess.CompletedProcess[str]:
-    """Random problems in a process that loads the sanitizer's runtime, and libstdc++, first."""
+    """Run random problems in a process that loads the sanitizer's runtime and libstdc++ first."""
     runtimes = [
         subprocess.check_output([cuda_emulator.COMPILER, f"-print-file-name={name}"], text=True)
         for name in ("libasan.so", "libstdc++.so")
@@ -50,7 +50,7 @@ def test_random_problems():
     assert done.stdout == f"{CASES} cases passed\n"
 
 
-# What is changed in which file, and what has to be said of it.
+# Name: (file, original text, replacement, pattern of the expected message).
 WRONG = r"case \d+, check_"
 MUTANTS = {
     "a sort without its barrier": (
@@ -137,7 +137,7 @@ def kernels():
 @pytest.mark.parametrize("dim", [8, 7])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_sparse_backward_of_one_frequent_token(kernels, dim, dtype):
-    """A row of dweight that many blocks share, and rows of one entry."""
+    """Many blocks add to one row of dweight; other rows have one entry."""
     tokens, vocab = 300, 1000
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     ids = torch.randperm(vocab)[: tokens * 3].view(tokens, 3)
@@ -175,8 +175,8 @@ def test_a_device_that_no_code_was_made_for_is_not_reached(monkeypatch):
     extension = type("Extension", (), {"LEAST_CAPABILITY": 80})
     monkeypatch.setattr(backends.cuda, "load_extension", lambda: extension)
     cases = [((7, 5), False), ((8, 0), True), ((12, 1), True)]
-    for index, (own, reached) in enumerate(cases):
-        monkeypatch.setattr("torch.cuda.get_device_capability", lambda _, c=own: c)
+    for index, (version, reached) in enumerate(cases):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda _, c=version: c)
         assert backends.reaches("cuda", torch.device("cuda", index)) is reached
     capability.cache_clear()
 
