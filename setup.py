@@ -1,9 +1,11 @@
-"""Builds the compiled backends; everything else about the package is in pyproject.toml.
+"""Build the compiled backends. All other metadata of the package is in pyproject.toml.
 
-OPD_BUILD=auto (default) builds what this machine has compilers for, and the CUDA backend where
-PyTorch is a CUDA build; cpu insists on the C++ backend and leaves CUDA out, cuda insists on both,
-none builds nothing. OPD_CUDA_ARCHITECTURES="90" limits CUDA to some GPUs. OPD_SANITIZE=1 adds the
-address and undefined-behaviour sanitizers to the C++ backend.
+Environment variables:
+    OPD_BUILD: which backends to build. auto (default) builds the C++ backend if there is a
+        compiler, and the CUDA backend if there is nvcc and PyTorch is a CUDA build. cpu requires
+        the C++ backend and leaves out CUDA, cuda requires both, none builds nothing.
+    OPD_CUDA_ARCHITECTURES: compute capabilities for the CUDA backend, such as "90" or "80 90".
+    OPD_SANITIZE: 1 builds the C++ backend with the address and undefined-behaviour sanitizers.
 """
 
 import os
@@ -19,18 +21,18 @@ from setuptools import setup
 from torch.torch_version import TorchVersion
 from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
-sys.path.insert(0, str(Path(__file__).parent))  # which a build front end leaves out
+sys.path.insert(0, str(Path(__file__).parent))  # build front ends leave it out
 
 from csrc.cuda import nvcc
 
 SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("bindings", "epilogue", "divergence", "products")]
 WARNINGS = ["-g0", "-Wall", "-Wextra"]
-# Torch's headers are not ours to be warned of: a directory that is also -isystem loses its -I.
+# Suppress warnings from PyTorch's headers: -isystem takes precedence over -I for the same folder.
 WARNINGS += [flag for path in include_paths() for flag in ("-isystem", path)]
 CUDA_EXTENSION = "opd_kernels._cuda"
-# at::vec's instruction sets, as torch.backends.cpu.get_cpu_capability() names them.
+# Compiler flags for the instruction sets of torch.backends.cpu.get_cpu_capability().
 FLAGS = {
-    # GCC 12 takes its own intrinsics for uses of uninitialised variables (its bug 105593).
+    # GCC 12 warns of uninitialised variables in its own intrinsics (GCC bug 105593).
     "AVX512": [
         "-mavx512f",
         "-mavx512bw",
@@ -46,19 +48,19 @@ FLAGS = {
 
 
 def capabilities() -> list[str]:
-    """This machine's instruction set and, for others like it, AVX2."""
-    own = torch.backends.cpu.get_cpu_capability()
+    """Return this machine's instruction set and, on x86, AVX2 for other machines."""
+    local = torch.backends.cpu.get_cpu_capability()
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return sorted({own if own in FLAGS else "DEFAULT"} | ({"AVX2"} if is_x86 else set()))
+    return sorted({local if local in FLAGS else "DEFAULT"} | ({"AVX2"} if is_x86 else set()))
 
 
 def cpu_extension(capability: str) -> CppExtension:
-    """The C++ backend for one instruction set."""
+    """Return the C++ backend for one instruction set."""
     flags = ["-O3", *WARNINGS, *FLAGS[capability]]
     flags += [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
     if sys.platform == "linux":
-        # Compiled for OpenMP but not linked with it: the symbols come from the runtime that torch
-        # loaded. A second runtime would have a second pool of threads, spinning against the first.
+        # Compile for OpenMP without linking it: PyTorch has loaded a runtime with these symbols. A
+        # second runtime would have its own threads, which would spin against those of the first.
         flags.append("-fopenmp")
     sanitizers = []
     if os.environ.get("OPD_SANITIZE") == "1":
@@ -73,27 +75,27 @@ def cpu_extension(capability: str) -> CppExtension:
 
 
 def why_no_cuda(compiler: str | None) -> str | None:
-    """What is in the way of building the CUDA backend; None if nothing is. No GPU is needed."""
+    """Return the reason why the CUDA backend cannot be built, or None. It needs no GPU."""
     if compiler is None:
         return f"no nvcc was found; {nvcc.REMEDY}"
-    said = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True)
-    release = re.search(r"release (\d+\.\d+)", said.stdout)
+    done = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True)
+    release = re.search(r"release (\d+\.\d+)", done.stdout)
     if release is None:
-        return f"{compiler} --version does not say its release: {said.stdout!r}"
+        return f"{compiler} --version prints no release: {done.stdout!r}"
     version = TorchVersion(release[1])
     if version < (12, 8):
         return f"{compiler} is of CUDA {version}, and compute capabilities 100 and 120 need 12.8"
-    of_torch = torch.version.cuda
-    if of_torch is not None and int(of_torch.split(".")[0]) < int(version.split(".")[0]):
+    torch_cuda = torch.version.cuda
+    if torch_cuda is not None and int(torch_cuda.split(".")[0]) < int(version.split(".")[0]):
         return (
-            f"{compiler} is of CUDA {version} and PyTorch of {of_torch}: a driver that is enough "
-            f"for PyTorch need not be for {version}; set CUDA_HOME to a toolkit {of_torch} or older"
+            f"{compiler} is of CUDA {version} and PyTorch of {torch_cuda}: a driver for PyTorch "
+            f"may be too old for {version}; set CUDA_HOME to a toolkit {torch_cuda} or older"
         )
     return None
 
 
 def cuda_extension(compiler: str) -> CppExtension:
-    """The CUDA backend; Build compiles its kernels."""
+    """Return the CUDA backend without its kernels, which Build compiles."""
     return CppExtension(
         CUDA_EXTENSION,
         ["csrc/cuda/bindings.cpp"],
@@ -102,14 +104,14 @@ def cuda_extension(compiler: str) -> CppExtension:
             *WARNINGS,
             f"-DOPD_LEAST_CAPABILITY={min(nvcc.architectures())}",
         ],
-        # Static, so that the package asks for no CUDA runtime beside the one that PyTorch brings.
+        # Linked statically, so that the package needs no other CUDA runtime than PyTorch's.
         extra_link_args=[f"-L{folder}" for folder in nvcc.library_folders(compiler)]
         + ["-lcudart_static", "-ldl", "-lpthread", "-lrt"],
     )
 
 
 class Build(BuildExtension):
-    """Compiles the kernels with nvcc, where they are wanted, before the rest."""
+    """Compile the CUDA kernels with nvcc, then everything else."""
 
     def build_extensions(self) -> None:
         for extension in self.extensions:
@@ -122,32 +124,32 @@ class Build(BuildExtension):
 
 
 def extensions() -> list[CppExtension]:
-    """What OPD_BUILD asks for; a compiler that is there but broken fails the build."""
-    wanted = os.environ.get("OPD_BUILD", "auto")
-    if wanted not in ("auto", "cpu", "cuda", "none"):
-        sys.exit(f"OPD_BUILD: expected auto, cpu, cuda or none, got {wanted!r}")
-    if wanted == "none":
+    """Return the extensions for OPD_BUILD. A compiler that is found but broken fails the build."""
+    option = os.environ.get("OPD_BUILD", "auto")
+    if option not in ("auto", "cpu", "cuda", "none"):
+        sys.exit(f"OPD_BUILD: expected auto, cpu, cuda or none, got {option!r}")
+    if option == "none":
         return []
     compiler = os.environ.get("CXX", "c++")
-    if wanted == "auto" and "CXX" not in os.environ and not shutil.which(compiler):
+    if option == "auto" and "CXX" not in os.environ and not shutil.which(compiler):
         print(
             "opd_kernels: no C++ compiler was found, so the C++ backend is not built; the package "
-            "works with backend='torch', which is slower on a CPU. Install g++ or clang++ and "
-            "install again to have it.",
+            "works with backend='torch', which is slower on a CPU. To build it, install g++ or "
+            "clang++ and install this package again.",
             file=sys.stderr,
         )
         return []
-    built = [cpu_extension(capability) for capability in capabilities()]
-    if wanted == "cuda" or (wanted == "auto" and torch.version.cuda is not None):
+    result = [cpu_extension(capability) for capability in capabilities()]
+    if option == "cuda" or (option == "auto" and torch.version.cuda is not None):
         cuda_compiler = nvcc.find_nvcc()
         reason = why_no_cuda(cuda_compiler)
         if reason is None:
-            built.append(cuda_extension(cuda_compiler))
-        elif wanted == "cuda":
+            result.append(cuda_extension(cuda_compiler))
+        elif option == "cuda":
             sys.exit(f"OPD_BUILD=cuda: {reason}")
         else:
             print(f"opd_kernels: the CUDA backend is not built: {reason}", file=sys.stderr)
-    return built
+    return result
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

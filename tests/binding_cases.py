@@ -1,6 +1,12 @@
-"""Arguments for the compiled bindings: those that fit, and ways in which one of them does not.
+"""Random calls of the compiled bindings, with the results of the PyTorch definition.
 
-Every tensor lies in the midst of memory of its own, so that a read or a write beside it shows.
+The bindings are private, but a wrong size, dtype or stride would read or write foreign memory, and
+these cases have found such writes. So csrc/checks.h refuses every tensor that does not match the
+kernel's pointers: device, dtype, shape, strides, freed memory, and views or subclasses whose memory
+holds other numbers. It does not look for outputs that overlap inputs, since the package allocates
+all outputs, and leaves other Python types to pybind11.
+
+Every tensor lies in the middle of its own memory, so that an access outside of it shows.
 """
 
 from collections.abc import Callable
@@ -11,28 +17,31 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opd_kernels.backends import torch as definition
-from opd_kernels.backends.records import Head, RowState
+from opd_kernels.backends.epilogues import Epilogues
+from opd_kernels.backends.records import Chunk, Head, RowGradient, RowState
 from opd_kernels.sparse_logits import canonical_ids
 
+definition = Epilogues()
 _GUARD = 64  # elements on either side of a tensor
 _INT64 = torch.iinfo(torch.int64)
-_SLOTS = (64, 65, 256, 257, 512, 513, 1025)  # K about what kernels have room for
+_KS = (64, 65, 256, 257, 512, 513, 1025)  # around the limits of the kernels
 _FLOATING = (torch.float32, torch.float64)
-_BLOCKS = (1, 2, 7, 33, 130, 511, 513, 1100)  # columns about the sizes of vectors, tiles and blocks
+_COLUMNS = (1, 2, 7, 33, 130, 511, 513, 1100)  # around the sizes of vectors, tiles and blocks
 
 
 def placed(values: Tensor, strides: tuple[int, ...] | None = None) -> Tensor:
-    """The same numbers in the midst of memory that is NaN, or -1."""
+    """Return the same numbers in the middle of memory filled with NaN, or with -1 for integers."""
     strides = strides or torch.empty(values.shape, device="meta").stride()
     extent = sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True)) + 1
-    blank = torch.nan if values.is_floating_point() else -1
-    memory = torch.full((2 * _GUARD + extent,), blank, dtype=values.dtype)
+    fill = torch.nan if values.is_floating_point() else -1
+    memory = torch.full((2 * _GUARD + extent,), fill, dtype=values.dtype)
     return memory.as_strided(values.shape, strides, _GUARD).copy_(values)
 
 
 def bytes_around(tensor: Tensor, is_written: bool) -> Tensor:
-    """What must not change: a tensor's memory, without itself if it is written."""
+    """Return the bytes of a tensor's memory that must not change: all, or only those outside of the
+    tensor if it is written.
+    """
     memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
     if not is_written:
         return memory.clone()
@@ -42,14 +51,14 @@ def bytes_around(tensor: Tensor, is_written: bool) -> Tensor:
     return items[outside]
 
 
-@dataclass(repr=False)  # to show a tensor whose memory is freed ends the process
+@dataclass(repr=False)  # printing a tensor whose memory is freed ends the process
 class Call:
-    """Arguments in the order of a binding's, and what the definition makes of them."""
+    """The arguments of a binding in its order, and the expected results."""
 
     arguments: dict[str, Any]
-    written: tuple[str, ...]
-    defined: Callable[[], dict[str, Tensor]]  # by the name of what is written or returned
-    refused: str | None = None  # the argument that does not fit, if one does not
+    written: tuple[str, ...]  # names of the arguments that the binding writes
+    defined: Callable[[], dict[str, Tensor]]  # the results by argument or return value
+    refused: str | None = None  # the argument that the binding refuses
 
     def tensors(self) -> dict[str, Tensor]:
         return {n: x for n, x in self.arguments.items() if isinstance(x, Tensor)}
@@ -57,13 +66,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes and kinds of what a binding is given, made from a seed so that it can be shown."""
+    """Sizes, dtypes and options of a call. The tensors follow from the seed, so that hypothesis can
+    print a problem.
+    """
 
     seed: int
     rows: int
     columns: int
     k: int
-    gap: int  # between rows of matrices
+    gap: int  # elements between the rows of matrices
     dtype: torch.dtype
     first_id: int
     ids: str
@@ -93,7 +104,7 @@ class Problem:
         return chunk
 
     def support(self) -> Tensor:
-        """Ids [n, K] in and around the chunk, or as far from it as int64 goes."""
+        """Return ids [n, K] in and around the chunk, or at the ends of int64."""
         near = torch.randint(-4, self.columns + 4, (self.rows, self.k))
         ids = torch.where(near < -2, -1, near + self.first_id)
         if self.ids == "far":
@@ -105,23 +116,20 @@ class Problem:
         return placed(ids)
 
     def _distinct(self, ids: Tensor) -> Tensor:
-        """As the driver gives them: what repeats in a row is an empty slot."""
+        """Replace repeated ids of a row by -1, an empty slot, as canonical_ids does."""
         first = torch.ones_like(ids, dtype=torch.bool)
         if ids.numel():
             same = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(-1)
             first = ~same
         return ids.masked_fill(~first, -1)
 
-    def head(self, on_gpu: bool) -> tuple[dict[str, Any], Head]:
-        """A head's arguments, and the head of scores, to which its bias is added."""
+    def head(self) -> tuple[dict[str, Any], Head]:
+        """Return a head's arguments, and the head without its bias for scores that include it."""
         cap, scale, temperature = (self.options[n] for n in ("softcap", "scale", "temperature"))
         bias = placed(self.random(self.columns)) if self.options["bias"] else None
         head = Head(torch.empty(0, 1), None, cap, scale, temperature, self.columns)
-        if on_gpu:
-            inner, outer = head.factors
-            return {"bias": bias, "capped": cap is not None, "inner": inner, "outer": outer}, head
-        options = {"bias": bias, "softcap": cap, "scale": scale, "temperature": temperature}
-        return options, head
+        factors = dict(zip(("capped", "inner", "outer"), head.factors, strict=True))
+        return {"bias": bias, **factors}, head
 
 
 def _scores(chunk: Tensor, head: dict[str, Any], dtype: torch.dtype) -> Tensor:
@@ -130,14 +138,14 @@ def _scores(chunk: Tensor, head: dict[str, Any], dtype: torch.dtype) -> Tensor:
 
 
 def _columns_of(ids: Tensor, problem: Problem) -> Tensor:
-    """Ids as columns of the chunk, -1 outside it, without an overflow."""
+    """Return ids as columns of the chunk, -1 for ids outside of it, without an overflow."""
     first, last = problem.first_id, problem.first_id + problem.columns
     inside = (ids >= first) & (ids < last)
     return torch.where(inside, ids - first, -1)
 
 
 def update(problem: Problem, on_gpu: bool) -> Call:
-    chunk, (head, plain) = problem.chunk(), problem.head(on_gpu)
+    chunk, (head, plain) = problem.chunk(), problem.head()
     selects, entropy = problem.options["selects"], problem.options["entropy"]
     like = torch.empty(0, dtype=problem.accumulator)
     if selects:
@@ -145,43 +153,44 @@ def update(problem: Problem, on_gpu: bool) -> Call:
     else:
         state = RowState.for_ids(problem.support(), entropy, like)
     if problem.options["before"] and problem.first_id and problem.k:
-        seen = problem.random(problem.rows, problem.options["before"])
-        none = Head(torch.empty(0, 1), None, None, 1.0, 1.0, seen.shape[1])
-        own = replace(state, ids=state.ids if selects else torch.full_like(state.ids, -1))
-        definition.update(seen, 0, none, own)
-    if problem.ids == "repeated":  # no driver's: whatever the numbers are
+        earlier = problem.random(problem.rows, problem.options["before"])
+        identity = Head(torch.empty(0, 1), None, None, 1.0, 1.0, earlier.shape[1])
+        ids = state.ids if selects else torch.full_like(state.ids, -1)
+        definition.update(Chunk(earlier, identity), replace(state, ids=ids))
+    if problem.ids == "repeated":  # the package never passes this; only memory must stay intact
         state.values[torch.rand(state.values.shape) < 0.3] = torch.nan
         state = replace(state, ids=problem.support())
-    parts = {n: getattr(state, n) for n in ("values", "ids", "max", "sum", "moment")}
-    parts = {n: None if x is None else placed(x) for n, x in parts.items()}
+    fields = {n: getattr(state, n) for n in ("values", "ids", "max", "sum", "moment")}
+    fields = {n: None if x is None else placed(x) for n, x in fields.items()}
     arguments = {"chunk": chunk, "first_id": problem.first_id, **head}
-    arguments |= {"values": parts["values"], "ids": parts["ids"], "selects": selects}
-    arguments |= {"max": parts["max"], "sum": parts["sum"], "moment": parts["moment"]}
+    arguments |= {"values": fields["values"], "ids": fields["ids"], "selects": selects}
+    arguments |= {"max": fields["max"], "sum": fields["sum"], "moment": fields["moment"]}
     if on_gpu:
         arguments |= {"block_per_row": problem.options["block_per_row"], "stream": 0}
 
     def defined() -> dict[str, Tensor]:
         ids = state.ids if selects else _columns_of(state.ids, problem)
-        own = replace(state, ids=ids.clone())
+        expected = replace(state, ids=ids.clone())
         if problem.rows and problem.columns:
-            # What was seen has lower ids: they come first among equals, as they are.
-            shift = problem.first_id if selects else 0
-            definition.update(_scores(chunk, head, problem.accumulator), shift, plain, own)
+            # Ties go to the lower id, so the ids of a selection must be the true ones.
+            first_id = problem.first_id if selects else 0
+            scores = _scores(chunk, head, problem.accumulator)
+            definition.update(Chunk(scores, plain, first_id), expected)
         names = ("values", "max", "sum", "moment") + (("ids",) if selects else ())
-        return {n: getattr(own, n) for n in names}
+        return {n: getattr(expected, n) for n in names}
 
     written = ("values", "max", "sum") + (("moment",) if entropy else ())
-    least, most = (int(selects), 256 if selects else 512) if on_gpu else (1, problem.k)
-    refused = None if least <= problem.k <= most else "ids"
+    min_k, max_k = (int(selects), 256 if selects else 512) if on_gpu else (1, problem.k)
+    refused = None if min_k <= problem.k <= max_k else "ids"
     return Call(arguments, written + (("ids",) if selects else ()), defined, refused)
 
 
 def gradient(problem: Problem, on_gpu: bool, threshold: bool = False) -> Call:
-    chunk, (head, plain) = problem.chunk(), problem.head(on_gpu)
+    chunk, (head, plain) = problem.chunk(), problem.head()
     ids = problem.support()
     rows = {"ids": ids, "dvalues": placed(problem.random(*ids.shape)), "tail": problem.vector(),
             "dtail": problem.vector()}  # fmt: skip
-    rows["tail"] += 10  # no softmax above what 16 bits hold
+    rows["tail"] += 10  # keeps the softmax within the range of float16
     if problem.logits == "inf":
         rows["tail"].fill_(-torch.inf)
     arguments = {"chunk": chunk} | ({} if threshold else {"first_id": problem.first_id}) | head
@@ -194,20 +203,20 @@ def gradient(problem: Problem, on_gpu: bool, threshold: bool = False) -> Call:
         arguments |= {"out": out, "stream": 0}
     original = chunk.clone()
 
-    def on_columns() -> tuple[Tensor, ...]:
+    def on_columns() -> RowGradient:
         columns = _columns_of(ids, problem)
-        return columns, rows["dvalues"], rows["tail"], rows["dtail"]
+        return RowGradient(columns, rows["dvalues"], rows["tail"], rows["dtail"])
 
     def defined() -> dict[str, Tensor]:
         scores = _scores(original, head, problem.accumulator)
         if threshold:
             sparse, kept = definition.filtered_gradient(
-                scores, plain, *on_columns(), arguments["threshold"]
+                Chunk(scores, plain), on_columns(), arguments["threshold"]
             )
             parts = {"rows": sparse.rows, "columns": sparse.columns, "entries": sparse.values}
             return parts | {"kept": kept}
         if problem.rows and problem.columns:
-            definition.gradient(scores, 0, plain, *on_columns(), scores)
+            definition.gradient(Chunk(scores, plain), on_columns(), scores)
         return {"out" if on_gpu else "chunk": scores}
 
     written = () if threshold else ("out" if on_gpu else "chunk",)
@@ -222,16 +231,16 @@ def filtered_gradient(problem: Problem, on_gpu: bool) -> Call:
 
 
 def divergence(problem: Problem, on_gpu: bool) -> Call:
-    chunk, (head, plain) = problem.chunk(), problem.head(on_gpu)
+    chunk, (head, plain) = problem.chunk(), problem.head()
     other = replace(problem, options=problem.options | {"bias": not problem.options["bias"]})
-    teacher, (theirs, teacher_plain) = other.matrix(), other.head(on_gpu)
+    teacher, (teacher_head, teacher_plain) = other.matrix(), other.head()
     beta, upstream = problem.options["beta"], None
     if problem.options["upstream"]:
         upstream = problem.vector()
         upstream[::3] = 0.0
     loss = placed(torch.zeros(problem.rows, dtype=problem.accumulator))
     arguments = {"chunk": chunk, **head, "teacher": teacher}
-    arguments |= {f"teacher_{name}": value for name, value in theirs.items()}
+    arguments |= {f"teacher_{name}": value for name, value in teacher_head.items()}
     arguments |= {"beta": beta, "upstream": upstream, "loss": loss}
     if on_gpu:
         narrow = problem.options["out"] if problem.dtype == torch.float32 else None
@@ -242,9 +251,9 @@ def divergence(problem: Problem, on_gpu: bool) -> Call:
 
     def defined() -> dict[str, Tensor]:
         dtype = problem.accumulator
-        scores, other_scores = _scores(original, head, dtype), _scores(teacher, theirs, dtype)
-        pair = (scores, plain, other_scores, teacher_plain)
-        losses = definition.divergence(*pair, beta, upstream, scores)
+        scores = _scores(original, head, dtype)
+        teacher_chunk = Chunk(_scores(teacher, teacher_head, dtype), teacher_plain)
+        losses = definition.divergence(Chunk(scores, plain), teacher_chunk, beta, upstream, scores)
         return {"loss": losses} | ({} if upstream is None else {result: scores})
 
     written = ("loss",) if upstream is None else ("loss", result)
@@ -254,7 +263,7 @@ def divergence(problem: Problem, on_gpu: bool) -> Call:
 
 
 def sparse_product(problem: Problem, on_gpu: bool) -> Call:
-    """Here a chunk's columns are D, and V is a few rows."""
+    """The problem's columns are D; V is a constant."""
     vocab = 9
     ids = placed(canonical_ids(torch.randint(-2, vocab, (problem.rows, problem.k)), vocab))
     if problem.ids == "far" and ids.numel():
@@ -267,8 +276,8 @@ def sparse_product(problem: Problem, on_gpu: bool) -> Call:
     def defined() -> dict[str, Tensor]:
         total = start.clone()
         live = ids.masked_fill((ids < 0) | (ids >= vocab), -1)
-        wide = (dense.to(problem.accumulator),) * 2
-        definition.sparse_backward(live, coefficients, wide[1], wide[0], total, None)
+        wide = dense.to(problem.accumulator)
+        definition.sparse_backward(live, coefficients, wide, wide, total, None)
         return {"sums": total}
 
     arguments = {"ids": ids, "coefficients": coefficients, "dense": dense, "sums": sums}
@@ -276,7 +285,7 @@ def sparse_product(problem: Problem, on_gpu: bool) -> Call:
 
 
 def sparse_scatter(problem: Problem, on_gpu: bool) -> Call:
-    """Here a chunk's columns are D, its rows are tokens, and V is a few rows."""
+    """The problem's columns are D and its rows are tokens; V is a constant."""
     vocab, entries = 5, problem.k * 3
     ids = torch.randint(-2, vocab, (entries,)) if problem.rows else torch.full((entries,), -1)
     rows = torch.randint(0, max(1, problem.rows), (entries,))
@@ -298,7 +307,7 @@ def sparse_scatter(problem: Problem, on_gpu: bool) -> Call:
 
 
 def project(problem: Problem, on_gpu: bool) -> Call:
-    """Here K is D."""
+    """The problem's K is D."""
     hidden, weight = problem.matrix(problem.k), _weight(problem)
     out = problem.matrix()
     arguments = {"hidden": hidden, "weight": weight, "out": out, **_slice_rows(problem)}
@@ -310,7 +319,7 @@ def project(problem: Problem, on_gpu: bool) -> Call:
 
 
 def add_hidden_gradient(problem: Problem, on_gpu: bool) -> Call:
-    """Here K is D."""
+    """The problem's K is D."""
     dhidden, weight = problem.matrix(problem.k), _weight(problem)
     dlogits, start = problem.matrix(), dhidden.clone()
     arguments = {"dhidden": dhidden, "dlogits": dlogits, "weight": weight, **_slice_rows(problem)}
@@ -322,7 +331,7 @@ def add_hidden_gradient(problem: Problem, on_gpu: bool) -> Call:
 
 
 def _weight(problem: Problem) -> Tensor:
-    """[v, D] of the problem's dtype or a narrower one."""
+    """Return a weight [v, D] of the problem's dtype or a narrower one."""
     narrow = problem.options["out"] or (torch.float32 if problem.seed % 2 else problem.dtype)
     return replace(problem, rows=problem.columns).matrix(problem.k, dtype=narrow)
 
@@ -339,8 +348,7 @@ CUDA = {"update": update, "gradient": gradient, "divergence": divergence,
 
 
 @st.composite
-def problems(draw, on_gpu: bool, least: int = 0) -> Problem:
-    """Of at least so many rows, columns and slots."""
+def problems(draw, on_gpu: bool) -> Problem:
     dtypes = (*_FLOATING, torch.bfloat16, torch.float16) if on_gpu else _FLOATING
     options = {
         "softcap": draw(st.sampled_from([None, None, 3.0])),
@@ -352,17 +360,31 @@ def problems(draw, on_gpu: bool, least: int = 0) -> Problem:
     }
     for name in ("bias", "entropy", "selects", "upstream", "block_per_row"):
         options[name] = draw(st.booleans())
-    columns = draw(st.integers(least, 40) | st.sampled_from([n for n in _BLOCKS if n >= least]))
-    last = 1 << 28 if on_gpu else _INT64.max
+    columns = draw(st.integers(0, 40) | st.sampled_from(_COLUMNS))
     return Problem(
         seed=draw(st.integers(0, 2**31)),
-        rows=draw(st.integers(least, 4)),
+        rows=draw(st.integers(0, 4)),
         columns=columns,
-        k=draw(st.integers(least, 8) | st.sampled_from([64, 65, 256] if least else _SLOTS)),
+        k=draw(st.integers(0, 8) | st.sampled_from(_KS)),
         gap=draw(st.integers(0, 9)),
         dtype=draw(st.sampled_from(dtypes)),
-        first_id=draw(st.sampled_from([0, 40, 100_000, last - columns])),
+        first_id=draw(st.sampled_from([0, 40, 100_000, max_columns(on_gpu) - columns])),
         ids=draw(st.sampled_from(["near", "near", "far", "repeated"])),
         logits=draw(st.sampled_from(["plain", "plain", "plain", "nan", "inf", "masked"])),
         options=options,
     )
+
+
+def max_columns(on_gpu: bool) -> int:
+    """Return the largest value of first_id plus the columns of a chunk."""
+    return 1 << 28 if on_gpu else _INT64.max
+
+
+def small_problem(selects: bool) -> Problem:
+    """Return a problem with every optional tensor, whose sizes are all different."""
+    options = {
+        "softcap": 3.0, "scale": 1.0, "temperature": 0.5, "beta": 0.3, "before": 0,
+        "out": torch.bfloat16, "bias": True, "entropy": True, "selects": selects,
+        "upstream": True, "block_per_row": False,
+    }  # fmt: skip
+    return Problem(0, 3, 9, 4, 2, torch.float32, 0, "near", "plain", options)

@@ -1,4 +1,4 @@
-"""Installing from source: without a compiler, with a broken one, and what a broken build does."""
+"""Installation from source: without a compiler, with a broken one, and with a broken build."""
 
 import os
 import runpy
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def source(tmp_path):
-    """A copy of what is needed to build, without anything that was built."""
+    """Copy the sources without compiled files."""
     for name in ("opd_kernels", "trainer", "csrc"):
         skip = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=skip)
@@ -48,7 +48,7 @@ def install(source, target, **environment):
 
 @pytest.fixture
 def no_compiler(tmp_path):
-    """A PATH with Python alone in it."""
+    """Return a PATH that contains only Python."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "python").symlink_to(sys.executable)
@@ -61,7 +61,7 @@ def test_without_a_compiler_the_torch_backend_is_installed(source, tmp_path, no_
     assert done.returncode == 0, done.stdout
     assert "no C++ compiler was found, so the C++ backend is not built" in done.stdout
     assert not list(target.rglob("*.so"))
-    # An editable installation would find its own extension for the package that is tested here.
+    # The finder of an editable installation would load its extension into the package under test.
     code = """import sys
 sys.meta_path = [f for f in sys.meta_path if "Editable" not in repr(f)]
 import torch, opd_kernels as o
@@ -90,13 +90,13 @@ def test_a_broken_compiler_fails_the_installation(source, tmp_path, no_compiler,
 
 @pytest.mark.skipif(nvcc.find_nvcc() is None, reason="no nvcc was found")
 def test_the_cuda_backend_is_built_without_a_gpu(source):
-    """For one architecture; the audit compiles for all of them. Nothing of it warns."""
-    wanted = {"OPD_BUILD": "cuda", "OPD_CUDA_ARCHITECTURES": "90"}
+    """Build for one architecture, without warnings; the audit compiles for all architectures."""
+    environment = {"OPD_BUILD": "cuda", "OPD_CUDA_ARCHITECTURES": "90"}
     without_cpu = """import runpy, setuptools
 setup = setuptools.setup
 setuptools.setup = lambda ext_modules, **options: setup(ext_modules=ext_modules[-1:], **options)
 runpy.run_path("setup.py")"""
-    done = run(["-c", without_cpu, "-q", "build_ext", "--inplace"], source, **wanted)
+    done = run(["-c", without_cpu, "-q", "build_ext", "--inplace"], source, **environment)
     assert done.returncode == 0, done.stdout
     assert "warning" not in done.stdout
     code = """import sys
@@ -148,9 +148,9 @@ def test_a_cuda_backend_that_was_asked_for_says_what_it_lacks(source, tmp_path):
     )  # fmt: skip
     assert done.returncode != 0
     assert "OPD_BUILD=cuda: no nvcc was found; install the CUDA toolkit" in done.stdout
-    wanted = {"OPD_BUILD": "cuda", "OPD_CUDA_ARCHITECTURES": "Hopper"}
+    environment = {"OPD_BUILD": "cuda", "OPD_CUDA_ARCHITECTURES": "Hopper"}
     if nvcc.find_nvcc() is not None:
-        done = run(["setup.py", "-q", "build_ext", "--inplace"], source, **wanted)
+        done = run(["setup.py", "-q", "build_ext", "--inplace"], source, **environment)
         assert done.returncode != 0
         assert "OPD_CUDA_ARCHITECTURES: expected compute capabilities from 80 on" in done.stdout
 

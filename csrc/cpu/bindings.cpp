@@ -1,4 +1,4 @@
-// Python's door to the kernels: checks every tensor, then calls them on raw pointers.
+// The Python bindings of the C++ kernels: they check every tensor and pass raw pointers on.
 
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
@@ -18,47 +18,27 @@
 namespace {
 
 using opd::Arguments;
+using opd::HeadArguments;
 using opd::OptionalTensor;
 using opd::Tensor;
-using opd::Use;
 
 template <typename T>
 opd::Chunk<T> chunk_of(const Tensor& chunk, int64_t first_id) {
   return {chunk.data_ptr<T>(), chunk.size(0), chunk.size(1), chunk.stride(0), first_id};
 }
 
-// The arguments of a call, of which this is the first: it has the dtype of logits.
-Arguments arguments_of(const Tensor& matrix, Use use, const char* name = "chunk") {
+// Starts the checks of a call with its first matrix, whose dtype is that of the logits.
+Arguments arguments_of(const Tensor& matrix, const char* name = "chunk") {
   Arguments arguments(at::kCPU);
-  arguments.add_matrix(matrix, name, use);
+  arguments.add_matrix(matrix, name);
   TORCH_CHECK_TYPE(matrix.scalar_type() == at::kFloat || matrix.scalar_type() == at::kDouble, name,
                    ": expected float32 or float64, got ", matrix.scalar_type());
   return arguments;
 }
 
-void check_first_id(const Tensor& chunk, int64_t first_id) {
-  const int64_t last = INT64_MAX - chunk.size(1);
-  TORCH_CHECK_VALUE(first_id >= 0 && first_id <= last, "first_id: expected 0 to ", last, ", got ",
-                    first_id);
-}
-
-void add_bias(Arguments& arguments, const OptionalTensor& bias, const char* name,
-              const Tensor& chunk) {
-  if (bias) arguments.add(*bias, name, chunk.scalar_type(), {chunk.size(1)});
-}
-
 template <typename T>
-opd::Head<T> head_of(const OptionalTensor& bias, std::optional<double> softcap, double scale,
-                     double temperature) {
-  const double cap = softcap.value_or(1.0);
-  return {bias ? bias->data_ptr<T>() : nullptr, softcap.has_value(), T(scale / temperature),
-          T(scale / cap), T(cap / temperature)};
-}
-
-int64_t slots_of(const Tensor& ids, int64_t least) {
-  TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(1) >= least, "ids: expected [n, K] with K >= ",
-                    least, ", got ", ids.sizes());
-  return ids.size(1);
+opd::Head<T> head_of(const HeadArguments& head) {
+  return {static_cast<const T*>(head.bias), head.capped, head.inner, head.outer};
 }
 
 template <typename Function>
@@ -69,77 +49,58 @@ void for_dtype_of(const Tensor& chunk, const Function& function) {
     function(double{});
 }
 
-void update(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias,
-            std::optional<double> softcap, double scale, double temperature, const Tensor& values,
-            const Tensor& ids, bool selects, const Tensor& max, const Tensor& sum,
-            const OptionalTensor& moment) {
-  Arguments arguments = arguments_of(chunk, Use::kRead);
-  check_first_id(chunk, first_id);
-  add_bias(arguments, bias, "bias", chunk);
-  const int64_t rows = chunk.size(0), k = slots_of(ids, 1);
-  const auto dtype = chunk.scalar_type();
-  arguments.add(ids, "ids", at::kLong, {rows, k}, selects ? Use::kWritten : Use::kRead);
-  arguments.add(values, "values", dtype, {rows, k}, Use::kWritten);
-  arguments.add(max, "max", dtype, {rows}, Use::kWritten);
-  arguments.add(sum, "sum", dtype, {rows}, Use::kWritten);
-  if (moment) arguments.add(*moment, "moment", dtype, {rows}, Use::kWritten);
+void update(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias, bool capped,
+            double inner, double outer, const Tensor& values, const Tensor& ids, bool selects,
+            const Tensor& max, const Tensor& sum, const OptionalTensor& moment) {
+  Arguments arguments = arguments_of(chunk);
+  opd::check_first_id(chunk, first_id, INT64_MAX);
+  const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
+  const int64_t k = arguments.add_ids(ids, chunk.size(0), 1, INT64_MAX);
+  arguments.add_state(chunk, k, values, max, sum, moment);
   for_dtype_of(chunk, [&](auto zero) {
     using T = decltype(zero);
     const opd::State<T> state{values.data_ptr<T>(), ids.data_ptr<int64_t>(), k, selects,
                               max.data_ptr<T>(),    sum.data_ptr<T>(),
                               moment ? moment->data_ptr<T>() : nullptr};
-    const auto head = head_of<T>(bias, softcap, scale, temperature);
     const pybind11::gil_scoped_release no_gil;
-    opd::update(chunk_of<T>(chunk, first_id), head, state);
+    opd::update(chunk_of<T>(chunk, first_id), head_of<T>(head), state);
   });
 }
 
-// Adds what both forms of the gradient take; returns K.
-int64_t add_gradient(Arguments& arguments, const Tensor& chunk, const OptionalTensor& bias,
-                     const Tensor& ids, const Tensor& dvalues, const Tensor& tail,
-                     const Tensor& dtail) {
-  const int64_t rows = chunk.size(0), k = slots_of(ids, 0);
-  const auto dtype = chunk.scalar_type();
-  add_bias(arguments, bias, "bias", chunk);
-  arguments.add(ids, "ids", at::kLong, {rows, k});
-  arguments.add(dvalues, "dvalues", dtype, {rows, k});
-  arguments.add(tail, "tail", dtype, {rows});
-  arguments.add(dtail, "dtail", dtype, {rows});
-  return k;
-}
-
-void gradient_(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias,
-               std::optional<double> softcap, double scale, double temperature, const Tensor& ids,
-               const Tensor& dvalues, const Tensor& tail, const Tensor& dtail) {
-  Arguments arguments = arguments_of(chunk, Use::kWritten);
-  check_first_id(chunk, first_id);
-  const int64_t k = add_gradient(arguments, chunk, bias, ids, dvalues, tail, dtail);
+void gradient_(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias, bool capped,
+               double inner, double outer, const Tensor& ids, const Tensor& dvalues,
+               const Tensor& tail, const Tensor& dtail) {
+  Arguments arguments = arguments_of(chunk);
+  opd::check_first_id(chunk, first_id, INT64_MAX);
+  const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
+  const int64_t k = arguments.add_ids(ids, chunk.size(0), 0, INT64_MAX);
+  arguments.add_row_gradient(chunk, k, dvalues, tail, dtail);
   for_dtype_of(chunk, [&](auto zero) {
     using T = decltype(zero);
-    const auto head = head_of<T>(bias, softcap, scale, temperature);
     const pybind11::gil_scoped_release no_gil;
-    opd::gradient(chunk_of<T>(chunk, first_id), head, ids.data_ptr<int64_t>(),
+    opd::gradient(chunk_of<T>(chunk, first_id), head_of<T>(head), ids.data_ptr<int64_t>(),
                   dvalues.data_ptr<T>(), k, tail.data_ptr<T>(), dtail.data_ptr<T>());
   });
 }
 
-// Row and column [E] and value [E] of every entry, and kept [n].
+// Returns the row [E], column [E] and value [E] of every entry, and kept [n].
 std::tuple<Tensor, Tensor, Tensor, Tensor> filtered_gradient(
-    const Tensor& chunk, const OptionalTensor& bias, std::optional<double> softcap, double scale,
-    double temperature, const Tensor& ids, const Tensor& dvalues, const Tensor& tail,
-    const Tensor& dtail, const Tensor& threshold) {
-  Arguments arguments = arguments_of(chunk, Use::kRead);
-  const int64_t k = add_gradient(arguments, chunk, bias, ids, dvalues, tail, dtail);
-  const int64_t rows = chunk.size(0);
+    const Tensor& chunk, const OptionalTensor& bias, bool capped, double inner, double outer,
+    const Tensor& ids, const Tensor& dvalues, const Tensor& tail, const Tensor& dtail,
+    const Tensor& threshold) {
+  Arguments arguments = arguments_of(chunk);
+  const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
+  const int64_t rows = chunk.size(0), k = arguments.add_ids(ids, rows, 0, INT64_MAX);
+  arguments.add_row_gradient(chunk, k, dvalues, tail, dtail);
   arguments.add(threshold, "threshold", chunk.scalar_type(), {rows});
   Tensor row_ids, columns, values, kept = at::empty({rows}, chunk.options());
   for_dtype_of(chunk, [&](auto zero) {
     using T = decltype(zero);
-    const auto head = head_of<T>(bias, softcap, scale, temperature);
     const pybind11::gil_scoped_release no_gil;
-    const auto entries = opd::filtered_gradient(
-        chunk_of<T>(chunk, 0), head, ids.data_ptr<int64_t>(), dvalues.data_ptr<T>(), k,
-        tail.data_ptr<T>(), dtail.data_ptr<T>(), threshold.data_ptr<T>(), kept.data_ptr<T>());
+    const auto entries =
+        opd::filtered_gradient(chunk_of<T>(chunk, 0), head_of<T>(head), ids.data_ptr<int64_t>(),
+                               dvalues.data_ptr<T>(), k, tail.data_ptr<T>(), dtail.data_ptr<T>(),
+                               threshold.data_ptr<T>(), kept.data_ptr<T>());
     int64_t count = 0;
     for (const auto& row : entries) count += row.size();
     row_ids = at::empty({count}, ids.options());
@@ -157,70 +118,57 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> filtered_gradient(
   return {row_ids, columns, values, kept};
 }
 
-void divergence_(const Tensor& chunk, const OptionalTensor& bias, std::optional<double> softcap,
-                 double scale, double temperature, const Tensor& teacher,
-                 const OptionalTensor& teacher_bias, std::optional<double> teacher_softcap,
-                 double teacher_scale, double teacher_temperature, double beta,
+void divergence_(const Tensor& chunk, const OptionalTensor& bias, bool capped, double inner,
+                 double outer, const Tensor& teacher, const OptionalTensor& teacher_bias,
+                 bool teacher_capped, double teacher_inner, double teacher_outer, double beta,
                  const OptionalTensor& upstream, const Tensor& loss) {
-  Arguments arguments = arguments_of(chunk, upstream ? Use::kWritten : Use::kRead);
+  Arguments arguments = arguments_of(chunk);
   arguments.add_matrix(teacher, "teacher");
+  opd::check_divergence(chunk, teacher, beta);
+  const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
+  const HeadArguments teacher_head = arguments.add_head(
+      teacher, "teacher_bias", teacher_bias, teacher_capped, teacher_inner, teacher_outer);
   const auto dtype = chunk.scalar_type();
-  TORCH_CHECK_VALUE(teacher.sizes() == chunk.sizes() && teacher.scalar_type() == dtype &&
-                        chunk.size(1) >= 1,
-                    "teacher: expected the student's shape [n, V] and dtype, ", chunk.sizes(),
-                    " of ", dtype, ", got ", teacher.sizes(), " of ", teacher.scalar_type());
-  TORCH_CHECK_VALUE(beta >= 0 && beta <= 1, "beta: expected 0 to 1, got ", beta);
-  add_bias(arguments, bias, "bias", chunk);
-  add_bias(arguments, teacher_bias, "teacher_bias", teacher);
   if (upstream) arguments.add(*upstream, "upstream", dtype, {chunk.size(0)});
-  arguments.add(loss, "loss", dtype, {chunk.size(0)}, Use::kWritten);
+  arguments.add(loss, "loss", dtype, {chunk.size(0)});
   for_dtype_of(chunk, [&](auto zero) {
     using T = decltype(zero);
-    const auto head = head_of<T>(bias, softcap, scale, temperature);
-    const auto teacher_head =
-        head_of<T>(teacher_bias, teacher_softcap, teacher_scale, teacher_temperature);
     const pybind11::gil_scoped_release no_gil;
-    opd::divergence(chunk_of<T>(chunk, 0), head, chunk_of<T>(teacher, 0), teacher_head, beta,
-                    upstream ? upstream->data_ptr<T>() : nullptr, loss.data_ptr<T>());
+    opd::divergence(chunk_of<T>(chunk, 0), head_of<T>(head), chunk_of<T>(teacher, 0),
+                    head_of<T>(teacher_head), beta, upstream ? upstream->data_ptr<T>() : nullptr,
+                    loss.data_ptr<T>());
   });
 }
 
 template <typename T>
 opd::Matrix<T> matrix_of(const Tensor& matrix) {
   const int64_t rows = matrix.size(0), columns = matrix.size(1);
-  const int64_t stride = std::max(matrix.stride(0), columns);  // a single row may have any
+  const int64_t stride = std::max(matrix.stride(0), columns);  // one row may have any
   if constexpr (std::is_const_v<T>)
     return {matrix.const_data_ptr<std::remove_const_t<T>>(), rows, columns, stride};
   else
     return {matrix.mutable_data_ptr<T>(), rows, columns, stride};
 }
 
-// A matrix that a product reads or writes, by its name in messages.
-struct Operand {
-  const Tensor& matrix;
-  const char* name;
-  Use use;
-};
-
-// Refuses hidden states (or their gradient) [n, D], logits (or theirs) [n, v] and weight [v, D] that
-// do not fit one another. The weight may be of a narrower dtype than the others.
-void check_product(const Operand& hidden, const Operand& logits, const Tensor& weight,
-                   int64_t slice_rows) {
-  Arguments arguments = arguments_of(hidden.matrix, hidden.use, hidden.name);
+// Checks that hidden [n, D], logits [n, v] and weight [v, D] fit together. hidden and logits, or
+// their gradients, share a dtype; the weight may have a narrower one.
+void check_product(const Tensor& hidden, const char* hidden_name, const Tensor& logits,
+                   const char* logits_name, const Tensor& weight, int64_t slice_rows) {
+  Arguments arguments = arguments_of(hidden, hidden_name);
   arguments.add_matrix(weight, "weight");
-  const auto dtype = hidden.matrix.scalar_type(), narrow = weight.scalar_type();
+  const auto dtype = hidden.scalar_type(), narrow = weight.scalar_type();
   const bool is_narrow = narrow == at::kFloat || narrow == at::kBFloat16 || narrow == at::kHalf;
   TORCH_CHECK_TYPE(is_narrow || narrow == dtype, "weight: expected ", dtype,
                    " or a narrower float, got ", narrow);
-  TORCH_CHECK_VALUE(weight.size(1) == hidden.matrix.size(1) && weight.size(1) >= 1,
-                    "weight: expected [v, D] with the D >= 1 of ", hidden.name, ", ",
-                    hidden.matrix.sizes(), ", got ", weight.sizes());
-  arguments.add_matrix(logits.matrix, logits.name, logits.use);
-  const std::array shape{hidden.matrix.size(0), weight.size(0)};
-  TORCH_CHECK_TYPE(logits.matrix.scalar_type() == dtype, logits.name, ": expected ", dtype,
-                   ", got ", logits.matrix.scalar_type());
-  TORCH_CHECK_VALUE(logits.matrix.sizes() == at::IntArrayRef(shape), logits.name,
-                    ": expected shape ", at::IntArrayRef(shape), ", got ", logits.matrix.sizes());
+  TORCH_CHECK_VALUE(weight.size(1) == hidden.size(1) && weight.size(1) >= 1,
+                    "weight: expected [v, D] with the D >= 1 of ", hidden_name, ", ",
+                    hidden.sizes(), ", got ", weight.sizes());
+  arguments.add_matrix(logits, logits_name);
+  const std::array shape{hidden.size(0), weight.size(0)};
+  TORCH_CHECK_TYPE(logits.scalar_type() == dtype, logits_name, ": expected ", dtype, ", got ",
+                   logits.scalar_type());
+  TORCH_CHECK_VALUE(logits.sizes() == at::IntArrayRef(shape), logits_name, ": expected shape ",
+                    at::IntArrayRef(shape), ", got ", logits.sizes());
   TORCH_CHECK_VALUE(slice_rows >= 1, "slice_rows: expected at least 1, got ", slice_rows);
 }
 
@@ -239,7 +187,7 @@ void for_dtypes_of(const Tensor& logits, const Tensor& weight, const Function& f
 }
 
 void project(const Tensor& hidden, const Tensor& weight, const Tensor& out, int64_t slice_rows) {
-  check_product({hidden, "hidden", Use::kRead}, {out, "out", Use::kWritten}, weight, slice_rows);
+  check_product(hidden, "hidden", out, "out", weight, slice_rows);
   RECORD_FUNCTION("opd_kernels::project", std::vector<c10::IValue>{});
   if (out.numel() == 0) return;
   for_dtypes_of(out, weight, [&](auto zero, auto narrow) {
@@ -253,8 +201,7 @@ void project(const Tensor& hidden, const Tensor& weight, const Tensor& out, int6
 
 void add_hidden_gradient_(const Tensor& dhidden, const Tensor& dlogits, const Tensor& weight,
                           int64_t slice_rows) {
-  check_product({dhidden, "dhidden", Use::kWritten}, {dlogits, "dlogits", Use::kRead}, weight,
-                slice_rows);
+  check_product(dhidden, "dhidden", dlogits, "dlogits", weight, slice_rows);
   RECORD_FUNCTION("opd_kernels::add_hidden_gradient_", std::vector<c10::IValue>{});
   if (dlogits.numel() == 0) return;
   for_dtypes_of(dlogits, weight, [&](auto zero, auto narrow) {
@@ -270,19 +217,20 @@ void add_hidden_gradient_(const Tensor& dhidden, const Tensor& dlogits, const Te
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  using pybind11::arg;  // the names are for messages
-  m.def("update", &update, arg("chunk"), arg("first_id"), arg("bias"), arg("softcap"), arg("scale"),
-        arg("temperature"), arg("values"), arg("ids"), arg("selects").noconvert(), arg("max"),
-        arg("sum"), arg("moment"));
-  m.def("gradient_", &gradient_, arg("chunk"), arg("first_id"), arg("bias"), arg("softcap"),
-        arg("scale"), arg("temperature"), arg("ids"), arg("dvalues"), arg("tail"), arg("dtail"));
-  m.def("filtered_gradient", &filtered_gradient, arg("chunk"), arg("bias"), arg("softcap"),
-        arg("scale"), arg("temperature"), arg("ids"), arg("dvalues"), arg("tail"), arg("dtail"),
-        arg("threshold"));
-  m.def("divergence_", &divergence_, arg("chunk"), arg("bias"), arg("softcap"), arg("scale"),
-        arg("temperature"), arg("teacher"), arg("teacher_bias"), arg("teacher_softcap"),
-        arg("teacher_scale"), arg("teacher_temperature"), arg("beta"), arg("upstream"),
-        arg("loss"));
+  using pybind11::arg;  // error messages show the names
+  m.def("update", &update, arg("chunk"), arg("first_id"), arg("bias"), arg("capped").noconvert(),
+        arg("inner"), arg("outer"), arg("values"), arg("ids"), arg("selects").noconvert(),
+        arg("max"), arg("sum"), arg("moment"));
+  m.def("gradient_", &gradient_, arg("chunk"), arg("first_id"), arg("bias"),
+        arg("capped").noconvert(), arg("inner"), arg("outer"), arg("ids"), arg("dvalues"),
+        arg("tail"), arg("dtail"));
+  m.def("filtered_gradient", &filtered_gradient, arg("chunk"), arg("bias"),
+        arg("capped").noconvert(), arg("inner"), arg("outer"), arg("ids"), arg("dvalues"),
+        arg("tail"), arg("dtail"), arg("threshold"));
+  m.def("divergence_", &divergence_, arg("chunk"), arg("bias"), arg("capped").noconvert(),
+        arg("inner"), arg("outer"), arg("teacher"), arg("teacher_bias"),
+        arg("teacher_capped").noconvert(), arg("teacher_inner"), arg("teacher_outer"), arg("beta"),
+        arg("upstream"), arg("loss"));
   m.def("project", &project, arg("hidden"), arg("weight"), arg("out"), arg("slice_rows"));
   m.def("add_hidden_gradient_", &add_hidden_gradient_, arg("dhidden"), arg("dlogits"),
         arg("weight"), arg("slice_rows"));

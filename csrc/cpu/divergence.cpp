@@ -1,4 +1,4 @@
-// Two or three walks over a pair of rows, of which all but the first find them in the cache.
+// Two or three passes over a pair of rows; all but the first read the rows from the cache.
 
 #include "divergence.h"
 
@@ -12,7 +12,7 @@
 namespace opd {
 namespace {
 
-// value where weight is not 0, else 0: a probability of 0 makes 0 of an infinite term.
+// value where weight is not 0, else 0. A term of probability 0 is then 0 even if it is infinite.
 template <typename T>
 Vec<T> where_positive(Vec<T> weight, Vec<T> value) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -34,7 +34,7 @@ struct Mixture {
   }
 };
 
-// A pair of rows of logits, and what the first walk over them finds.
+// A row of student logits, the row of teacher logits, and their normalisers.
 template <typename T>
 class Pair {
  public:
@@ -43,17 +43,18 @@ class Pair {
       : raw_(raw), head_(head), teacher_raw_(teacher_raw), teacher_head_(teacher_head),
         columns_(columns) {}
 
-  // Both logsumexps, and E[z - y] under the weights of z, each relative to its largest logit, from
-  // which the KL follows: z and y are student and teacher (reverse) or teacher and student (forward).
+  // Computes both normalisers and the KL, from both sums of exponentials and E[z - y] under
+  // softmax(z). z is the student and y the teacher for the reverse KL, and the other way round for
+  // the forward KL.
   T kl(bool reverse) {
     OnlineSum<T> sum, other_sum;
-    alignas(64) T ours[kBlock], theirs[kBlock];
+    alignas(64) T student_z[kBlock], teacher_z[kBlock];
     for (int64_t first = 0; first < columns_; first += kBlock) {
       const int64_t count = std::min(kBlock, columns_ - first);
-      const T peak = head_.logits(raw_, first, count, ours);
-      const T other_peak = teacher_head_.logits(teacher_raw_, first, count, theirs);
-      T* weighted = reverse ? ours : theirs;
-      T* other = reverse ? theirs : ours;
+      const T peak = head_.logits(raw_, first, count, student_z);
+      const T other_peak = teacher_head_.logits(teacher_raw_, first, count, teacher_z);
+      T* weighted = reverse ? student_z : teacher_z;
+      T* other = reverse ? teacher_z : student_z;
       sum.raise(reverse ? peak : other_peak);
       const double other_origin = other_sum.origin();
       other_sum.raise(reverse ? other_peak : peak);
@@ -82,15 +83,15 @@ class Pair {
     kl(false);
     const Mixture<T> mixture(beta);
     double loss = 0, slope = 0;
-    alignas(64) T ours[kBlock], theirs[kBlock];
+    alignas(64) T student_z[kBlock], teacher_z[kBlock];
     for (int64_t first = 0; first < columns_; first += kBlock) {
       const int64_t count = std::min(kBlock, columns_ - first);
-      head_.logits(raw_, first, count, ours);
-      teacher_head_.logits(teacher_raw_, first, count, theirs);
+      head_.logits(raw_, first, count, student_z);
+      teacher_head_.logits(teacher_raw_, first, count, teacher_z);
       Vec<T> losses(0), slopes(0);
       for (int64_t i = 0; i < padded<T>(count); i += Vec<T>::size()) {
-        const auto log_p = student_.log_probs(Vec<T>::loadu(ours + i));
-        const auto log_q = teacher_.log_probs(Vec<T>::loadu(theirs + i));
+        const auto log_p = student_.log_probs(Vec<T>::loadu(student_z + i));
+        const auto log_q = teacher_.log_probs(Vec<T>::loadu(teacher_z + i));
         const auto p = exp(log_p), q = exp(log_q);
         const auto log_m = mixture.log(p, q);
         const auto from_student = where_positive(p, p * mixture.student * (log_p - log_m));
@@ -126,7 +127,7 @@ class Pair {
   }
 
  private:
-  // log p = (z - max) - log(sum): rounding max + log(sum) would cost every entry more.
+  // log p = (z - max) - log(sum). Subtracting the rounded max + log(sum) would be less exact.
   struct Normaliser {
     T max = 0, log_sum = 0;
 
@@ -171,7 +172,7 @@ void divergence(const Chunk<T>& student, const Head<T>& head, const Chunk<T>& te
       loss[row] = is_kl ? pair.kl(beta == 1) : pair.jsd(beta);
       if (!upstream) continue;
       if (upstream[row] == 0)
-        std::fill(raw, raw + student.columns, T(0));  // not 0 * inf
+        std::fill(raw, raw + student.columns, T(0));  // 0 * inf would be NaN
       else if (beta == 1)
         pair.reverse_kl_gradient(upstream[row]);
       else if (beta == 0)

@@ -1,8 +1,9 @@
-// update and gradient: one read of a chunk, and one read and one write.
+// update reads a chunk once; gradient reads and writes it once.
 //
-// A row is walked in blocks. A block's logits lie in a buffer, where what belongs to S is taken out
-// before the rest joins the online logsumexp (Milakov and Gimelshein, arXiv 1805.02867), so that a
-// tail far below the best logits keeps its precision.
+// A row is processed in blocks. The logits of a block are written to a buffer, and those on the
+// support S are removed before the others are added to the online logsumexp of the tail (Milakov
+// and Gimelshein, arXiv 1805.02867). A tail far below the best logits keeps its precision in this
+// way.
 
 #include "epilogue.h"
 
@@ -22,24 +23,25 @@ struct Candidate {
   int64_t id;
 };
 
-// Of two equal logits the lower id is the better, as in a stable sort.
+// Of two equal logits, the one with the lower id is better, as in a stable sort.
 template <typename T>
 bool better(const Candidate<T>& a, const Candidate<T>& b) {
   return a.value > b.value || (a.value == b.value && a.id < b.id);
 }
 
-// The best K logits so far as a heap with the worst of them on top.
+// The best K logits so far, as a heap with the worst of them on top.
 template <typename T>
 class TopK {
  public:
   void load(const T* values, const int64_t* ids, int64_t k) {
     heap_.resize(k);
-    // From best to worst; a heap is in order when it is read backwards.
+    // The state is sorted from best to worst, so its reverse is a heap.
     for (int64_t i = 0; i < k; ++i) heap_[k - 1 - i] = {values[i], ids[i]};
   }
 
   void store(T* values, int64_t* ids) {
-    // A NaN, which a closed state holds, comes last: without an order std::sort may leave its range.
+    // NaN, which RowState.close writes, comes last. Without a strict order std::sort may access
+    // memory outside of its range.
     std::sort(heap_.begin(), heap_.end(), [](const Candidate<T>& a, const Candidate<T>& b) {
       return better(a, b) || (b.value != b.value && a.value == a.value);
     });
@@ -51,7 +53,7 @@ class TopK {
 
   T threshold() const { return heap_.front().value; }
 
-  // Puts a better candidate in place of the worst, whose logit is returned.
+  // Replaces the worst candidate by a better one and returns the logit of the worst.
   T replace_worst(Candidate<T> candidate) {
     const T evicted = threshold();
     const int64_t size = heap_.size();
@@ -70,17 +72,18 @@ class TopK {
   std::vector<Candidate<T>> heap_;
 };
 
-// The chunk's column of an id, or -1 where the slot is empty or the id lies in another chunk.
+// The column of an id in the chunk, or -1 if the id is -1 (an empty slot) or in another chunk.
 template <typename T>
 int64_t column_of(int64_t id, const Chunk<T>& chunk) {
   return id >= chunk.first_id && id - chunk.first_id < chunk.columns ? id - chunk.first_id : -1;
 }
 
-// Columns of S in ascending order, each with its slot; of a repeated one the first.
+// A column of S and its slot in ids.
 struct Target {
   int64_t column, slot;
 };
 
+// Collects the columns of S in this chunk in ascending order; of repeated columns, the first slot.
 template <typename T>
 void load_targets(const int64_t* ids, int64_t k, const Chunk<T>& chunk,
                   std::vector<Target>& targets) {
@@ -96,7 +99,7 @@ void load_targets(const int64_t* ids, int64_t k, const Chunk<T>& chunk,
   targets.erase(std::unique(targets.begin(), targets.end(), is_repeated), targets.end());
 }
 
-// Takes a block of logits into the sum; their first moment, for the entropy, only where asked for.
+// Adds a block of logits to the sum and, if with_moment, to its first moment for the entropy.
 template <typename T>
 void absorb(OnlineSum<T>& sum, const T* z, int64_t count, T peak, bool with_moment) {
   if (peak == -kInfinity<T>) return;
@@ -116,8 +119,8 @@ void absorb(OnlineSum<T>& sum, const T* z, int64_t count, T peak, bool with_mome
   if (with_moment) sum.weighted += sum_of(products);
 }
 
-// Moves every logit of the block that beats the running top-K into it; what it evicts takes its
-// place in the block, and so joins the tail.
+// Moves every logit of the block that beats the worst of the running top-K into the top-K. The
+// evicted logit takes its place in the block, and is later added to the tail.
 template <typename T>
 void select(T* z, int64_t count, int64_t first_id, TopK<T>& best) {
   constexpr int none = (1 << Vec<T>::size()) - 1;
@@ -143,17 +146,18 @@ void update_row(const T* raw, const Chunk<T>& chunk, const Head<T>& head, const 
   for (int64_t first = 0; first < chunk.columns; first += kBlock) {
     const int64_t count = std::min(kBlock, chunk.columns - first);
     T peak = head.logits(raw, first, count, z);
-    bool taken = false;
+    bool is_changed = false;  // then the block has another maximum
     if (state.selects) {
-      taken = peak > best.threshold() || peak != peak;
-      if (taken) select(z, count, chunk.first_id + first, best);
+      is_changed = peak > best.threshold() || peak != peak;
+      if (is_changed) select(z, count, chunk.first_id + first, best);
     } else {
-      for (; target != targets.end() && target->column < first + count; ++target, taken = true) {
+      for (; target != targets.end() && target->column < first + count; ++target) {
         values[target->slot] = z[target->column - first];
         z[target->column - first] = -kInfinity<T>;
+        is_changed = true;
       }
     }
-    absorb(tail, z, count, taken ? max_of(z, count) : peak, state.moment != nullptr);
+    absorb(tail, z, count, is_changed ? max_of(z, count) : peak, state.moment != nullptr);
   }
   if (state.selects) best.store(values, ids);
   state.max[row] = tail.max;
@@ -169,7 +173,7 @@ void gradient_row(T* raw, const Chunk<T>& chunk, const Head<T>& head, const int6
     const int64_t column = column_of(ids[slot], chunk);
     if (column >= 0) on_support[slot] = dvalues[slot] * head.derivative_at(raw, column);
   }
-  // A row whose tail is -inf has no mass off S, and -inf - -inf would be NaN.
+  // A row whose tail is -inf has no probability outside of S, and -inf - -inf would be NaN.
   const Vec<T> shift(tail == -kInfinity<T> ? kInfinity<T> : tail);
   for (int64_t i = 0; i < chunk.columns; i += Vec<T>::size()) {
     const int64_t count = std::min<int64_t>(Vec<T>::size(), chunk.columns - i);
@@ -183,7 +187,8 @@ void gradient_row(T* raw, const Chunk<T>& chunk, const Head<T>& head, const int6
   }
 }
 
-// The columns of S are put above every threshold. One of NaN keeps all: a row of NaN stays one.
+// The logits on S are set to inf, above every threshold. A NaN threshold keeps every column, so
+// that the gradient of a NaN row stays NaN.
 template <typename T>
 T filter_row(const T* raw, const Chunk<T>& chunk, const Head<T>& head, const T* dvalues, T tail,
              T dtail, T threshold, const std::vector<Target>& targets,
@@ -215,8 +220,10 @@ T filter_row(const T* raw, const Chunk<T>& chunk, const Head<T>& head, const T* 
   return kept;
 }
 
-// A thread's share is at least this many elements.
-int64_t grain(int64_t columns) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns)); }
+// The fewest rows that are worth another thread: at least 32,768 elements.
+int64_t grain(int64_t columns) {
+  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns));
+}
 
 }  // namespace
 

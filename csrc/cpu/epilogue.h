@@ -1,4 +1,4 @@
-// The epilogues on a chunk of raw products [rows, columns], row-major with a row stride.
+// The epilogues on a chunk of raw products hidden @ weight.T [rows, columns].
 #pragma once
 
 #include <cstdint>
@@ -10,12 +10,12 @@ namespace opd {
 
 template <typename T>
 struct Chunk {
-  T* data;
+  T* data;  // row-major
   int64_t rows, columns, stride;
-  int64_t first_id;  // of column 0
+  int64_t first_id;  // the token id of column 0
 };
 
-// The state of opd_kernels/backends/state.py; tensors are contiguous, moment may be null.
+// The row state of opd_kernels/backends/state.py. The arrays are contiguous; moment may be null.
 template <typename T>
 struct State {
   T* values;     // [rows, k]
@@ -25,12 +25,14 @@ struct State {
   T *max, *sum, *moment;  // [rows]
 };
 
-// Takes the chunk's logits into the state: running top-K or gather, online tail, entropy's moment.
+// Adds the chunk's logits to the state. If state.selects, the state's values and ids are the
+// running top-K; else the values of the given ids are gathered. The other logits go to the running
+// logsumexp of the tail and, if moment is not null, to the first moment for the entropy.
 template <typename T>
 void update(const Chunk<T>& chunk, const Head<T>& head, const State<T>& state);
 
-// Overwrites the chunk with dL/draw: dvalues [rows, k] at ids [rows, k], dtail [rows] * softmax off
-// them.
+// Overwrites the chunk with dL / draw. dL / dz is dvalues [rows, k] at ids [rows, k], and
+// dtail [rows] * exp(z - tail [rows]) in all other columns.
 template <typename T>
 void gradient(const Chunk<T>& chunk, const Head<T>& head, const int64_t* ids, const T* dvalues,
               int64_t k, const T* tail, const T* dtail);
@@ -41,8 +43,9 @@ struct Entry {
   T value;
 };
 
-// What gradient writes, but without the columns off S whose logit is below threshold [rows]: the
-// entries of each row in ascending columns. kept [rows] is their share of exp(z - tail) off S.
+// Returns the entries of the gradient for each row, sorted by column; the chunk is not changed.
+// Columns outside of ids are left out if their logit is below threshold [rows]. kept [rows]
+// receives the sum of exp(z - tail) over the columns outside of ids that are not left out.
 template <typename T>
 std::vector<std::vector<Entry<T>>> filtered_gradient(const Chunk<T>& chunk, const Head<T>& head,
                                                      const int64_t* ids, const T* dvalues,

@@ -1,18 +1,23 @@
-// From raw products hidden @ weight.T to final logits and back, block by block.
+// A language-model head: final logits from raw products hidden @ weight.T, and their derivative.
 #pragma once
 
 #include "vector.h"
 
 namespace opd {
 
-// z = softcap(scale * (raw + bias)) / temperature, as opd_kernels/backends/head.py defines it.
+// z = outer * tanh(inner * (raw + bias)) if capped, else outer * (raw + bias). Head.factors of
+// opd_kernels/backends/records.py computes inner and outer.
 template <typename T>
 struct Head {
   const T* bias;  // [v] of the chunk's columns, or null
   bool capped;
-  T factor;  // scale / temperature
-  T inner;   // scale / softcap
-  T outer;   // softcap / temperature
+  T inner, outer;
+  T slope;  // dz / draw at a score of 0
+
+  // The slope is multiplied in double, since T(inner) * T(outer) would add two roundings.
+  Head(const T* bias, bool capped, double inner, double outer)
+      : bias(bias), capped(capped), inner(T(inner)), outer(T(outer)),
+        slope(T(capped ? inner * outer : outer)) {}
 
   Vec<T> score(const T* raw, int64_t column, int64_t count) const {
     const auto score = Vec<T>::loadu(raw + column, count);
@@ -20,26 +25,26 @@ struct Head {
   }
 
   Vec<T> logit(Vec<T> score) const {
-    return capped ? (score * Vec<T>(inner)).tanh() * Vec<T>(outer) : score * Vec<T>(factor);
+    return capped ? (score * Vec<T>(inner)).tanh() * Vec<T>(outer) : score * Vec<T>(outer);
   }
 
-  // dz / draw. 1 - tanh^2 cancels where the cap saturates; 4 e / (1 + e)^2 does not.
+  // dz / draw. 1 - tanh^2 would cancel where the cap saturates, 4 e / (1 + e)^2 does not.
   Vec<T> derivative(Vec<T> score) const {
-    if (!capped) return Vec<T>(factor);
+    if (!capped) return Vec<T>(slope);
     const auto e = exp((score * Vec<T>(inner)).abs() * Vec<T>(-2));
     const auto sum = e + Vec<T>(1);
-    return Vec<T>(4 * factor) * e / (sum * sum);
+    return Vec<T>(4 * slope) * e / (sum * sum);
   }
 
   T derivative_at(const T* raw, int64_t column) const {
-    if (!capped) return factor;
+    if (!capped) return slope;
     const T score = raw[column] + (bias ? bias[column] : T(0));
     const T e = std::exp(-2 * std::abs(score * inner));
-    return 4 * factor * e / ((1 + e) * (1 + e));
+    return 4 * slope * e / ((1 + e) * (1 + e));
   }
 
-  // Logits of columns [first, first + count) into z, padded with -inf to whole vectors; their
-  // maximum, or NaN if there is one.
+  // Writes the logits of columns [first, first + count) to z, padded with -inf to whole vectors.
+  // Returns their maximum, or NaN if any logit is NaN.
   T logits(const T* raw, int64_t first, int64_t count, T* z) const {
     constexpr int64_t width = Vec<T>::size();
     Vec<T> peak(-kInfinity<T>);

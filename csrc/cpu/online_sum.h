@@ -8,13 +8,13 @@
 
 namespace opd {
 
-// total = sum exp(z - max) and weighted = sum exp(z - max) * (z - max), or of any other term that
-// has max as its origin. Sums over a block are taken in T, those over blocks here, in double.
+// total = sum exp(z - max). weighted = sum exp(z - max) * (z - max), or the same sum of another
+// term that is relative to max. Callers sum within a block in T; sums over blocks are double.
 template <typename T>
 struct OnlineSum {
   double max = -kInfinity<double>, total = 0, weighted = 0;
 
-  // Makes room for logits up to peak; NaN makes the sum NaN.
+  // Rescales the sums for logits up to peak. A NaN peak makes them NaN.
   void raise(T peak) {
     if (!(peak > max) && peak == peak) return;
     const double decay = max == -kInfinity<double> ? 0 : std::exp(max - peak);
@@ -23,7 +23,7 @@ struct OnlineSum {
     max = peak;
   }
 
-  // What logits are taken relative to: max, or 0 before the first finite one.
+  // The value to subtract from logits: max, or 0 before the first finite logit.
   double origin() const { return max == -kInfinity<double> ? 0 : max; }
 };
 

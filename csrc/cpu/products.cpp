@@ -1,6 +1,6 @@
-// A product of a slice is PyTorch's own, on one thread. A slice that another thread upcast would
-// come out of that core's cache line by line, and a product on all threads waits at its end for the
-// last of them.
+// Each thread upcasts a slice and multiplies it with PyTorch's product on this one thread. If
+// another thread upcast the slice, it would be read line by line from that core's cache; if all
+// threads shared each product, they would all wait at its end for the slowest.
 
 #include "products.h"
 
@@ -19,20 +19,23 @@
 namespace opd {
 namespace {
 
-// Columns of a thread, of logits or of dhidden, in multiples of this start where a vector does.
+// The columns of each thread, in logits or in dhidden, start at a multiple of this, aligned for
+// vectors.
 constexpr int64_t kAlignment = 16;
-// Fewer columns of dhidden to a thread would not pay for packing dlogits, which each thread does,
-// and fewer tokens not for the weight; and of two or three MKL adds up long chains (docs/log.md).
-constexpr int64_t kLeastColumns = 128, kLeastTokens = 32;
+// The fewest columns of dhidden and tokens for a thread. Each thread packs dlogits, which costs too
+// much for fewer columns, and the weight, which costs too much for fewer tokens. For two or three
+// tokens MKL also adds long chains of terms (docs/log.md).
+constexpr int64_t kMinColumns = 128, kMinTokens = 32;
 
-int64_t divided(int64_t total, int64_t by) { return (total + by - 1) / by; }
+int64_t ceil_div(int64_t total, int64_t by) { return (total + by - 1) / by; }
 
-// Columns of a thread, so many that all threads have some.
+// The number of columns for each thread.
 int64_t share_of(int64_t columns) {
-  return divided(divided(columns, at::get_num_threads()), kAlignment) * kAlignment;
+  return ceil_div(ceil_div(columns, at::get_num_threads()), kAlignment) * kAlignment;
 }
 
-// A view, made past the dispatcher, whose modes and guards are those of the calling thread alone.
+// Returns a view. It bypasses the dispatcher, whose modes and guards exist in the calling thread
+// only.
 template <typename T>
 at::Tensor tensor_of(const Matrix<T>& matrix, bool transposed = false) {
   using Element = std::remove_const_t<T>;
@@ -56,12 +59,13 @@ void upcast(const W* from, T* to, int64_t count) {
   for (; i < count; ++i) to[i] = static_cast<T>(from[i]);
 }
 
-// Rows of a weight in T, a slice at a time: in their place, or upcast in that of the last slice.
+// The rows of a weight in dtype T, a slice at a time: views, or upcast copies in one buffer, so
+// that a slice is valid until the next one.
 template <typename T, typename W>
 class Slices {
  public:
-  Slices(const Matrix<const W>& weight, int64_t most_rows)
-      : weight_(weight), rows_(std::min(most_rows, weight.rows)) {
+  Slices(const Matrix<const W>& weight, int64_t max_rows)
+      : weight_(weight), rows_(std::min(max_rows, weight.rows)) {
     if constexpr (!std::is_same_v<T, W>)
       buffer_ = c10::GetCPUAllocator()->allocate(rows_ * weight.columns * sizeof(T));
   }
@@ -91,10 +95,10 @@ class Slices {
 template <typename T, typename W>
 void project(const Matrix<const T>& hidden, const Matrix<const W>& weight, const Matrix<T>& out,
              int64_t slice_rows) {
-  const int64_t most = share_of(weight.rows);
-  at::parallel_for(0, divided(weight.rows, most), 1, [&](int64_t begin, int64_t end) {
+  const int64_t share = share_of(weight.rows);
+  at::parallel_for(0, ceil_div(weight.rows, share), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * most, rows = std::min(most, weight.rows - first);
+      const int64_t first = i * share, rows = std::min(share, weight.rows - first);
       const Slices<T, W> slices(weight.part(first, rows, 0, weight.columns), slice_rows);
       for (int64_t row = 0; row < rows; row += slices.rows()) {
         const auto slice = slices.from(row);
@@ -108,15 +112,15 @@ void project(const Matrix<const T>& hidden, const Matrix<const W>& weight, const
 template <typename T, typename W>
 void add_hidden_gradient(const Matrix<T>& dhidden, const Matrix<const T>& dlogits,
                          const Matrix<const W>& weight, int64_t slice_rows) {
-  // A thread has columns of dhidden, and tokens where there are more threads than such columns.
-  const int64_t most_columns = std::max(kLeastColumns, share_of(weight.columns));
-  const int64_t across = divided(weight.columns, most_columns), tokens = dhidden.rows;
-  const int64_t most_down = std::min(at::get_num_threads() / across, tokens / kLeastTokens);
-  const int64_t down = std::max<int64_t>(1, most_down);
+  // dhidden is divided by columns, and also by tokens if there are more threads than column blocks.
+  const int64_t max_columns = std::max(kMinColumns, share_of(weight.columns));
+  const int64_t across = ceil_div(weight.columns, max_columns), tokens = dhidden.rows;
+  const int64_t max_down = std::min(at::get_num_threads() / across, tokens / kMinTokens);
+  const int64_t down = std::max<int64_t>(1, max_down);
   at::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t column = i % across * most_columns, row = i / across * tokens / down;
-      const int64_t columns = std::min(most_columns, weight.columns - column);
+      const int64_t column = i % across * max_columns, row = i / across * tokens / down;
+      const int64_t columns = std::min(max_columns, weight.columns - column);
       const int64_t rows = (i / across + 1) * tokens / down - row;
       auto sum = tensor_of(dhidden.part(row, rows, column, columns));
       const Slices<T, W> slices(weight.part(0, weight.rows, column, columns), slice_rows);

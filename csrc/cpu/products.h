@@ -1,11 +1,11 @@
-// Products with a head's weight, of which every thread upcasts and multiplies slices of its own.
+// Matrix products with a head's weight. Each thread upcasts and multiplies its own slices of it.
 #pragma once
 
 #include <cstdint>
 
 namespace opd {
 
-// Row-major with a row stride, which is no less than the number of columns.
+// A row-major matrix whose row stride is at least its number of columns.
 template <typename T>
 struct Matrix {
   T* data;
@@ -16,12 +16,12 @@ struct Matrix {
   }
 };
 
-// out [n, v] = hidden [n, D] @ weight [v, D].T, of which a slice is up to slice_rows rows.
+// out [n, v] = hidden [n, D] @ weight [v, D].T, with slices of up to slice_rows rows of the weight.
 template <typename T, typename W>
 void project(const Matrix<const T>& hidden, const Matrix<const W>& weight, const Matrix<T>& out,
              int64_t slice_rows);
 
-// dhidden [n, D] += dlogits [n, v] @ weight [v, D].
+// dhidden [n, D] += dlogits [n, v] @ weight [v, D], with slices of up to slice_rows rows of it.
 template <typename T, typename W>
 void add_hidden_gradient(const Matrix<T>& dhidden, const Matrix<const T>& dlogits,
                          const Matrix<const W>& weight, int64_t slice_rows);

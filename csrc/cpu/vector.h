@@ -1,4 +1,4 @@
-// Vector helpers on at::vec: one block of a row at a time, in a buffer that stays in the L1 cache.
+// Helpers for at::vec vectors and for blocks of a row.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -15,15 +15,17 @@ using Vec = at::vec::Vectorized<T>;
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-// Elements of a block: 2 KiB of float, so that a block's passes after the first hit the L1 cache.
+// Elements of a block. 2 KiB of float32 stay in the L1 cache for the passes after the first.
 constexpr int64_t kBlock = 512;
 
+// The count rounded up to whole vectors.
 template <typename T>
 constexpr int64_t padded(int64_t count) {
   return (count + Vec<T>::size() - 1) / Vec<T>::size() * Vec<T>::size();
 }
 
-// The factor of 2^n in exp(x) for x = r + n log 2, |r| <= log(2) / 2. Coefficients of Cephes' expf.
+// exp(r) for x = r + n log 2 with |r| <= log(2) / 2, so that exp(x) = exp(r) * 2^n. The
+// coefficients are those of Cephes' expf.
 inline Vec<float> exp_of_remainder(Vec<float> x, Vec<float> n) {
   auto r = at::vec::fmadd(n, Vec<float>(-0.693359375f), x);
   r = at::vec::fmadd(n, Vec<float>(2.12194440e-4f), r);
@@ -36,14 +38,14 @@ inline Vec<float> exp_of_remainder(Vec<float> x, Vec<float> n) {
   return at::vec::fmadd(p, r * r, r + Vec<float>(1.0f));
 }
 
-// exp(x), inlined: a library call for every vector costs more than the polynomial. 2 ulp; below
-// -87.34 the result is 0 where it would be subnormal, and without AVX-512 it is infinite from 88.38
-// on instead of 88.73. NaN stays NaN.
+// exp(x) within 2 ulp. It is inlined, because a library call for every vector costs more than the
+// polynomial. Subnormal results, below x = -87.34, are 0. Without AVX-512 the result is infinite
+// from 88.38 on instead of 88.73. NaN stays NaN.
 inline Vec<float> exp(Vec<float> x) {
   constexpr float lowest = -87.33654f, highest = 89.0f, log2_of_e = 1.44269504088896341f;
 #if defined(CPU_CAPABILITY_AVX512)
-  // at::vec's comparisons, shifts and NaN-proof extrema are several instructions each here. The
-  // minimum is its second operand where one is NaN.
+  // The comparisons, shifts and NaN-propagating extrema of at::vec take several instructions each
+  // on AVX-512. This minimum returns its second operand if one is NaN, so x = NaN stays NaN.
   const auto kept = _mm512_cmp_ps_mask(x, _mm512_set1_ps(lowest), _CMP_NLT_UQ);
   const Vec<float> clamped = _mm512_maskz_min_ps(kept, _mm512_set1_ps(highest), x);
   const Vec<float> n = (clamped * Vec<float>(log2_of_e)).round();

@@ -1,5 +1,6 @@
-// Python's door to the launchers: checks every tensor, then passes raw pointers and PyTorch's
-// current stream, which comes as an integer. The tests build it for the CPU, see tests/cuda_emulator.
+// The Python bindings of the CUDA kernels: they check every tensor and pass raw pointers on.
+// `stream` is PyTorch's current stream as an integer. tests/cuda_emulator builds this file for the
+// CPU.
 
 #include <ATen/ops/empty.h>
 #include <torch/csrc/utils/pybind.h>
@@ -18,10 +19,11 @@
 
 namespace {
 
+using opd::accumulator_of;
 using opd::Arguments;
+using opd::HeadArguments;
 using opd::OptionalTensor;
 using opd::Tensor;
-using opd::Use;
 
 OpdDtype dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
@@ -38,13 +40,8 @@ OpdDtype dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
-at::ScalarType accumulator_of(const Tensor& tensor) {
-  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-OpdMatrix add_matrix(Arguments& arguments, const Tensor& tensor, const char* name,
-                     Use use = Use::kRead) {
-  arguments.add_matrix(tensor, name, use);
+OpdMatrix add_matrix(Arguments& arguments, const Tensor& tensor, const char* name) {
+  arguments.add_matrix(tensor, name);
   const OpdDtype dtype = dtype_of(tensor, name);
   TORCH_CHECK_VALUE(tensor.size(0) <= INT32_MAX && tensor.size(1) <= OPD_MAX_COLUMNS, name,
                     ": expected at most ", INT32_MAX, " rows and ", OPD_MAX_COLUMNS,
@@ -52,41 +49,23 @@ OpdMatrix add_matrix(Arguments& arguments, const Tensor& tensor, const char* nam
   return {tensor.data_ptr(), dtype, tensor.size(0), tensor.size(1), tensor.stride(0)};
 }
 
-// A chunk and the gradient of it, which may take its place.
-std::pair<OpdMatrix, OpdMatrix> add_gradient_of(Arguments& arguments, const Tensor& chunk,
-                                                const Tensor& out, bool is_written) {
-  const bool in_place = out.is_same(chunk);
-  const Use use = is_written ? Use::kWritten : Use::kRead;
-  const OpdMatrix matrix = add_matrix(arguments, chunk, "chunk", in_place ? use : Use::kRead);
-  if (in_place) return {matrix, matrix};
-  const OpdMatrix result = add_matrix(arguments, out, "out", use);
+// A chunk and the matrix for its gradient, which may be the chunk itself.
+std::pair<OpdMatrix, OpdMatrix> add_chunk_and_out(Arguments& arguments, const Tensor& chunk,
+                                                  const Tensor& out) {
+  const OpdMatrix matrix = add_matrix(arguments, chunk, "chunk");
+  if (out.is_same(chunk)) return {matrix, matrix};
+  const OpdMatrix result = add_matrix(arguments, out, "out");
   const bool is_narrowed = matrix.dtype == OPD_FLOAT32 && out.element_size() == 2;
   TORCH_CHECK_TYPE(result.dtype == matrix.dtype || is_narrowed, "out: expected ",
-                   chunk.scalar_type(), ", as the chunk's, or 16 bits for float32, got ",
+                   chunk.scalar_type(), ", the chunk's dtype, or 16 bits for float32, got ",
                    out.scalar_type());
   TORCH_CHECK_VALUE(out.sizes() == chunk.sizes(), "out: expected ", chunk.sizes(), ", got ",
                     out.sizes());
   return {matrix, result};
 }
 
-void check_first_id(const Tensor& chunk, int64_t first_id) {
-  const int64_t last = OPD_MAX_COLUMNS - chunk.size(1);
-  TORCH_CHECK_VALUE(first_id >= 0 && first_id <= last, "first_id: expected 0 to ", last, ", got ",
-                    first_id);
-}
-
-OpdHead add_head(Arguments& arguments, const Tensor& chunk, const OptionalTensor& bias,
-                 const char* name, bool capped, double inner, double outer) {
-  if (bias) arguments.add(*bias, name, accumulator_of(chunk), {chunk.size(1)});
-  return {bias ? bias->data_ptr() : nullptr, capped, inner, outer};
-}
-
-int64_t slots_of(const Tensor& ids, int64_t rows, int64_t least, int64_t most) {
-  const int64_t k = ids.dim() == 2 ? ids.size(1) : -1;
-  TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(0) == rows && k >= least && k <= most,
-                    "ids: expected [", rows, ", K] with K from ", least, " to ", most, ", got ",
-                    ids.sizes());
-  return k;
+OpdHead head_of(const HeadArguments& head) {
+  return {head.bias, head.capped, head.inner, head.outer};
 }
 
 void check_launch(int error, const char* name) {
@@ -101,36 +80,29 @@ void update(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias, b
             int64_t stream) {
   Arguments arguments(OPD_DEVICE);
   const OpdMatrix matrix = add_matrix(arguments, chunk, "chunk");
-  check_first_id(chunk, first_id);
-  const OpdHead head = add_head(arguments, chunk, bias, "bias", capped, inner, outer);
-  const int64_t rows = chunk.size(0);
-  const int64_t k = slots_of(ids, rows, selects, selects ? OPD_MAX_SELECTED : OPD_MAX_GIVEN);
-  const auto dtype = accumulator_of(chunk);
-  arguments.add(ids, "ids", at::kLong, {rows, k}, selects ? Use::kWritten : Use::kRead);
-  arguments.add(values, "values", dtype, {rows, k}, Use::kWritten);
-  arguments.add(max, "max", dtype, {rows}, Use::kWritten);
-  arguments.add(sum, "sum", dtype, {rows}, Use::kWritten);
-  if (moment) arguments.add(*moment, "moment", dtype, {rows}, Use::kWritten);
+  opd::check_first_id(chunk, first_id, OPD_MAX_COLUMNS);
+  const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
+  const int64_t k = arguments.add_ids(ids, chunk.size(0), selects,
+                                      selects ? OPD_MAX_SELECTED : OPD_MAX_GIVEN);
+  arguments.add_state(chunk, k, values, max, sum, moment);
   const OpdState state{values.data_ptr(), ids.data_ptr<int64_t>(), k, selects, max.data_ptr(),
                        sum.data_ptr(),    moment ? moment->data_ptr() : nullptr};
-  check_launch(opd_update(matrix, first_id, head, state, block_per_row, pointer(stream)), "update");
+  check_launch(opd_update(matrix, first_id, head_of(head), state, block_per_row, pointer(stream)),
+               "update");
 }
 
 void gradient(const Tensor& chunk, int64_t first_id, const OptionalTensor& bias, bool capped,
               double inner, double outer, const Tensor& ids, const Tensor& dvalues,
               const Tensor& tail, const Tensor& dtail, const Tensor& out, int64_t stream) {
   Arguments arguments(OPD_DEVICE);
-  const auto [matrix, result] = add_gradient_of(arguments, chunk, out, true);
-  check_first_id(chunk, first_id);
-  const OpdHead head = add_head(arguments, chunk, bias, "bias", capped, inner, outer);
-  const int64_t rows = chunk.size(0), k = slots_of(ids, rows, 0, OPD_MAX_GIVEN);
-  const auto dtype = accumulator_of(chunk);
-  arguments.add(ids, "ids", at::kLong, {rows, k});
-  arguments.add(dvalues, "dvalues", dtype, {rows, k});
-  arguments.add(tail, "tail", dtype, {rows});
-  arguments.add(dtail, "dtail", dtype, {rows});
-  check_launch(opd_gradient(matrix, first_id, head, ids.data_ptr<int64_t>(), dvalues.data_ptr(), k,
-                            tail.data_ptr(), dtail.data_ptr(), result, pointer(stream)),
+  const auto [matrix, result] = add_chunk_and_out(arguments, chunk, out);
+  opd::check_first_id(chunk, first_id, OPD_MAX_COLUMNS);
+  const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
+  const int64_t k = arguments.add_ids(ids, chunk.size(0), 0, OPD_MAX_GIVEN);
+  arguments.add_row_gradient(chunk, k, dvalues, tail, dtail);
+  check_launch(opd_gradient(matrix, first_id, head_of(head), ids.data_ptr<int64_t>(),
+                            dvalues.data_ptr(), k, tail.data_ptr(), dtail.data_ptr(), result,
+                            pointer(stream)),
                "gradient");
 }
 
@@ -140,33 +112,28 @@ void divergence(const Tensor& chunk, const OptionalTensor& bias, bool capped, do
                 const OptionalTensor& upstream, const Tensor& loss, const Tensor& out,
                 int64_t stream) {
   Arguments arguments(OPD_DEVICE);
-  const auto [student, result] = add_gradient_of(arguments, chunk, out, upstream.has_value());
+  const auto [student, result] = add_chunk_and_out(arguments, chunk, out);
   const OpdMatrix other = add_matrix(arguments, teacher, "teacher");
-  TORCH_CHECK_VALUE(teacher.sizes() == chunk.sizes() && other.dtype == student.dtype &&
-                        chunk.size(1) >= 1,
-                    "teacher: expected the student's shape [n, V] and dtype, ", chunk.sizes(),
-                    " of ", chunk.scalar_type(), ", got ", teacher.sizes(), " of ",
-                    teacher.scalar_type());
-  TORCH_CHECK_VALUE(beta >= 0 && beta <= 1, "beta: expected 0 to 1, got ", beta);
-  const OpdHead head = add_head(arguments, chunk, bias, "bias", capped, inner, outer);
-  const OpdHead teacher_head = add_head(arguments, teacher, teacher_bias, "teacher_bias",
-                                        teacher_capped, teacher_inner, teacher_outer);
+  opd::check_divergence(chunk, teacher, beta);
+  const HeadArguments head = arguments.add_head(chunk, "bias", bias, capped, inner, outer);
+  const HeadArguments teacher_head = arguments.add_head(
+      teacher, "teacher_bias", teacher_bias, teacher_capped, teacher_inner, teacher_outer);
   const auto dtype = accumulator_of(chunk);
   if (upstream) arguments.add(*upstream, "upstream", dtype, {chunk.size(0)});
-  arguments.add(loss, "loss", dtype, {chunk.size(0)}, Use::kWritten);
-  check_launch(opd_divergence(student, head, other, teacher_head, beta,
+  arguments.add(loss, "loss", dtype, {chunk.size(0)});
+  check_launch(opd_divergence(student, head_of(head), other, head_of(teacher_head), beta,
                               upstream ? upstream->data_ptr() : nullptr, loss.data_ptr(), result,
                               pointer(stream)),
                "divergence");
 }
 
-// The operands of a product with a sparse matrix, dense [n, D] and the sums [rows, D].
+// The dense operand and the sums of a product with a sparse matrix; both have D columns.
 std::pair<OpdMatrix, OpdMatrix> add_product(Arguments& arguments, const Tensor& dense,
                                             const Tensor& sums) {
   const OpdMatrix matrix = add_matrix(arguments, dense, "dense");
   TORCH_CHECK_VALUE(dense.size(1) <= OPD_MAX_DIM, "dense: expected at most ", OPD_MAX_DIM,
                     " columns, got ", dense.sizes());
-  const OpdMatrix result = add_matrix(arguments, sums, "sums", Use::kWritten);
+  const OpdMatrix result = add_matrix(arguments, sums, "sums");
   TORCH_CHECK_TYPE(sums.scalar_type() == accumulator_of(dense), "sums: expected ",
                    accumulator_of(dense), ", got ", sums.scalar_type());
   TORCH_CHECK_VALUE(sums.size(1) == dense.size(1) && sums.is_contiguous(),
@@ -180,21 +147,20 @@ void sparse_product(const Tensor& ids, const Tensor& coefficients, const Tensor&
                     const Tensor& sums, int64_t stream) {
   Arguments arguments(OPD_DEVICE);
   const auto [matrix, result] = add_product(arguments, dense, sums);
-  const int64_t rows = sums.size(0), k = slots_of(ids, rows, 0, INT32_MAX);
-  arguments.add(ids, "ids", at::kLong, {rows, k});
+  const int64_t rows = sums.size(0), k = arguments.add_ids(ids, rows, 0, INT32_MAX);
   arguments.add(coefficients, "coefficients", accumulator_of(dense), {rows, k});
   check_launch(opd_sparse_product(ids.data_ptr<int64_t>(), coefficients.data_ptr(), k, matrix,
                                   result, pointer(stream)),
                "sparse_product");
 }
 
-// sums [V, D] += the transposed matrix @ dense [n, D], its entries [E] in the order of their ids.
+// sums [V, D] += the transposed [n, V] matrix @ dense [n, D]. Its entries [E] are sorted by id.
 void sparse_scatter(const Tensor& ids, const Tensor& rows, const Tensor& coefficients,
                     const Tensor& dense, const Tensor& sums, int64_t stream) {
   Arguments arguments(OPD_DEVICE);
   const auto [matrix, result] = add_product(arguments, dense, sums);
-  const int64_t entries = ids.numel(), most = int64_t(OPD_PIECE) * INT32_MAX;
-  TORCH_CHECK_VALUE(entries <= most, "ids: expected at most ", most, " entries, got ", entries);
+  const int64_t entries = ids.numel(), limit = int64_t(OPD_PIECE) * INT32_MAX;
+  TORCH_CHECK_VALUE(entries <= limit, "ids: expected at most ", limit, " entries, got ", entries);
   arguments.add(ids, "ids", at::kLong, {entries});
   arguments.add(rows, "rows", at::kLong, {entries});
   arguments.add(coefficients, "coefficients", accumulator_of(dense), {entries});
@@ -213,7 +179,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("MAX_GIVEN") = OPD_MAX_GIVEN;
   m.attr("PIECE") = OPD_PIECE;
   m.attr("LEAST_CAPABILITY") = OPD_LEAST_CAPABILITY;
-  using pybind11::arg;  // the names are for messages
+  using pybind11::arg;  // error messages show the names
   m.def("update", &update, arg("chunk"), arg("first_id"), arg("bias"), arg("capped").noconvert(),
         arg("inner"), arg("outer"), arg("values"), arg("ids"), arg("selects").noconvert(),
         arg("max"), arg("sum"), arg("moment"), arg("block_per_row").noconvert(), arg("stream"));

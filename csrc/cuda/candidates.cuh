@@ -1,6 +1,6 @@
-// The running top-K of one warp: a list in shared memory, in which better logits pile up behind the
-// K best until it is full. Only then it is sorted, and what falls out of the K joins the tail. A
-// logit below the K-th best costs one comparison and a share of a ballot.
+// The running top-K of one warp: a list in shared memory. Logits that beat the K-th best are
+// appended until the list is full; then the list is sorted, its K best are kept and the others are
+// added to the tail. A logit below the K-th best costs one comparison and a share of a ballot.
 #pragma once
 
 #include <climits>
@@ -9,14 +9,14 @@
 
 namespace opd {
 
-// Of two equal logits the lower id is the better, as in a stable sort.
+// Of two equal logits, the one with the lower id is better, as in a stable sort.
 template <typename A>
 __device__ __forceinline__ bool better(A value, int id, A other, int other_id) {
   return value > other || (value == other && id < other_id);
 }
 
-// A bitonic sort by one warp, the best first, or by ids alone in ascending order. What lies behind
-// `count`, up to a power of two, is overwritten.
+// A bitonic sort by one warp: best first, or in ascending order of ids if kByValue is false. It
+// overwrites the entries from `count` up to the next power of two.
 template <bool kByValue, typename A>
 __device__ void sort(A* values, int* ids, int count) {
   int length = 2;
@@ -47,16 +47,17 @@ __device__ void sort(A* values, int* ids, int count) {
 template <typename A, int kCapacity>
 class Candidates {
  public:
-  // Lists of kCapacity in shared memory. The first `count` hold the best so far, sorted, and no
-  // logit up to `threshold` can be among the K best, whoever found the ones that are.
+  // values and ids are lists of kCapacity in shared memory. Their first `count` entries are the
+  // best so far, sorted. Logits up to `threshold` cannot be among the K best of the row: this
+  // warp's list or the state already holds K better ones.
   __device__ Candidates(A* values, int* ids, int k, int count, A threshold)
       : values_(values), ids_(ids), k_(k), count_(count), threshold_(threshold) {}
 
-  // Whether a logit of a higher id than all before is one of the K best so far.
+  // Whether a logit may be one of the K best so far, if its id is higher than all before.
   __device__ __forceinline__ bool admits(A z) const { return z > threshold_; }
 
-  // Takes those logits of a tile out that are among the K best; the ids of a lane's own follow from
-  // id_of(i).
+  // Moves the logits of a tile that are among the K best to the list and sets them to -inf.
+  // id_of(i) is the id of this lane's i-th logit.
   template <int kCount, typename IdOf>
   __device__ __forceinline__ void take(A (&z)[kCount], const IdOf& id_of, OnlineSum<A>& tail) {
     for (bool is_full = true; is_full;) {
@@ -67,7 +68,7 @@ class Candidates {
         const unsigned takers = __ballot_sync(kWholeWarp, is_taker);
         const int count = count_ + __popc(takers);
         if (count > kCapacity) {
-          is_full = true;  // there is room for them in the next round
+          is_full = true;  // the next round has room for them
           continue;
         }
         if (is_taker) {
@@ -82,7 +83,7 @@ class Candidates {
     }
   }
 
-  // Sorts the list and leaves the K best of it.
+  // Sorts the list, keeps its K best and adds the others to the tail.
   __device__ void settle(OnlineSum<A>& tail) {
     __syncwarp();
     sort<true>(values_, ids_, count_);
@@ -103,7 +104,7 @@ class Candidates {
  private:
   static_assert(kCapacity >= 64 && (kCapacity & (kCapacity - 1)) == 0, "a sort's power of two");
 
-  // A block of columns is not taken in the order of its ids, so a tie may be won.
+  // The logits of a tile do not arrive in the order of their ids, so a later one may win a tie.
   __device__ __forceinline__ bool beats_threshold(A z, int id) const {
     return z > threshold_ || (z == threshold_ && id < threshold_id_);
   }
@@ -112,7 +113,7 @@ class Candidates {
   int* ids_;
   int k_, count_;
   A threshold_;
-  int threshold_id_ = INT_MIN;  // no id is below it, nor a column before the row's first
+  int threshold_id_ = INT_MIN;  // below every id, and every column before the row's first
 };
 
 }  // namespace opd

@@ -1,8 +1,8 @@
-// The loss of whole rows of student and teacher, and its gradient, on a pair of chunks.
+// The divergence between student and teacher over whole rows, and its gradient.
 //
-// A block has a row. The first walk finds both logsumexps and, for a KL, its expectation; a JSD
-// needs a second one for its sums; the last one writes the gradient. Each reads the rows anew: those
-// of all blocks at a time are more than a cache holds.
+// A block processes one row. The first pass computes both logsumexps and the expectation of a KL. A
+// JSD needs a second pass for its sums. The last pass writes the gradient. Each pass reads the rows
+// from HBM, since the rows of all running blocks do not fit into the cache.
 
 #include "head.cuh"
 #include "online_sum.cuh"
@@ -15,8 +15,8 @@ constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 template <typename A>
 constexpr A kTiny = std::numeric_limits<A>::min();
 
-// Both logsumexps relative to the largest logits so far, and sum exp(z - max) * ((z - max) - (y -
-// other_max)), from which the KL of z to y follows.
+// The sums of exponentials of z and y, relative to their largest logits so far, and expected = sum
+// exp(z - max) * ((z - max) - (y - other_max)). They give KL(softmax(z) || softmax(y)).
 template <typename A>
 struct PairSum {
   A max, total, expected, other_max, other_total;
@@ -50,10 +50,10 @@ struct PairSum {
     A sum = 0, terms = 0, other_sum = 0;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const A ours = z[i] - shift, theirs = y[i] - other_shift, weight = exp(ours);
+      const A z_gap = z[i] - shift, y_gap = y[i] - other_shift, weight = exp(z_gap);
       sum += weight;
-      terms += weight == 0 ? A(0) : weight * (ours - theirs);
-      other_sum += exp(theirs);
+      terms += weight == 0 ? A(0) : weight * (z_gap - y_gap);
+      other_sum += exp(y_gap);
     }
     total += sum;
     expected += terms;
@@ -69,14 +69,14 @@ struct PairSum {
   }
 };
 
-// A row of one model.
+// A row of one model, student or teacher.
 template <typename T>
 struct Side {
   using A = Accumulator<T>;
   const T* raw;
   Head<A> head;
 
-  // Final logits of some columns, -inf where there are none.
+  // The final logits of columns [first, first + kCount), -inf outside of [0, columns).
   template <int kCount>
   __device__ __forceinline__ void logits(int first, int columns, A (&z)[kCount]) const {
     read_columns<kCount>(raw, first, columns, z);
@@ -94,8 +94,8 @@ struct Side {
   }
 };
 
-// The sum over a block, in the order of its threads and warps, in every thread. It may be called
-// again only after another barrier.
+// Returns the sum over a block to every thread, added in a fixed order. Another barrier must
+// precede the next call with the same parts.
 template <typename A>
 __device__ A block_sum(A value, A* parts) {
 #pragma unroll
@@ -124,7 +124,7 @@ __device__ PairSum<A> block_merge(PairSum<A> sum, PairSum<A>* parts) {
   return sum;
 }
 
-// log((1 - beta) p + beta q), finite where both have underflowed.
+// log((1 - beta) p + beta q), finite even if p and q have underflowed to 0.
 template <typename A>
 __device__ __forceinline__ A log_mixture(A p, A q, A beta) {
   return log(fmax((1 - beta) * p + beta * q, kTiny<A>));
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, kResidentThreads<T> / kThreads)
   const int64_t row = blockIdx.x;
   const Side<T> student{pair.student + row * pair.stride, head};
   const Side<T> teacher{pair.teacher + row * pair.teacher_stride, teacher_head};
-  // A thread's first columns; the row may begin inside a vector.
+  // The first column of this thread. It may be negative, since the row may begin inside a vector.
   const int begin = int(threadIdx.x) * kCount - misalignment(student.raw, kCount);
 
   PairSum<A> sum{-kInfinity<A>, 0, 0, -kInfinity<A>, 0};
@@ -167,13 +167,14 @@ __global__ void __launch_bounds__(kThreads, kResidentThreads<T> / kThreads)
   sum = block_merge(sum, parts);
   const A log_total = log(sum.total), other_log_total = log(sum.other_total);
   A loss = sum.expected / sum.total - (log_total - other_log_total);
-  // Rounding max + log_total, the logsumexp, would cost every logit more than one after the other.
+  // Subtracting max and log_total one after the other is more exact than subtracting their rounded
+  // sum.
   const A peak = is_forward ? sum.other_max : sum.max;
   const A log_z = is_forward ? other_log_total : log_total;
   const A teacher_peak = is_forward ? sum.max : sum.other_max;
   const A teacher_log_z = is_forward ? log_total : other_log_total;
 
-  // The gradient is p (w - E[w]), and E[w] is the loss of a reverse KL.
+  // The gradient of a reverse KL or a JSD is p (w - E[w]); for a reverse KL, E[w] is the loss.
   A mean = loss;
   if (is_jsd) {
     A rest = 0;

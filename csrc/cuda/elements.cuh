@@ -1,4 +1,4 @@
-// Elements of four dtypes, sixteen bytes at a time.
+// Loads and stores of four dtypes, sixteen bytes at a time, and the launch of a kernel for a dtype.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,7 +15,7 @@ namespace opd {
 template <typename A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
 
-// Logits, sums and losses are float32 whatever the chunk holds; float64 stays float64.
+// The dtype of logits, sums and losses: float64 for float64 chunks, else float32.
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -39,17 +39,17 @@ __device__ __forceinline__ T rounded(A x) {
     return T(x);
 }
 
-// Threads that a multiprocessor is to hold at least: half of what the larger ones can, so that 64
-// registers are left to each. float64, which is there for tests of gradients, takes 80: in 64 some
-// kernels would spill.
+// The fewest threads that must fit on a multiprocessor: half of the 2,048 that the larger ones
+// hold, so that each thread has 64 registers. float64 is for gradient checks and takes 80
+// registers, since some kernels would spill with 64.
 template <typename T>
 constexpr int kResidentThreads = sizeof(T) == 8 ? 768 : 1024;
 
-// What a thread reads or writes at a time: elements of T in one sixteen-byte access.
+// Elements of T in one sixteen-byte access.
 template <typename T>
 constexpr int kWidth = 16 / sizeof(T);
 
-// Columns of a chunk of T that a thread takes to O at a time: a vector of the one with more in it.
+// Columns that a thread converts from T to O at a time: the larger of the two widths.
 template <typename T, typename O>
 constexpr int kGroup = kWidth<T> > kWidth<O> ? kWidth<T> : kWidth<O>;
 
@@ -75,14 +75,14 @@ __device__ __forceinline__ void store(const A* from, T* to) {
   *reinterpret_cast<uint4*>(to) = vector.bytes;
 }
 
-// How many elements lie between the last address of such an alignment and this one.
+// The number of elements between this address and the last one aligned to `elements` elements.
 template <typename T>
 __device__ __forceinline__ int misalignment(const T* address, int elements) {
   return int(reinterpret_cast<uintptr_t>(address) / sizeof(T) % elements);
 }
 
-// Columns [first, first + kCount) of a row, of which only [0, columns) exist: the others are 0, and
-// are not written. Sixteen bytes at a time where the address allows it.
+// Read and write columns [first, first + kCount) of a row, sixteen bytes at a time if the address
+// is aligned. Columns outside of [0, columns) are read as 0 and are not written.
 template <int kCount, typename T>
 __device__ __forceinline__ void read_columns(const T* row, int first, int columns,
                                              Accumulator<T>* to) {
@@ -111,12 +111,12 @@ __device__ __forceinline__ void write_columns(const A* from, int first, int colu
   }
 }
 
-// Whether a matrix of so many rows has one of that index.
+// Whether 0 <= index < rows.
 __device__ __forceinline__ bool has_row(int64_t rows, int64_t index) {
   return uint64_t(index) < uint64_t(rows);
 }
 
-// Calls function(T{}) with the type of a dtype's elements.
+// Calls function(T{}) with the element type T of a dtype.
 template <typename Function>
 int for_dtype(OpdDtype dtype, const Function& function) {
   switch (dtype) {
@@ -131,8 +131,8 @@ int for_dtype(OpdDtype dtype, const Function& function) {
   }
 }
 
-// Calls function(T{}, O{}) for a chunk of T whose gradient is written as O: the same dtype, or 16
-// bits for the matrix products that follow.
+// Calls function(T{}, O{}) for a chunk of T whose gradient has dtype O. O is T, or a 16-bit dtype
+// for float32 chunks, since the matrix products that follow may take 16 bits.
 template <typename Function>
 int for_dtypes(OpdDtype chunk, OpdDtype out, const Function& function) {
   return for_dtype(chunk, [&](auto zero) {
@@ -150,7 +150,7 @@ int for_dtypes(OpdDtype chunk, OpdDtype out, const Function& function) {
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* stream,
            Arguments... arguments) {
-  if (grid.x == 0 || grid.y == 0) return cudaSuccess;  // nothing to do, which CUDA refuses
+  if (grid.x == 0 || grid.y == 0) return cudaSuccess;  // CUDA refuses empty grids
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);

@@ -1,9 +1,9 @@
-// update and gradient: one read of a chunk of logits, and one read and one write.
+// update reads a chunk once; gradient reads and writes it once.
 //
-// In update a row belongs to one warp, four rows to a block, or to all the warps of a block, which
-// then take tiles of it in turn. What belongs to S is taken out of a tile before the rest joins the
-// online logsumexp, so that a tail far below the best logits keeps its precision. Every sum has a
-// fixed order: two runs are bitwise equal.
+// In update one warp processes a row, with four rows to a block, or all warps of a block process
+// one row and take its tiles in turn. The logits on the support S are removed from a tile before
+// the others are added to the online logsumexp of the tail, so that a tail far below the best
+// logits keeps its precision. Every sum has a fixed order, so that two runs are bitwise equal.
 
 #include "candidates.cuh"
 #include "head.cuh"
@@ -12,9 +12,9 @@
 namespace opd {
 namespace {
 
-constexpr int kRowsOfBlock = 4;  // where a row belongs to one warp
+constexpr int kRowsPerBlock = 4;  // if one warp processes a row
 constexpr int kGradientThreads = 256;
-constexpr int kSpan = 8192;  // columns of a row that a block of gradient_kernel has
+constexpr int kSpan = 8192;  // columns of a row for a block of gradient_kernel
 
 template <typename A>
 struct State {
@@ -49,21 +49,21 @@ struct Chunk {
 
   __device__ Row<T> row(int64_t index) const { return {data + index * stride, columns}; }
 
-  // An id's column, or -1 where the slot is empty or the id lies in another chunk.
+  // The column of an id, or -1 if the id is -1 (an empty slot) or in another chunk.
   __device__ __forceinline__ int column_of(int64_t id) const {
     return id >= first_id && id - first_id < columns ? int(id - first_id) : -1;
   }
 };
 
-// Which row a warp works on, and as which of the row's warps.
+// The row that a warp processes, and the warp's index among the warps of this row.
 template <int kWarps>
 struct Place {
-  static constexpr int kThreads = (kWarps == 1 ? kRowsOfBlock : kWarps) * kWarp;
-  static constexpr int kRows = kWarps == 1 ? kRowsOfBlock : 1;
+  static constexpr int kThreads = (kWarps == 1 ? kRowsPerBlock : kWarps) * kWarp;
+  static constexpr int kRows = kWarps == 1 ? kRowsPerBlock : 1;
 
-  int warp = threadIdx.x / kWarp;  // of the block
-  int share = kWarps == 1 ? 0 : warp;
-  int64_t row = kWarps == 1 ? int64_t(blockIdx.x) * kRowsOfBlock + warp : blockIdx.x;
+  int warp = threadIdx.x / kWarp;  // in the block
+  int share = kWarps == 1 ? 0 : warp;  // among the warps of the row
+  int64_t row = kWarps == 1 ? int64_t(blockIdx.x) * kRowsPerBlock + warp : blockIdx.x;
 };
 
 // Adds the tails of a row's warps to the state, in the order of the warps.
@@ -84,7 +84,7 @@ __device__ void merge_tails(OnlineSum<A> tail, const State<A>& state, const Plac
   if (place.share == 0 && lane_id() == 0) state.add_to_tail(place.row, tail);
 }
 
-// How many entries of a sorted list are better than one of another list.
+// The number of entries of a sorted list that are better than an entry of another list.
 template <typename A>
 __device__ int count_better(const A* values, const int* ids, int count, A value, int id) {
   int low = 0;
@@ -99,7 +99,8 @@ __device__ int count_better(const A* values, const int* ids, int count, A value,
 }
 
 template <typename T, int kWarps, int kCapacity>
-__global__ void __launch_bounds__(Place<kWarps>::kThreads, kResidentThreads<T> / Place<kWarps>::kThreads)
+__global__ void __launch_bounds__(Place<kWarps>::kThreads,
+                                  kResidentThreads<T> / Place<kWarps>::kThreads)
     select_kernel(Chunk<T> chunk, Head<Accumulator<T>> head, State<Accumulator<T>> state) {
   using A = Accumulator<T>;
   constexpr int kLists = Place<kWarps>::kThreads / kWarp;
@@ -148,7 +149,8 @@ __global__ void __launch_bounds__(Place<kWarps>::kThreads, kResidentThreads<T> /
         const int id = ids[list][i];
         int rank = i;
         for (int other = 0; other < kWarps; ++other)
-          if (other != list) rank += count_better(values[other], ids[other], counts[other], value, id);
+          if (other != list)
+            rank += count_better(values[other], ids[other], counts[other], value, id);
         if (rank < state.k) {
           row_values[rank] = value;
           row_ids[rank] = id;
@@ -163,7 +165,8 @@ __global__ void __launch_bounds__(Place<kWarps>::kThreads, kResidentThreads<T> /
 }
 
 template <typename T, int kWarps, int kCapacity>
-__global__ void __launch_bounds__(Place<kWarps>::kThreads, kResidentThreads<T> / Place<kWarps>::kThreads)
+__global__ void __launch_bounds__(Place<kWarps>::kThreads,
+                                  kResidentThreads<T> / Place<kWarps>::kThreads)
     gather_kernel(Chunk<T> chunk, Head<Accumulator<T>> head, State<Accumulator<T>> state) {
   using A = Accumulator<T>;
   // The columns of S in ascending order, each with its slot, which a float32 holds exactly.
@@ -202,7 +205,7 @@ __global__ void __launch_bounds__(Place<kWarps>::kThreads, kResidentThreads<T> /
     Tile<T> tile(row, head, index);
     for (; next < counts[list] && columns[list][next] < tile.end(); ++next) {
       const int column = columns[list][next];
-      if (column < tile.begin()) continue;  // of a tile that another warp took
+      if (column < tile.begin()) continue;  // another warp processes its tile
 #pragma unroll
       for (int i = 0; i < Tile<T>::kElements; ++i) {
         if (tile.column(i) == column) {
@@ -224,8 +227,9 @@ struct Support {
   const A *tails, *dtails;     // [n]
 };
 
-// A block has a span of one row's columns. S is read before the span is overwritten, which may hold
-// the raw products that a softcap's derivative needs, and written after it.
+// A block processes a span of one row's columns. The derivative of a softcap needs the raw
+// products, which `out` may overwrite. So the gradients on S are computed before the span is
+// overwritten, and written after it.
 template <typename T, typename O>
 __global__ void __launch_bounds__(kGradientThreads, kResidentThreads<T> / kGradientThreads)
     gradient_kernel(Chunk<T> chunk, Head<Accumulator<T>> head, Support<Accumulator<T>> support,
@@ -235,7 +239,7 @@ __global__ void __launch_bounds__(kGradientThreads, kResidentThreads<T> / kGradi
   __shared__ A on_support[OPD_MAX_GIVEN];
   const int64_t row = blockIdx.x;
   const T* raw = chunk.data + row * chunk.stride;
-  // Groups start where a sixteen-byte vector of both dtypes does, if rows of both are aligned alike.
+  // Groups start at sixteen-byte vectors of both dtypes, if the rows of both are aligned alike.
   const int begin = int(blockIdx.y) * kSpan - misalignment(raw, kCount);
   const int end = begin + kSpan;
   const int64_t* ids = support.ids + row * support.k;
@@ -249,7 +253,7 @@ __global__ void __launch_bounds__(kGradientThreads, kResidentThreads<T> / kGradi
   }
   __syncthreads();
 
-  // A row whose tail is -inf has no mass off S, and -inf - -inf would be NaN.
+  // A row whose tail is -inf has no probability outside of S, and -inf - -inf would be NaN.
   const A tail = support.tails[row], dtail = support.dtails[row];
   const A origin = tail == -kInfinity<A> ? kInfinity<A> : tail;
   const int last = min(end, chunk.columns);
@@ -300,7 +304,7 @@ int opd_update(OpdMatrix chunk, int64_t first_id, OpdHead head, OpdState state, 
     return cudaErrorInvalidValue;
   return opd::for_dtype(chunk.dtype, [&](auto zero) {
     using T = decltype(zero);
-    // float64 lists of 512 for eight warps would not fit a block's static shared memory.
+    // float64 lists of 512 entries for eight warps exceed the static shared memory of a block.
     constexpr int kBlockWarps = sizeof(T) == 8 ? 4 : 8;
     return block_per_row ? opd::update<T, kBlockWarps>(chunk, first_id, head, state, stream)
                          : opd::update<T, 1>(chunk, first_id, head, state, stream);
@@ -317,7 +321,7 @@ int opd_gradient(OpdMatrix chunk, int64_t first_id, OpdHead head, const int64_t*
     using A = opd::Accumulator<T>;
     const opd::Support<A> support{ids, static_cast<const A*>(dvalues), int(k),
                                   static_cast<const A*>(tails), static_cast<const A*>(dtails)};
-    // A row may begin inside a group, which then takes one group more.
+    // A row that begins inside a group takes one more group.
     const int64_t spans = (chunk.columns + opd::kGroup<T, O> - 2) / opd::kSpan + 1;
     const dim3 grid(unsigned(chunk.rows), unsigned(spans));
     return opd::launch(opd::gradient_kernel<T, O>, grid, opd::kGradientThreads, stream,

@@ -1,10 +1,11 @@
-// From raw products hidden @ weight.T to final logits and back.
+// A language-model head: final logits from raw products hidden @ weight.T, and their derivative.
 #pragma once
 
 #include "elements.cuh"
 
 namespace opd {
 
+// OpdHead in the accumulator dtype A.
 template <typename A>
 struct Head {
   const A* bias;
@@ -25,7 +26,7 @@ struct Head {
     return capped ? tanh(score * inner) * outer : score * outer;
   }
 
-  // dz / dscore. 1 - tanh^2 cancels where the cap saturates; 4 e / (1 + e)^2 does not.
+  // dz / dscore. 1 - tanh^2 would cancel where the cap saturates, 4 e / (1 + e)^2 does not.
   __device__ __forceinline__ A derivative(A score) const {
     if (!capped) return outer;
     const A e = exp(A(-2) * fabs(score * inner));

@@ -1,4 +1,4 @@
-"""How csrc/cuda is compiled: for setup.py, which links it, and for the audit, which reads it."""
+"""Compile csrc/cuda with nvcc: objects for setup.py, cubins for the audit of benchmarks."""
 
 import importlib.util
 import os
@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 SOURCES = [Path(__file__).with_name(f"{name}.cu") for name in ("divergence", "epilogue", "sparse")]
-# Capabilities with machine code of their own. The others compile the PTX of the first at run time.
+# Compute capabilities with machine code. Other GPUs compile the PTX of the first one at run time.
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 REMEDY = (
     "install the CUDA toolkit, 12.8 or newer, or the packages nvidia-cuda-nvcc, nvidia-cuda-crt, "
@@ -18,8 +18,10 @@ _FLAGS = ["-std=c++17", "-O3", "--compiler-options", "-Wall,-Wextra,-fPIC"]
 
 
 def find_nvcc() -> str | None:
-    """The compiler of CUDA_HOME or CUDA_PATH where that is set, else of PATH, of the toolkit in its
-    usual place, or of the package nvidia-cuda-nvcc; None without any.
+    """Return the path of nvcc, or None if there is none.
+
+    CUDA_HOME or CUDA_PATH decide if set. Else nvcc is looked for in PATH, in /usr/local/cuda and in
+    the package nvidia-cuda-nvcc.
     """
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
@@ -29,36 +31,39 @@ def find_nvcc() -> str | None:
 
 
 def architectures() -> tuple[int, ...]:
-    """OPD_CUDA_ARCHITECTURES, such as "90" or "80 90", where only some GPUs are meant; else all."""
-    wanted = os.environ.get("OPD_CUDA_ARCHITECTURES")
-    if wanted is None:
+    """Return the compute capabilities of OPD_CUDA_ARCHITECTURES, such as "80 90", or all."""
+    value = os.environ.get("OPD_CUDA_ARCHITECTURES")
+    if value is None:
         return ARCHITECTURES
-    numbers = wanted.replace(",", " ").split()
+    numbers = value.replace(",", " ").split()
     if not numbers or not all(n.isdecimal() and int(n) >= 80 for n in numbers):
         raise ValueError(
             "OPD_CUDA_ARCHITECTURES: expected compute capabilities from 80 on, such as '80 90', "
-            f"got {wanted!r}"
+            f"got {value!r}"
         )
     return tuple(sorted({int(n) for n in numbers}))
 
 
 def library_folders(nvcc: str) -> list[Path]:
-    """Where the toolkit has its libraries. The compiler is asked: it may be a wrapper or a link."""
+    """Return the folders of the toolkit's libraries.
+
+    nvcc prints the folder of its toolkit; its own path may be that of a wrapper or a link.
+    """
     command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    root = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    root = re.search(r"^#\$ TOP=(.+)$", output, re.MULTILINE)
     if root is None:
-        raise RuntimeError(f"{' '.join(command)} does not name its folder: {said[:1000]}")
+        raise RuntimeError(f"{' '.join(command)} prints no line '#$ TOP=': {output[:1000]}")
     top = Path(root[1].strip())
     folders = [top / "lib64", top / "lib", *sorted(top.glob("targets/*/lib"))]
     return list(dict.fromkeys(folder.resolve() for folder in folders if folder.is_dir()))
 
 
 def compile_objects(nvcc: str, folder: Path) -> list[Path]:
-    """Object files with code for every architecture that is wanted, and PTX."""
-    wanted = architectures()
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted]
-    codes.append(f"-gencode=arch=compute_{wanted[0]},code=compute_{wanted[0]}")
+    """Compile object files with machine code for architectures() and PTX for the first of them."""
+    targets = architectures()
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in targets]
+    codes.append(f"-gencode=arch=compute_{targets[0]},code=compute_{targets[0]}")
     folder.mkdir(parents=True, exist_ok=True)
     objects = []
     for source in SOURCES:
@@ -67,14 +72,14 @@ def compile_objects(nvcc: str, folder: Path) -> list[Path]:
         done = subprocess.run([*command, "-o", str(objects[-1])])
         if done.returncode != 0:
             raise RuntimeError(
-                f"nvcc failed: {' '.join(command)}\nIf it does not know the host's compiler, set "
-                "CXX to one that it does; OPD_BUILD=cpu leaves the CUDA backend out"
+                f"nvcc failed: {' '.join(command)}\nIf it does not support the host's compiler, "
+                "set CXX to one that it supports, or OPD_BUILD=cpu to leave out the CUDA backend"
             )
     return objects
 
 
 def compile_cubin(nvcc: str, source: Path, architecture: int, output: Path) -> str:
-    """Machine code for one architecture; returns what the compilers said, ptxas' figures too."""
+    """Compile machine code for one architecture; return the output of nvcc and ptxas."""
     command = [
         nvcc,
         *_FLAGS,
@@ -92,7 +97,7 @@ def compile_cubin(nvcc: str, source: Path, architecture: int, output: Path) -> s
 
 
 def _host() -> list[str]:
-    """The C++ compiler that setuptools takes too, where one is named."""
+    """Return nvcc's option for the host compiler of CXX, which setuptools uses too."""
     compiler = os.environ.get("CXX")
     return ["-ccbin", compiler] if compiler else []
 

@@ -13,7 +13,7 @@ template <typename A>
 struct OnlineSum {
   A max = -kInfinity<A>, total = 0, moment = 0;
 
-  // What logits are taken relative to: max, or 0 before the first finite one.
+  // The value to subtract from logits: max, or 0 before the first finite logit.
   __device__ __forceinline__ A origin() const { return max == -kInfinity<A> ? A(0) : max; }
 
   __device__ __forceinline__ void raise(A peak) {
@@ -24,7 +24,8 @@ struct OnlineSum {
     max = peak;
   }
 
-  // Takes logits in; the moment too where it is asked for. Those of -inf add nothing, NaN stays.
+  // Adds logits to the total and, if with_moment, to the moment. -inf adds nothing; NaN makes the
+  // total NaN.
   template <int kCount>
   __device__ __forceinline__ void absorb(const A (&z)[kCount], bool with_moment) {
     A peak = z[0];
@@ -50,7 +51,7 @@ struct OnlineSum {
     moment += decay == 0 ? A(0) : decay * (other.moment + other.total * gap);
   }
 
-  // The sum over a warp, in lane 0.
+  // Merges the sums of a warp into lane 0.
   __device__ __forceinline__ void merge_warp() {
 #pragma unroll
     for (int distance = kWarp / 2; distance > 0; distance /= 2)

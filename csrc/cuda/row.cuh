@@ -1,4 +1,4 @@
-// How a warp walks a row of a chunk: in tiles of a few sixteen-byte vectors a lane.
+// The rows of a chunk, which a warp reads in tiles of a few sixteen-byte vectors per lane.
 #pragma once
 
 #include "head.cuh"
@@ -8,12 +8,12 @@ namespace opd {
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x % kWarp; }
 
-// A row may begin and end inside a vector: the first one then holds fewer than its width.
+// A row that may begin and end inside a sixteen-byte vector.
 template <typename T>
 struct Row {
   const T* raw;
   int columns;
-  int shift;  // elements of the first vector before column 0
+  int shift;  // elements before column 0 in the first vector
 
   __device__ Row(const T* raw, int columns)
       : raw(raw), columns(columns), shift(misalignment(raw, kWidth<T>)) {}
@@ -22,7 +22,7 @@ struct Row {
     return (shift + columns + kWidth<T> - 1) / kWidth<T>;
   }
 
-  // The column of a vector's first element; below 0 where it lies before the row.
+  // The column of a vector's first element, negative if it is before the row.
   __device__ __forceinline__ int column(int vector) const { return vector * kWidth<T> - shift; }
 
   __device__ __forceinline__ bool has(int column) const {
@@ -30,8 +30,8 @@ struct Row {
   }
 };
 
-// The logits of one warp's share: each lane has some vectors, a warp's lie side by side. What is
-// not of the row is -inf.
+// The logits of kVectors vectors for each lane of a warp. The v-th vectors of all lanes are
+// adjacent in memory. Elements outside of the row are -inf.
 template <typename T>
 class Tile {
   using A = Accumulator<T>;
@@ -47,7 +47,7 @@ class Tile {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v)
       read_columns<kWidth<T>>(row.raw, column(v * kWidth<T>), row.columns, z + v * kWidth<T>);
-    if (head.is_plain()) {  // decided once a tile, not once a logit
+    if (head.is_plain()) {  // one branch for a tile instead of one for each logit
 #pragma unroll
       for (int i = 0; i < kElements; ++i) z[i] *= head.outer;
     } else {
@@ -65,7 +65,7 @@ class Tile {
     return (row.count() + kVectors * kWarp - 1) / (kVectors * kWarp);
   }
 
-  // The column of the lane's i-th logit.
+  // The column of this lane's i-th logit.
   __device__ __forceinline__ int column(int i) const {
     return first_column_ + (i / kWidth<T> * kWarp + lane_id()) * kWidth<T> + i % kWidth<T>;
   }

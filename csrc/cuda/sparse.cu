@@ -1,10 +1,11 @@
-// The backward pass of a loss that never used the tail: two products with a matrix [n, V] that has
-// k entries a row.
+// The backward pass of a loss that does not use the tail: two products with a sparse matrix [n, V]
+// that has k entries in each row.
 //
-// dhidden gathers n * k rows of the weight. dweight is a scatter; its entries come sorted by id, so
-// a run of equal ids is one row of it. Blocks take pieces of equal length. The piece in which a run
-// starts owns its row and adds to it; a piece in which one goes on leaves its share in `partials`,
-// which the run's owner adds up afterwards. There are no atomics, and every order is fixed.
+// dhidden gathers n * k rows of the weight. dweight is a scatter. Its entries are sorted by id, so
+// a run of equal ids contributes to one row of dweight. Each block processes a piece of OPD_PIECE
+// entries. The piece in which a run starts owns the row and adds to it. A piece in which a run
+// continues writes its sum to `partials`, and combine_kernel adds these to the row afterwards.
+// There are no atomics, and the order of every sum is fixed.
 
 #include "elements.cuh"
 
@@ -79,13 +80,14 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) partial[i] = total[i];
     }
-    is_owner = true;  // of the run that starts behind this one
+    is_owner = true;  // the next run starts in this piece
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) total[i] = 0;
   }
 }
 
-// A block has the piece of a run's owner, and adds up what the following ones hold of the run.
+// The block of the piece that owns a run adds the partial sums of the pieces that follow in the
+// run.
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const int64_t* ids, int64_t entries, const A* partials, int columns, A* sums,
@@ -104,7 +106,7 @@ __global__ void __launch_bounds__(kThreads)
 
 unsigned ceiling(int64_t a, int64_t b) { return unsigned((a + b - 1) / b); }
 
-// Whether every row of a matrix starts where a sixteen-byte vector does, and ends there.
+// Whether every row of a matrix starts and ends at a sixteen-byte boundary.
 template <typename T>
 bool is_aligned(const OpdMatrix& matrix) {
   return reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 &&

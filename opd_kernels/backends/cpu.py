@@ -48,8 +48,5 @@ class CpuEpilogues(Epilogues):
         return loss
 
 
-def _head(chunk: Chunk) -> tuple[Tensor | None, float | None, float, float]:
-    """bias [v] of the chunk's columns, in its dtype, softcap, scale and temperature."""
-    head = chunk.head
-    bias = None if head.bias is None else chunk.bias(chunk.raw.dtype)
-    return bias, head.softcap, head.scale, head.temperature
+def _head(chunk: Chunk) -> tuple[Tensor | None, bool, float, float]:
+    return chunk.head_operands(chunk.raw.dtype)

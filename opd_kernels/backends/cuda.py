@@ -108,8 +108,7 @@ class CudaEpilogues(Epilogues):
 
 
 def _head(chunk: Chunk) -> tuple[Tensor | None, bool, float, float]:
-    """bias [v] of the chunk's columns in the accumulator dtype, and the factors of the head."""
-    return chunk.bias(accumulator_dtype(chunk.raw)), *chunk.head.factors
+    return chunk.head_operands(accumulator_dtype(chunk.raw))
 
 
 def _can_multiply(dense: Tensor, coefficients: Tensor) -> bool:

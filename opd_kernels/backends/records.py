@@ -98,6 +98,11 @@ class Chunk:
         bias = self.bias(self.raw.dtype)
         return self.raw[rows] if bias is None else self.raw[rows] + bias
 
+    def head_operands(self, dtype: torch.dtype) -> tuple[Tensor | None, bool, float, float]:
+        """The head as compiled kernels take it: the bias [v] in a dtype, and Head.factors."""
+        bias = None if self.head.bias is None else self.bias(dtype)
+        return bias, *self.head.factors
+
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """The bias [v] of the chunk's columns in a dtype, contiguous; None without a bias."""
         bias = self.head.bias_of(self.first_id, self.raw.shape[1])

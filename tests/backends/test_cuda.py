@@ -1,5 +1,5 @@
 """The CUDA kernels in the emulator: random problems under the address sanitizer, and planted faults
-that these must catch. The operators' and the epilogues' tests run them as `cuda-emulated`.
+that they must find. The tests of operators and epilogues run the kernels as `cuda-emulated`.
 """
 
 import os
@@ -12,22 +12,24 @@ import pytest
 import torch
 
 from opd_kernels import backends
-from opd_kernels.backends import select_backend
-from opd_kernels.backends import torch as definition
+from opd_kernels.backends import extensions, select_backend
 from opd_kernels.backends.devices import capability
+from opd_kernels.backends.epilogues import Epilogues
+from opd_kernels.backends.records import Chunk, Head, RowState
 from tests import cuda_emulator
 
 CASES = 250
+definition = Epilogues()
 ROOT = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.skipif(not cuda_emulator.is_available(), reason="needs a C++ compiler"),
-    pytest.mark.skipif(os.environ.get("OPD_SANITIZE") == "1", reason="sanitizes on its own"),
+    pytest.mark.skipif(os.environ.get("OPD_SANITIZE") == "1", reason="loads the sanitizer itself"),
 ]
 
 
 def fuzz(library: Path, cases: int, seed: int = 0) -> subprocess.CompletedProcess[str]:
-    """Random problems in a process that loads the sanitizer's runtime, and libstdc++, first."""
+    """Run random problems in a process that loads the sanitizer's runtime and libstdc++ first."""
     runtimes = [
         subprocess.check_output([cuda_emulator.COMPILER, f"-print-file-name={name}"], text=True)
         for name in ("libasan.so", "libstdc++.so")
@@ -50,7 +52,7 @@ def test_random_problems():
     assert done.stdout == f"{CASES} cases passed\n"
 
 
-# What is changed in which file, and what has to be said of it.
+# Name: (file, original text, replacement, pattern of the expected message).
 WRONG = r"case \d+, check_"
 MUTANTS = {
     "a sort without its barrier": (
@@ -137,7 +139,7 @@ def kernels():
 @pytest.mark.parametrize("dim", [8, 7])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_sparse_backward_of_one_frequent_token(kernels, dim, dtype):
-    """A row of dweight that many blocks share, and rows of one entry."""
+    """Many blocks add to one row of dweight; other rows have one entry."""
     tokens, vocab = 300, 1000
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     ids = torch.randperm(vocab)[: tokens * 3].view(tokens, 3)
@@ -175,8 +177,8 @@ def test_a_device_that_no_code_was_made_for_is_not_reached(monkeypatch):
     extension = type("Extension", (), {"LEAST_CAPABILITY": 80})
     monkeypatch.setattr(backends.cuda, "load_extension", lambda: extension)
     cases = [((7, 5), False), ((8, 0), True), ((12, 1), True)]
-    for index, (own, reached) in enumerate(cases):
-        monkeypatch.setattr("torch.cuda.get_device_capability", lambda _, c=own: c)
+    for index, (version, reached) in enumerate(cases):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda _, c=version: c)
         assert backends.reaches("cuda", torch.device("cuda", index)) is reached
     capability.cache_clear()
 
@@ -203,22 +205,18 @@ def test_auto_stays_with_triton_on_a_gpu(monkeypatch):
 
 
 def test_bindings_refuse_what_the_kernels_cannot_take(kernels):
-    head = backends.Head(torch.empty(9, 1), None, None, 1.0, 1.0, 9)
-    state = backends.RowState.for_topk(2, 3, False, torch.empty(0))
+    head = Head(torch.empty(9, 1), None, None, 1.0, 1.0, 9)
+    state = RowState.for_topk(2, 3, False, torch.empty(0))
     with pytest.raises(TypeError, match="values: expected Double on cpu, got Float on cpu"):
-        kernels.update(torch.randn(2, 9).double(), 0, head, state)
+        kernels.update(Chunk(torch.randn(2, 9).double(), head), state)
     with pytest.raises(ValueError, match="chunk: expected a matrix with contiguous rows"):
-        kernels.update(torch.randn(9, 2).t(), 0, head, state)
+        kernels.update(Chunk(torch.randn(9, 2).t(), head), state)
     with pytest.raises(TypeError, match="chunk: expected a floating dtype, got Int"):
-        kernels.update(torch.ones(2, 9, dtype=torch.int32), 0, head, state)
-    overlapping = torch.randn(3, 9)
-    rows = (torch.zeros(2, 1).long(), torch.zeros(2, 1), torch.zeros(2), torch.zeros(2))
-    with pytest.raises(ValueError, match="out: expected memory apart from chunk's"):
-        kernels.gradient(overlapping[:2], 0, head, *rows, overlapping[1:])
+        kernels.update(Chunk(torch.ones(2, 9, dtype=torch.int32), head), state)
     with pytest.raises(ValueError, match=r"ids: expected \[4, K\] with K from 1 to 256, got"):
-        kernels.update(torch.randn(4, 9), 0, head, state)
+        kernels.update(Chunk(torch.randn(4, 9), head), state)
 
 
 def test_an_extension_that_is_not_there_is_none(monkeypatch):
-    monkeypatch.setattr(backends.cuda.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(extensions.importlib.util, "find_spec", lambda name: None)
     assert backends.cuda.load_extension.__wrapped__() is None

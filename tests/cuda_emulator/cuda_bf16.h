@@ -1,3 +1,4 @@
+// The bfloat16 of CUDA for the emulator.
 #pragma once
 
 #include <cmath>
@@ -13,7 +14,7 @@ inline float __bfloat162float(__nv_bfloat16 x) {
   std::memcpy(&value, &wide, sizeof value);
   return value;
 }
-// To nearest, ties to even.
+// Rounds to nearest, ties to even.
 inline __nv_bfloat16 __float2bfloat16(float x) {
   if (std::isnan(x)) return {0x7fff};
   uint32_t wide;

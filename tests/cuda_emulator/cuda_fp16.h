@@ -1,3 +1,4 @@
+// The float16 of CUDA for the emulator.
 #pragma once
 
 struct __half {

@@ -1,14 +1,15 @@
-// What csrc/cuda needs of CUDA, for g++: a block's threads are fibers of one CPU thread.
+// The subset of CUDA that csrc/cuda uses, for g++: the threads of a block are fibers of one CPU
+// thread.
 //
-// A fiber runs until it waits, at a barrier or for the other lanes of its warp; who runs next is
-// drawn from a seed (OPD_EMULATOR_SEED). So without the barrier that orders them, a write and a read
-// of two threads come in any order. Shared memory is NaN when a block starts. A barrier that not all
-// threads reach, or a warp's operation that not all of its lanes are in, ends the process.
+// A fiber runs until it waits at a barrier or for the other lanes of its warp. The next fiber is
+// drawn at random from a seed (OPD_EMULATOR_SEED), so that a write and a read of two threads happen
+// in any order unless a barrier separates them. Shared memory is NaN when a block starts. The
+// process ends if not all threads reach a barrier, or not all lanes of the mask reach an operation
+// of a warp.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
-#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <tuple>
@@ -16,10 +17,10 @@
 
 #define __global__
 #define __device__
-#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-// In a section of its own, so that it can be filled before each block. One block runs at a time.
+// A separate section, so that shared memory can be filled with NaN before each block. One block
+// runs at a time.
 #define __shared__ static __attribute__((section("opd_shared")))
 
 using std::exp;
@@ -42,7 +43,6 @@ using cudaStream_t = struct CudaStream*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
-  size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
 };
 inline const char* cudaGetErrorString(cudaError_t error) {
@@ -50,7 +50,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "invalid configuration argument";
 }
 
-// Of the fiber that runs.
+// Those of the running fiber.
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
@@ -58,10 +58,10 @@ namespace emulator {
 using Body = void (*)(void* arguments);
 cudaError_t run_grid(const cudaLaunchConfig_t& config, Body body, void* arguments);
 
-// Waits for all threads of the block; true if one of them said so.
-bool synchronize_block(bool predicate);
+// Waits for all threads of the block.
+void synchronize_block();
 
-// Waits for the mask's lanes, and returns what each has brought, [32].
+// Waits for the lanes of the mask and returns the value that each passed [32].
 const uint64_t* exchange(unsigned mask, uint64_t value, const char* operation);
 
 unsigned lane();
@@ -94,8 +94,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return emulator::run_grid(*config, body, &call);
 }
 
-inline void __syncthreads() { emulator::synchronize_block(false); }
-inline int __syncthreads_or(int predicate) { return emulator::synchronize_block(predicate); }
+inline void __syncthreads() { emulator::synchronize_block(); }
 inline void __syncwarp(unsigned mask = ~0u) { emulator::exchange(mask, 0, "__syncwarp"); }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) {

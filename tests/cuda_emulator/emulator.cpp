@@ -1,4 +1,4 @@
-// The scheduler: one block at a time, its threads as fibers.
+// The scheduler of the emulator. It runs one block at a time; the threads of a block are fibers.
 
 #include <ucontext.h>
 
@@ -12,12 +12,12 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
-#define WATCHED 1
+#define SANITIZED 1
 #else
-#define WATCHED 0
+#define SANITIZED 0
 #endif
 
-// The bounds of the section that __shared__ puts its variables in.
+// The bounds of the section that holds the __shared__ variables.
 extern "C" __attribute__((weak)) char __start_opd_shared[], __stop_opd_shared[];
 
 namespace emulator {
@@ -32,17 +32,17 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   State state;
   const char* operation = "";
-  void* fake_stack = nullptr;  // the sanitizer's
+  void* fake_stack = nullptr;  // of the address sanitizer
 };
 
 struct Warp {
   unsigned mask = 0, arrived = 0;
   const char* operation = "";
-  uint64_t brought[32], results[32];
+  uint64_t values[32], results[32];  // results stays valid while the next values arrive
 };
 
-[[noreturn]] void fail(const char* what, const char* operation) {
-  std::fprintf(stderr, "cuda emulator: %s: %s (block %u, %u; thread %u)\n", operation, what,
+[[noreturn]] void fail(const char* reason, const char* operation) {
+  std::fprintf(stderr, "cuda emulator: %s: %s (block %u, %u; thread %u)\n", operation, reason,
                blockIdx.x, blockIdx.y, threadIdx.x);
   std::_Exit(70);
 }
@@ -69,11 +69,8 @@ class Block {
     if (live_ > 0) report_deadlock();
   }
 
-  bool synchronize(bool predicate) {
-    vote_ |= predicate;
+  void synchronize() {
     if (++at_barrier_ == threads_) {
-      result_ = vote_;
-      vote_ = false;
       at_barrier_ = 0;
       for (unsigned i = 0; i < threads_; ++i)
         if (i != current_) release(i);
@@ -83,13 +80,12 @@ class Block {
     } else {
       wait(State::kAtBarrier, "__syncthreads");
     }
-    return result_;
   }
 
   const uint64_t* exchange(unsigned mask, uint64_t value, const char* operation) {
     Warp& warp = warps_[current_ / 32];
     const unsigned lane = current_ % 32;
-    if (!(mask >> lane & 1)) fail("a lane that its mask leaves out", operation);
+    if (!(mask >> lane & 1)) fail("the lane is not in its own mask", operation);
     if (warp.arrived == 0) {
       warp.mask = mask;
       warp.operation = operation;
@@ -97,9 +93,9 @@ class Block {
       fail("lanes of a warp are in different operations", operation);
     }
     warp.arrived |= 1u << lane;
-    warp.brought[lane] = value;
+    warp.values[lane] = value;
     if (warp.arrived == mask) {
-      std::copy(warp.brought, warp.brought + 32, warp.results);
+      std::copy(warp.values, warp.values + 32, warp.results);
       warp.arrived = 0;
       for (unsigned i = 0; i < 32; ++i)
         if (mask >> i & 1) release(current_ / 32 * 32 + i);
@@ -135,25 +131,25 @@ class Block {
   }
 
   void resume(Fiber& fiber) {
-#if WATCHED
-    void* own = nullptr;
-    __sanitizer_start_switch_fiber(&own, fiber.stack.get(), kStack);
+#if SANITIZED
+    void* scheduler_stack = nullptr;
+    __sanitizer_start_switch_fiber(&scheduler_stack, fiber.stack.get(), kStack);
 #endif
     swapcontext(&scheduler_, &fiber.context);
-#if WATCHED
-    __sanitizer_finish_switch_fiber(own, nullptr, nullptr);
+#if SANITIZED
+    __sanitizer_finish_switch_fiber(scheduler_stack, nullptr, nullptr);
 #endif
   }
 
-  // Back to the scheduler; returns when it resumes this fiber.
+  // Switches to the scheduler. Returns when the scheduler resumes this fiber.
   void suspend() {
     Fiber& fiber = fibers_[current_];
-#if WATCHED
+#if SANITIZED
     const bool ends = fiber.state == State::kDone;
     __sanitizer_start_switch_fiber(ends ? nullptr : &fiber.fake_stack, stack_, stack_size_);
 #endif
     swapcontext(&fiber.context, &scheduler_);
-#if WATCHED
+#if SANITIZED
     __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
 #endif
   }
@@ -175,15 +171,14 @@ class Block {
   Body body_ = nullptr;
   void* arguments_ = nullptr;
   unsigned threads_ = 0, live_ = 0, current_ = 0, at_barrier_ = 0;
-  bool vote_ = false, result_ = false;
-  const void* stack_ = nullptr;  // the scheduler's, as the sanitizer names it
+  const void* stack_ = nullptr;  // the scheduler's stack, as the sanitizer reports it
   size_t stack_size_ = 0;
 };
 
 Block block;
 
 void Block::enter() {
-#if WATCHED
+#if SANITIZED
   __sanitizer_finish_switch_fiber(nullptr, &block.stack_, &block.stack_size_);
 #endif
   block.body_(block.arguments_);
@@ -197,7 +192,8 @@ uint64_t seed() {
   return text ? std::strtoull(text, nullptr, 10) : 0;
 }
 
-// NaN in every dtype. The sanitizer keeps guards between the variables, so this must not be watched.
+// Fills shared memory with NaN in every dtype. It is not sanitized, since it also writes the guards
+// that the sanitizer puts between variables.
 __attribute__((no_sanitize("address"))) void poison_shared_memory() {
   for (volatile char* byte = __start_opd_shared; byte != __stop_opd_shared; ++byte) *byte = -1;
 }
@@ -222,7 +218,7 @@ cudaError_t run_grid(const cudaLaunchConfig_t& config, Body body, void* argument
   return cudaSuccess;
 }
 
-bool synchronize_block(bool predicate) { return block.synchronize(predicate); }
+void synchronize_block() { block.synchronize(); }
 
 const uint64_t* exchange(unsigned mask, uint64_t value, const char* operation) {
   return block.exchange(mask, value, operation);

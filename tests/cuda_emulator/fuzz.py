@@ -1,7 +1,7 @@
-"""Random problems for the emulated kernels: against PyTorch, in every order of threads the same.
+"""Compare the emulated kernels with PyTorch on random problems, and two orders of threads bitwise.
 
-`python -m tests.cuda_emulator.fuzz LIBRARY --cases 240` runs in a process of its own, since the
-address sanitizer has to be loaded before Python is. It ends with 1 at the first case that differs.
+`python -m tests.cuda_emulator.fuzz LIBRARY --cases 240` needs its own process, since the address
+sanitizer must be loaded before Python. It exits with 1 at the first case that differs.
 """
 
 import argparse
@@ -14,21 +14,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd_kernels.backends import torch as definition
 from opd_kernels.backends.cuda import CudaEpilogues
-from opd_kernels.backends.records import Head, RowState
+from opd_kernels.backends.epilogues import Epilogues
+from opd_kernels.backends.records import Chunk, Head, RowGradient, RowState
 from opd_kernels.sparse_logits import canonical_ids
 from tests.cuda_emulator import load
 from tests.reference import head_in_float64
 
+definition = Epilogues()
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Sizes about those of a vector, a tile and a span, and any others.
+# Around the sizes of a vector and a tile.
 COLUMNS = (1, 3, 8, 31, 33, 127, 255, 256, 257, 511, 513, 1023, 1025)
 
 
 @dataclass
 class Case:
-    """A chunk [n, v] of a vocabulary, and what is asked of it."""
+    """A chunk [n, v] of raw products, its head, and a source of random choices."""
 
     raw: Tensor
     head: Head
@@ -43,18 +44,18 @@ class Case:
         head = head_in_float64(self.head) if dtype == torch.float64 else self.head
         return self.raw.to(dtype, copy=True), head
 
-    def k(self, most: int) -> int:
-        return self.rng.choice((1, 2, 5, 20, 63, 64, 65, 128, 200, most)) % most + 1
+    def k(self, limit: int) -> int:
+        return self.rng.choice((1, 2, 5, 20, 63, 64, 65, 128, 200, limit)) % limit + 1
 
     def ids(self, k: int) -> Tensor:
-        """Ids in and around the chunk; empty slots, repeats and other chunks' among them."""
+        """Return ids [n, k] in and around the chunk, without repeats; some slots are empty."""
         low, high = max(0, self.first_id - 3), self.first_id + self.raw.shape[1] + 3
         ids = torch.randint(low, high, (self.raw.shape[0], k))
         return canonical_ids(torch.where(torch.rand(ids.shape) < 0.1, -1, ids), high)
 
 
 def random_case(rng: random.Random) -> Case:
-    """Of any dtype, alignment and stride; some with ties, infinities or ascending rows."""
+    """Return a case of any dtype, alignment and stride, with ties, masks or sorted rows."""
     rows, columns = rng.randint(1, 6), rng.choice((*COLUMNS, rng.randint(2, 700)))
     dtype, first_id = rng.choice(DTYPES), rng.choice((0, 0, 17, 1_000))
     offset, gap = rng.randint(0, 9), rng.randint(0, 9)
@@ -68,13 +69,13 @@ def random_case(rng: random.Random) -> Case:
             values[torch.rand(values.shape) < 0.3] = -torch.inf
         case "equal":
             values.fill_(0.25)
-    # What lies around the rows would show in every result.
+    # The memory around the rows is NaN, so that reading it shows in the results.
     memory = torch.full((rows, offset + columns + gap), torch.nan, dtype=dtype)
     raw = memory[:, offset : offset + columns]
     raw.copy_(values)
     bias = torch.randn(first_id + columns) if rng.random() < 0.4 else None
     softcap = rng.choice((None, None, 0.7, 5.0))
-    if softcap is not None:  # tanh of a mask is no mask
+    if softcap is not None:  # a softcap makes masks of -inf finite
         raw.nan_to_num_(neginf=-9.0)
     scale, temperature = rng.choice(((1.0, 1.0), (1.0, 1.0), (0.3, 0.7), (-1.5, 2.0)))
     if scale < 0:
@@ -85,34 +86,35 @@ def random_case(rng: random.Random) -> Case:
 
 
 class MismatchError(Exception):
-    """What differs, and by how much."""
+    """The results differ from the expected ones."""
 
 
 def compare(
     name: str, actual: Tensor, same_dtype: Tensor, reference: Tensor, size: float = 1.0
 ) -> None:
-    """The error against float64 is at most twice PyTorch's own in the same dtype. A few numbers may
-    by luck have none, so one rounding is allowed at the size of the largest number, or of what is
-    added up to it. In float64 that is the reference itself, and 1e-12 the bound, as in the
-    operators' tests.
+    """Raise MismatchError if the error against float64 exceeds twice PyTorch's in the same dtype.
+
+    PyTorch may be exact by chance on few numbers, so one rounding of the largest number, or of
+    `size`, the size of the summed terms, is always allowed. For float64 PyTorch's result is the
+    reference, and the bound is 1e-12 as in the operators' tests.
     """
     if not torch.equal(actual.isnan(), reference.isnan()):
-        raise MismatchError(f"{name}: NaN in the wrong places")
+        raise MismatchError(f"{name}: NaN in other places than expected")
     finite = reference.isfinite()
     if not torch.equal(actual.double()[~finite].nan_to_num(), reference[~finite].nan_to_num()):
-        raise MismatchError(f"{name}: an infinity is not where it should be")
+        raise MismatchError(f"{name}: infinities in other places than expected")
     if not finite.any():
         return
     expected = reference[finite]
-    ours, theirs = ((x.double()[finite] - expected).abs().max() for x in (actual, same_dtype))
-    unit = 5e-13 if actual.dtype == torch.float64 else torch.finfo(actual.dtype).eps
-    rounding = unit * max(size, expected.abs().max().item())
-    if not ours <= 2 * max(theirs.item(), rounding):
-        raise MismatchError(f"{name}: off by {ours:.3e}, PyTorch by {theirs:.3e}")
+    error, torch_error = ((x.double()[finite] - expected).abs().max() for x in (actual, same_dtype))
+    epsilon = 5e-13 if actual.dtype == torch.float64 else torch.finfo(actual.dtype).eps
+    rounding = epsilon * max(size, expected.abs().max().item())
+    if not error <= 2 * max(torch_error.item(), rounding):
+        raise MismatchError(f"{name}: off by {error:.3e}, PyTorch by {torch_error:.3e}")
 
 
 def in_any_order(run: Callable[[], list[Tensor]], rng: random.Random) -> list[Tensor]:
-    """The results of two runs with different orders of threads, which must be the same bits."""
+    """Return the results of a run; raise if another order of threads gives other bits."""
     results = []
     for _ in range(2):
         os.environ["OPD_EMULATOR_SEED"] = str(rng.getrandbits(32))
@@ -124,7 +126,7 @@ def in_any_order(run: Callable[[], list[Tensor]], rng: random.Random) -> list[Te
 
 
 def fresh_state(case: Case, k_or_ids: int | Tensor, dtype: torch.dtype, before: int) -> RowState:
-    """A state that has seen `before` logits of lower ids, the same for every dtype."""
+    """Return a state after `before` logits of lower ids, which are the same for every dtype."""
     like = torch.empty(0, dtype=dtype)
     if isinstance(k_or_ids, Tensor):
         state = RowState.for_ids(k_or_ids.clone(), True, like)
@@ -132,8 +134,8 @@ def fresh_state(case: Case, k_or_ids: int | Tensor, dtype: torch.dtype, before: 
         state = RowState.for_topk(case.raw.shape[0], k_or_ids, True, like)
     if before and case.first_id:
         earlier = torch.randn(case.raw.shape[0], before, generator=torch.Generator().manual_seed(5))
-        plain = Head(torch.empty(before, 1), None, None, 1.0, 1.0, before)
-        definition.update(earlier.to(dtype), 0, plain, state)
+        identity = Head(torch.empty(before, 1), None, None, 1.0, 1.0, before)
+        definition.update(Chunk(earlier.to(dtype), identity), state)
     return state
 
 
@@ -145,24 +147,24 @@ def check_update(case: Case, kernels: CudaEpilogues) -> None:
 
     def run() -> list[Tensor]:
         state = fresh_state(case, k_or_ids, case.accumulator, before)
-        kernels.update(case.raw, case.first_id, case.head, state)
+        kernels.update(Chunk(case.raw, case.head, case.first_id), state)
         return [state.values, state.tail(), state.entropy(), state.ids]
 
     def defined(dtype: torch.dtype, k_or_ids: int | Tensor) -> list[Tensor]:
         state = fresh_state(case, k_or_ids, dtype, before)
         raw, head = case.upcast(dtype)
-        definition.update(raw, case.first_id, head, state)
+        definition.update(Chunk(raw, head, case.first_id), state)
         return [state.values, state.tail(), state.entropy(), state.ids]
 
-    ours = in_any_order(run, case.rng)
-    theirs = defined(case.accumulator, k_or_ids)
-    if not torch.equal(ours[3], theirs[3]):
-        raise MismatchError("ids are not those of the largest logits, ties by the lower id")
-    if selects and (theirs[3] < 0).any():
-        reference = defined(torch.float64, k_or_ids)  # fewer logits than slots
+    actual = in_any_order(run, case.rng)
+    same_dtype = defined(case.accumulator, k_or_ids)
+    if not torch.equal(actual[3], same_dtype[3]):
+        raise MismatchError("ids: expected those of the largest logits, the lower ids for ties")
+    if selects and (same_dtype[3] < 0).any():
+        reference = defined(torch.float64, k_or_ids)  # the row has fewer than k logits
     else:
-        reference = defined(torch.float64, theirs[3])
-    for name, *tensors in zip(names[:3], ours, theirs, reference, strict=False):
+        reference = defined(torch.float64, same_dtype[3])
+    for name, *tensors in zip(names[:3], actual, same_dtype, reference, strict=False):
         compare(name, *tensors)
 
 
@@ -175,29 +177,29 @@ def check_gradient(case: Case, kernels: CudaEpilogues) -> None:
         tail[0] = -torch.inf
     dtype = case.raw.dtype
     out_dtype = case.rng.choice(DTYPES[2:]) if dtype == torch.float32 else dtype
-    apart = torch.full((rows, columns + 5), 3.0, dtype=out_dtype)
-    out = apart[:, case.rng.randint(0, 5) :][:, :columns]
-    inside = case.rng.random() < 0.5
+    memory = torch.full((rows, columns + 5), 3.0, dtype=out_dtype)
+    out = memory[:, case.rng.randint(0, 5) :][:, :columns]
+    in_place = case.rng.random() < 0.5
 
     def run() -> list[Tensor]:
-        apart.fill_(3.0)
+        memory.fill_(3.0)
         chunk = torch.empty_strided(case.raw.shape, case.raw.stride(), dtype=dtype)
         chunk.copy_(case.raw)
-        target = chunk if inside else out
+        target = chunk if in_place else out
         on_rows = (t.to(case.accumulator) for t in (dvalues, tail, dtail))
-        kernels.gradient(chunk, case.first_id, case.head, ids, *on_rows, target)
-        return [target.clone(), apart.clone()]
+        kernels.gradient(Chunk(chunk, case.head, case.first_id), RowGradient(ids, *on_rows), target)
+        return [target.clone(), memory.clone()]
 
     def defined(wide: torch.dtype) -> Tensor:
         raw, head = case.upcast(wide)
         on_rows = (t.to(wide) for t in (dvalues, tail, dtail))
-        definition.gradient(raw, case.first_id, head, ids, *on_rows, raw)
+        definition.gradient(Chunk(raw, head, case.first_id), RowGradient(ids, *on_rows), raw)
         return raw
 
-    ours, around = in_any_order(run, case.rng)
-    compare("gradient", ours, defined(case.accumulator).to(ours.dtype), defined(torch.float64))
-    if not inside and (around == 3.0).sum() < 5 * rows:
-        raise MismatchError("gradient: written beside its columns")
+    actual, around = in_any_order(run, case.rng)
+    compare("gradient", actual, defined(case.accumulator).to(actual.dtype), defined(torch.float64))
+    if not in_place and (around == 3.0).sum() < 5 * rows:
+        raise MismatchError("gradient: wrote outside of its columns")
 
 
 def check_divergence(case: Case, kernels: CudaEpilogues) -> None:
@@ -213,30 +215,32 @@ def check_divergence(case: Case, kernels: CudaEpilogues) -> None:
     def run() -> list[Tensor]:
         out = case.raw.clone()
         on_rows = (beta, upstream.to(case.accumulator))
-        loss = kernels.divergence(out, case.head, teacher, teacher_head, *on_rows, out)
+        chunks = (Chunk(out, case.head), Chunk(teacher, teacher_head))
+        loss = kernels.divergence(*chunks, *on_rows, out)
         return [loss, out]
 
     def defined(wide: torch.dtype) -> tuple[Tensor, Tensor]:
         raw, head = case.upcast(wide)
         on_rows = (beta, upstream.to(wide))
-        return definition.divergence(raw, head, teacher.to(wide), teacher_head, *on_rows, raw), raw
+        chunks = (Chunk(raw, head), Chunk(teacher.to(wide), teacher_head))
+        return definition.divergence(*chunks, *on_rows, raw), raw
 
-    theirs, reference = defined(case.accumulator), defined(torch.float64)
-    ours = in_any_order(run, case.rng)
+    same_dtype, reference = defined(case.accumulator), defined(torch.float64)
+    actual = in_any_order(run, case.rng)
     raw, head = case.upcast(torch.float64)
     log_p, log_q = (
-        h.logits(h.scores(x, 0)).log_softmax(1)
+        h.logits(Chunk(x, h).scores(slice(None))).log_softmax(1)
         for h, x in ((head, raw), (teacher_head, teacher.double()))
     )
     weights = (log_q if beta == 0 else log_p).exp()
     sizes = (weights * (log_p.abs() + log_q.abs())).sum(1).max().item(), 1.0
-    for name, *tensors, size in zip(("loss", "slope"), ours, theirs, reference, sizes, strict=True):
-        actual, same, exact = tensors
-        compare(name, actual, same.to(actual.dtype), exact, size)
+    results = zip(("loss", "gradient"), actual, same_dtype, reference, sizes, strict=True)
+    for name, result, same, exact, size in results:
+        compare(name, result, same.to(result.dtype), exact, size)
 
 
 def check_sparse(case: Case, kernels: CudaEpilogues) -> None:
-    """A vocabulary of few ids, so that a run of one goes over many pieces."""
+    """Check sparse_backward with few ids, so that the run of an id spans several pieces."""
     rng, dtype, wide = case.rng, case.raw.dtype, case.accumulator
     tokens, k = rng.choice((1, 7, 90)), rng.choice((1, 3, 12))
     vocab, dim = rng.choice((2, 9, 400)), rng.choice((1, 7, 8, 24, 600))
@@ -256,11 +260,12 @@ def check_sparse(case: Case, kernels: CudaEpilogues) -> None:
         definition.sparse_backward(ids, coefficients.to(wide), *dense, *sums)
         return sums
 
-    ours, theirs, reference = in_any_order(run, rng), defined(wide), defined(torch.float64)
+    actual, same_dtype, reference = in_any_order(run, rng), defined(wide), defined(torch.float64)
     start = [s.abs() for s in start]
     hidden, weight, coefficients = hidden.abs(), weight.abs(), coefficients.abs()
     sizes = [total.max().item() for total in defined(torch.float64)]
-    for name, *tensors in zip(("dhidden", "dweight"), ours, theirs, reference, sizes, strict=True):
+    names = ("dhidden", "dweight")
+    for name, *tensors in zip(names, actual, same_dtype, reference, sizes, strict=True):
         compare(name, *tensors)
 
 
