@@ -18,13 +18,15 @@ class CpuEpilogues(Epilogues):
     def update(self, chunk: Chunk, state: RowState) -> None:
         if state.selects and state.values.shape[1] > _MAX_K:
             return super().update(chunk, state)
+        head = chunk.head_operands(chunk.raw.dtype)
         extension.update(
-            chunk.raw, chunk.first_id, *_head(chunk), state.values, state.ids, state.selects,
+            chunk.raw, chunk.first_id, *head, state.values, state.ids, state.selects,
             state.max, state.sum, state.moment,
         )  # fmt: skip
 
     def gradient(self, chunk: Chunk, gradient: RowGradient, out: Tensor) -> None:
-        extension.gradient_(chunk.raw, chunk.first_id, *_head(chunk), *gradient.contiguous())
+        head = chunk.head_operands(chunk.raw.dtype)
+        extension.gradient_(chunk.raw, chunk.first_id, *head, *gradient.contiguous())
         if out is not chunk.raw:
             out.copy_(chunk.raw)
 
@@ -32,7 +34,8 @@ class CpuEpilogues(Epilogues):
         self, chunk: Chunk, gradient: RowGradient, threshold: Tensor
     ) -> tuple[SparseRows, Tensor]:
         rows = (*gradient.contiguous(), threshold.contiguous())
-        *entries, kept = extension.filtered_gradient(chunk.raw, *_head(chunk), *rows)
+        head = chunk.head_operands(chunk.raw.dtype)
+        *entries, kept = extension.filtered_gradient(chunk.raw, *head, *rows)
         return SparseRows(*entries), kept
 
     def divergence(
@@ -40,13 +43,8 @@ class CpuEpilogues(Epilogues):
     ) -> Tensor:
         loss = chunk.raw.new_empty(chunk.raw.shape[0])
         upstream = None if upstream is None else upstream.contiguous()
-        extension.divergence_(
-            chunk.raw, *_head(chunk), teacher.raw, *_head(teacher), beta, upstream, loss
-        )
+        heads = [c.head_operands(c.raw.dtype) for c in (chunk, teacher)]
+        extension.divergence_(chunk.raw, *heads[0], teacher.raw, *heads[1], beta, upstream, loss)
         if upstream is not None and out is not chunk.raw:
             out.copy_(chunk.raw)
         return loss
-
-
-def _head(chunk: Chunk) -> tuple[Tensor | None, bool, float, float]:
-    return chunk.head_operands(chunk.raw.dtype)

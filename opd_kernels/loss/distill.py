@@ -15,7 +15,7 @@ from opd_kernels.loss import token_walk
 from opd_kernels.loss.objective import Objective, weighted_sum
 from opd_kernels.loss.options import LossOptions, Missing, Support, TokenBatch
 from opd_kernels.loss.output import DistillationOutput
-from opd_kernels.loss.refusals import check_loss, check_support
+from opd_kernels.loss.refusals import check_loss, check_models, check_support
 from opd_kernels.loss.strategy import choose_order, recomputed_loss
 from opd_kernels.sparse_logits import SparseLogits, TrustedSparseLogits, map_rows
 
@@ -80,13 +80,14 @@ def distillation_loss(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and the remedy.
     """
+    check_models(student, teacher)
+    if isinstance(backend, str) and backend == "auto" and not torch.compiler.is_compiling():
+        backend = resolve_backend(backend, student.hidden.device)
     options = LossOptions(
         k, support, objective, reduction, method, missing, entropy, compact, chunk_bytes, backend,
         gradient_filter, full=isinstance(support, str) and support == "full",
     )  # fmt: skip
     check_loss(student, teacher, options, token_weights, denominator)
-    if backend == "auto" and not torch.compiler.is_compiling():
-        options = replace(options, backend=resolve_backend(backend, student.hidden.device))
     batch, kept = _batch_of(student, teacher, options, token_weights)
     if reduction == "mean":
         denominator = _denominator_of(batch, denominator)

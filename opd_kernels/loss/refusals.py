@@ -27,6 +27,26 @@ _CHOICES = {
 }
 
 
+def check_models(student: LazyLogits, teacher: LazyLogits | SparseLogits) -> None:
+    """Raise unless these are two models on the same tokens and device."""
+    if not isinstance(student, LazyLogits):
+        raise TypeError(f"student: expected LazyLogits, got {type(student).__name__}")
+    if not isinstance(teacher, (LazyLogits, SparseLogits)):
+        raise TypeError(
+            "teacher: expected LazyLogits, or SparseLogits from a server, got "
+            f"{type(teacher).__name__}"
+        )
+    leading = student.hidden.shape[:-1]
+    rows = teacher.hidden if isinstance(teacher, LazyLogits) else teacher.values
+    check_device("teacher", rows, "student", student.hidden.device)
+    if rows.shape[:-1] != leading:
+        raise ValueError(
+            f"teacher: expected the student's leading shape {tuple(leading)}, got "
+            f"{tuple(rows.shape[:-1])}; select the same completion tokens from both, for example "
+            "student[mask] and teacher[teacher_mask]"
+        )
+
+
 def check_loss(
     student: LazyLogits,
     teacher: LazyLogits | SparseLogits,
@@ -34,8 +54,7 @@ def check_loss(
     token_weights: Tensor | None,
     denominator: float | Tensor | None,
 ) -> None:
-    """Raise TypeError or ValueError for arguments that do not fit or do not go together."""
-    _check_models(student, teacher)
+    """Raise TypeError or ValueError for options that do not fit these models or one another."""
     _check_choices(options)
     check_flags(entropy=options.entropy, compact=options.compact)
     check_execution(options.chunk_bytes, options.backend)
@@ -61,25 +80,6 @@ def check_support(student: LazyLogits, options: LossOptions, vocab_size: int) ->
         check_ids(options.support, student.hidden)
     else:
         check_k(options.k, vocab_size)
-
-
-def _check_models(student: LazyLogits, teacher: LazyLogits | SparseLogits) -> None:
-    if not isinstance(student, LazyLogits):
-        raise TypeError(f"student: expected LazyLogits, got {type(student).__name__}")
-    if not isinstance(teacher, (LazyLogits, SparseLogits)):
-        raise TypeError(
-            "teacher: expected LazyLogits, or SparseLogits from a server, got "
-            f"{type(teacher).__name__}"
-        )
-    leading = student.hidden.shape[:-1]
-    rows = teacher.hidden if isinstance(teacher, LazyLogits) else teacher.values
-    check_device("teacher", rows, "student", student.hidden.device)
-    if rows.shape[:-1] != leading:
-        raise ValueError(
-            f"teacher: expected the student's leading shape {tuple(leading)}, got "
-            f"{tuple(rows.shape[:-1])}; select the same completion tokens from both, for example "
-            "student[mask] and teacher[teacher_mask]"
-        )
 
 
 def _check_choices(options: LossOptions) -> None:
