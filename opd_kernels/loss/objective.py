@@ -43,7 +43,7 @@ def loss_on_support(
     values, tail, (stop_gradient, bucket) = student.values, student.lse_outside, options
     models = (values.detach(), tail.detach(), teacher.values, teacher.lse_outside)
     result = epilogues.reverse_kl(*models, stop_gradient=stop_gradient, bucket=bucket)
-    return _KnownGradient.apply(values, tail, *result)
+    return _KnownGradient.apply(values, tail, *result, frozen)
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -51,18 +51,26 @@ class _KnownGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, tail: Tensor, loss: Tensor, dvalues: Tensor, dtail: Tensor
+        ctx: Any,
+        values: Tensor,
+        tail: Tensor,
+        loss: Tensor,
+        dvalues: Tensor,
+        dtail: Tensor,
+        frozen: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(dvalues, dtail)
+        ctx.save_for_backward(dvalues, dtail, frozen)
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
-        dvalues, dtail = ctx.saved_tensors
-        frozen = dloss == 0  # 0 * inf would be NaN
-        dvalues = (dvalues * dloss[:, None]).masked_fill_(frozen[:, None], 0.0)
-        return dvalues, (dtail * dloss).masked_fill_(frozen, 0.0), None, None, None
+        dvalues, dtail, frozen = ctx.saved_tensors
+        zero = dloss == 0  # 0 * inf would be NaN
+        if frozen is not None:
+            zero |= frozen
+        dvalues = (dvalues * dloss[:, None]).masked_fill_(zero[:, None], 0.0)
+        return dvalues, (dtail * dloss).masked_fill_(zero, 0.0), None, None, None, None
 
 
 def _freeze_rows(sparse: SparseLogits, frozen: Tensor) -> SparseLogits:

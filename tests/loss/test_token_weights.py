@@ -121,3 +121,16 @@ def test_a_row_of_weight_zero_with_an_infinite_loss():
     assert grads[0].abs().max() > 0
     for gradient in grads[1:]:
         assert_close(gradient, grads[0])
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_rows_of_weight_zero_get_no_gradient_without_a_reduction(backend, compact):
+    """The bias would show it: "none" does not multiply the losses by their weights."""
+    student, teacher = pair()
+    weights = torch.ones(TOKENS, dtype=torch.float64)
+    weights[::3] = 0.0
+    run = partial(distillation_loss, k=K, reduction="none", backend=backend)
+    out = run(student, teacher, token_weights=weights, compact=compact)
+    kept = weights != 0
+    expected = run(student[kept], teacher[kept])
+    assert_same(gradients(out.loss.sum(), student), gradients(expected.loss.sum(), student))
