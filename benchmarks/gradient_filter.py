@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opd_kernels import LazyLogits, distillation_loss, reverse_kl
-from trainer.__main__ import prepare
-from trainer.recipe import load_config
-from trainer.teacher import side_by_side
+from trainer.build import prepare
+from trainer.config import load_config
+from trainer.models.teacher import side_by_side
 
 OBJECTIVES: dict[str, Callable] = {
     "stop-gradient": reverse_kl,

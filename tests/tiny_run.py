@@ -11,9 +11,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_models import tiny_model
-from trainer.__main__ import main, prepare
-from trainer.config import DistillationConfig
-from trainer.recipe import load_config
+from trainer.__main__ import main
+from trainer.build import prepare
+from trainer.config import DistillationConfig, load_config
 
 # Changes of the recipe below for stages without a teacher.
 NO_TEACHER = {"teacher": None, "privileged_context": None, "tail": None, "k": None}

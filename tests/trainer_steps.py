@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from trainer.data import Prompt
-from trainer.rollout import Completion
+from trainer.models.rollout import Completion
 
 
 def completions(count=6):

@@ -6,31 +6,19 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from trainer import models
-from trainer.checkpoint import SavingError
+from trainer.build import load, prepare
 from trainer.config import (
     DistillationConfig,
     EvaluationConfig,
     RLVRConfig,
     SFTConfig,
     StageConfig,
-    TeacherConfig,
-    is_server,
+    load_config,
 )
-from trainer.data import Prompt, PromptReader
-from trainer.distillation import OnPolicyDistillationTrainer
-from trainer.evaluation import Evaluation
-from trainer.models import Model
-from trainer.preflight import preflight
-from trainer.recipe import load_config
-from trainer.report import before_after, plot_curves, write_report
-from trainer.rlvr import RLVRTrainer
-from trainer.rollout import Sampler
-from trainer.run_directory import METRICS, claim_output_directory, write_whole
-from trainer.sft import SFTTrainer, generate
-from trainer.stopping import RunStoppedError
-from trainer.teacher import LocalTeacher, Teacher, load_teacher, self_teacher
-from trainer.training import CompletionTrainer
+from trainer.errors import RunStoppedError, SavingError
+from trainer.run.directory import METRICS, claim_output_directory, write_whole
+from trainer.run.report import before_after, plot_curves, write_report
+from trainer.stages.training import CompletionTrainer
 
 STAGES: dict[str, tuple[type[StageConfig], str]] = {
     "sft": (SFTConfig, "supervised fine-tuning, on the data's completions or a teacher's"),
@@ -90,78 +78,6 @@ def run(stage: type[StageConfig], recipe: Path, overrides: list[str]) -> None:
     except (OSError, ValueError, RunStoppedError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     train(*prepared)
-
-
-def prepare(config: StageConfig) -> tuple[CompletionTrainer, str | None]:
-    """A recipe's trainer and the checkpoint to resume from, everything checked and tokenised."""
-    checkpoint = claim_output_directory(config)
-    config.eval_on_start &= checkpoint is None
-    student, evaluation, reader = load(config)
-    prompts = reader.read(config.train_data)
-    start = None
-    if isinstance(config, RLVRConfig) and config.kl_coef > 0:
-        start = self_teacher(config, student)
-    if config.preflight and checkpoint is None:
-        others = [] if start is None else [start.model]
-        _tell(config, preflight(config, student, evaluation, prompts, *others))
-    if isinstance(config, DistillationConfig):
-        return OnPolicyDistillationTrainer(student, config, prompts, evaluation), checkpoint
-    if isinstance(config, RLVRConfig):
-        return RLVRTrainer(student, config, prompts, evaluation, start), checkpoint
-    assert isinstance(config, SFTConfig)
-    if config.generate_from == "teacher":
-        prompts = generate(config, prompts, evaluation)
-    elif not all(p.reference_ids for p in prompts):
-        raise ValueError(f"{config.train_data}: expected a completion in every row")
-    return SFTTrainer(student, config, prompts, evaluation), checkpoint
-
-
-def load(config: StageConfig) -> tuple[Model, Evaluation, PromptReader]:
-    """The student, its held-out evaluation with the teachers, and what reads more prompts."""
-    split, trusted = config.distributed_config, config.trust_remote_code
-    tokenizer = models.load_tokenizer(config.model, trusted)
-    student = models.load_model(config.model, config.dtype, split, trusted)
-    models.check_special_tokens(tokenizer, student)
-    student = models.with_lora(student, config)
-    if not split:
-        student.to(config.device)
-    teachers: dict[str, Teacher] = {}
-    if isinstance(config, TeacherConfig):
-        vocab_size = student.get_output_embeddings().weight.shape[0]
-        if config.k > vocab_size:
-            raise ValueError(f"k: expected at most the student's {vocab_size} ids, got {config.k}")
-        for name, model in config.teachers.items():
-            if is_server(model):
-                from trainer.server import ServedTeacher
-
-                teachers[name] = ServedTeacher(model, config, tokenizer, vocab_size, name)
-            elif model == "self":
-                moves = isinstance(config, DistillationConfig)
-                rate = config.teacher_update_rate if moves else 0.0
-                teachers[name] = self_teacher(config, student, config.teacher_dtype, rate)
-            else:
-                _tell(config, models.compare_tokenizers(tokenizer, model, trusted))
-                dtype = config.teacher_dtype or config.dtype
-                teachers[name] = load_teacher(model, dtype, config)
-    limits = {name: teacher.limits for name, teacher in teachers.items()}
-    reader = PromptReader(config, tokenizer, models.Limits.of(student), limits)
-    held_out: list[Prompt] = [] if config.eval_data is None else reader.read(config.eval_data)
-    local = [t.model for t in teachers.values() if isinstance(t, LocalTeacher)]
-    sampler = _sampler(config)(config, tokenizer, student, *local)
-    return student, Evaluation(config, held_out, teachers, sampler), reader
-
-
-def _tell(config: StageConfig, findings: list[str]) -> None:
-    if config.preflight and config.should_save:  # one of the ranks
-        print("".join(f"preflight: {finding}\n" for finding in findings), end="")
-
-
-def _sampler(config: StageConfig) -> type[Sampler]:
-    if config.rollout_engine == "transformers":
-        return Sampler
-    from trainer.vllm_engine import VLLMSampler
-
-    return VLLMSampler
 
 
 def train(trainer: CompletionTrainer, checkpoint: str | None) -> None:

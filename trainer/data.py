@@ -11,11 +11,11 @@ from datasets import Dataset, load_dataset
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, Field, ValidationError
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from trainer.config import EvaluationConfig, StageConfig, TeacherConfig
-from trainer.functions import explained
-from trainer.models import Limits, Tokenizer
-from trainer.values import Message, Messages, reason
+from trainer.config.values import Message, Messages, reason
+from trainer.errors import explained
 
 _UNREADABLE = "{}: expected a .jsonl or .parquet file, a dataset of the hub or reasoning_gym:TASK"
 
@@ -39,6 +39,14 @@ class Prompt:
     teacher: str = ""  # the name of its teacher, "" if there is only one
     reference_ids: list[int] | None = None  # the row's own completion, EOS included
     row: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The inputs that a model can take."""
+
+    context: int  # tokens of a sequence
+    ids: int  # those below have an embedding and a logit
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,10 @@ from opd_kernels import LazyLogits
 from tests.tiny_run import error_line, tiny_tokenizer, write_recipe
 from trainer.__main__ import main
 from trainer.config import DistillationConfig
-from trainer.data import PromptReader, load_rows
-from trainer.models import Limits
-from trainer.objective import build_loss
-from trainer.scoring import load_scorer
-from trainer.stopping import RunStoppedError
+from trainer.data import Limits, PromptReader, load_rows
+from trainer.errors import RunStoppedError
+from trainer.measures.scoring import load_scorer
+from trainer.stages.objective import build_loss
 
 LIMITS = Limits(context=256, ids=97)
 

@@ -6,10 +6,9 @@ import pandas
 import pytest
 
 from tests.tiny_run import tiny_tokenizer, write_model, write_recipe
-from trainer.config import DistillationConfig
-from trainer.data import PromptReader, load_rows
-from trainer.models import Limits, compare_tokenizers, load_model, load_tokenizer
-from trainer.recipe import load_config
+from trainer.config import DistillationConfig, load_config
+from trainer.data import Limits, PromptReader, load_rows
+from trainer.models.load import compare_tokenizers, load_model, load_tokenizer
 
 
 @pytest.fixture

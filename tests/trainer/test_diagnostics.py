@@ -12,11 +12,10 @@ from torch.testing import assert_close
 from opd_kernels import LazyLogits, SparseLogits
 from tests.tiny_run import make_trainer, read_metrics, write_model, write_recipe
 from trainer.__main__ import main
-from trainer.config import DistillationConfig, RLVRConfig
-from trainer.diagnostics import Sums, alarms, repetition
-from trainer.privileged import across_contexts, spread
-from trainer.recipe import load_config
-from trainer.rollout import Completion
+from trainer.config import DistillationConfig, RLVRConfig, load_config
+from trainer.measures.diagnostics import Sums, alarms, repetition
+from trainer.measures.privileged import across_contexts, spread
+from trainer.models.rollout import Completion
 
 
 def _pair(tokens=7, vocab=23, k=5):

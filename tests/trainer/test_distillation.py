@@ -14,12 +14,12 @@ from opd_kernels.integrations.transformers import lazy_logits
 from tests.ranks import run_ranks
 from tests.tiny_run import make_trainer, read_metrics, write_recipe
 from tests.trainer_steps import assert_same_gradients, assert_same_step, completions, gradient_of
-from trainer.__main__ import prepare, train
-from trainer.config import DistillationConfig
+from trainer.__main__ import train
+from trainer.build import prepare
+from trainer.config import DistillationConfig, load_config
 from trainer.data import Prompt
-from trainer.models import load_model
-from trainer.recipe import load_config
-from trainer.rollout import Completion
+from trainer.models.load import load_model
+from trainer.models.rollout import Completion
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])

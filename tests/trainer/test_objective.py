@@ -12,10 +12,10 @@ from opd_kernels import forward_kl, reverse_kl
 from tests.reference import make_logits
 from tests.tiny_run import make_trainer, read_metrics, write_model, write_recipe
 from tests.trainer_steps import assert_same_step, completions, gradient_of
-from trainer.__main__ import prepare, train
-from trainer.config import DistillationConfig
-from trainer.objective import Clamped, WhereUncertain
-from trainer.recipe import load_config
+from trainer.__main__ import train
+from trainer.build import prepare
+from trainer.config import DistillationConfig, load_config
+from trainer.stages.objective import Clamped, WhereUncertain
 
 
 def test_the_policy_gradient_is_of_the_sampled_tokens(tmp_path):

@@ -17,10 +17,10 @@ from opd_kernels.parallel import plain
 from tests.ranks import run_ranks
 from tests.tiny_run import read_metrics, write_model, write_recipe
 from tests.trainer_steps import assert_same_gradients, completions, gradient_of
-from trainer.__main__ import prepare, train
-from trainer.config import DistillationConfig
-from trainer.models import load_model
-from trainer.recipe import load_config
+from trainer.__main__ import train
+from trainer.build import prepare
+from trainer.config import DistillationConfig, load_config
+from trainer.models.load import load_model
 
 FSDP, TP = {"fsdp_size": 2}, {"tp_size": 2}
 HSDP = {"fsdp_size": 2, "dp_replicate_size": 2}

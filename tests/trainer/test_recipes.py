@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.tiny_run import write_model
 from trainer.__main__ import STAGES, main
-from trainer.recipe import load_config
+from trainer.config import load_config
 
 RECIPES = {"demo": "distill", "sft": "sft", "rlvr": "rlvr", "evaluate": "evaluate"}
 SPLIT = {"large": "distill"}  # over several ranks

@@ -7,10 +7,9 @@ from torch.testing import assert_close
 from opd_kernels.integrations.transformers import lazy_logits, pad_completions
 from tests.tiny_models import tiny_model
 from tests.tiny_run import tiny_tokenizer, write_recipe
-from trainer.config import DistillationConfig
+from trainer.config import DistillationConfig, load_config
 from trainer.data import Prompt
-from trainer.recipe import load_config
-from trainer.rollout import Sampler
+from trainer.models.rollout import Sampler
 
 PROMPTS = [
     Prompt("", [5, 6, 7, 8], [9, 5, 6]),

@@ -12,12 +12,11 @@ from tests.fake_server import KEY, FakeServer
 from tests.tiny_run import tiny_tokenizer, write_model, write_recipe
 from tests.trainer_steps import completions
 from trainer.__main__ import main
-from trainer.config import DistillationConfig
-from trainer.models import load_model
-from trainer.recipe import load_config
-from trainer.run_directory import publish
-from trainer.server import ServedTeacher
-from trainer.teacher import TeacherError
+from trainer.config import DistillationConfig, load_config
+from trainer.errors import TeacherError
+from trainer.models.load import load_model
+from trainer.models.server import ServedTeacher
+from trainer.run.directory import publish
 
 
 class Bomb:

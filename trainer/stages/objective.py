@@ -19,9 +19,8 @@ from opd_kernels import (
     reverse_kl,
 )
 from opd_kernels.loss.objective import Objective
-from trainer.config import DistillationConfig
-from trainer.functions import explained, load_function
-from trainer.stopping import RunStoppedError
+from trainer.config import DistillationConfig, load_function
+from trainer.errors import RunStoppedError, explained
 
 OFF_POLICY = (
     "Completions are sampled at another temperature than the loss's, or with top_p below 1, so the "

@@ -5,9 +5,9 @@ import torch
 
 from trainer.config import DistillationConfig, StageConfig
 from trainer.data import Prompt
-from trainer.diagnostics import DRIFT
-from trainer.evaluation import Evaluation
-from trainer.models import Model
+from trainer.measures.diagnostics import DRIFT
+from trainer.measures.evaluation import Evaluation
+from trainer.models.load import Model
 
 _GIB = 2**30
 _PROMPTS, _SEED = 8, 1 << 32

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from opd_kernels import LazyLogits
 from trainer.config import SFTConfig
 from trainer.data import Prompt
-from trainer.evaluation import Evaluation
-from trainer.rollout import Completion
-from trainer.run_directory import write_whole
-from trainer.teacher import on_students, token_ids
-from trainer.training import CompletionTrainer, Part
+from trainer.measures.evaluation import Evaluation
+from trainer.models.rollout import Completion
+from trainer.models.teacher import on_students, token_ids
+from trainer.run.directory import write_whole
+from trainer.stages.training import CompletionTrainer, Part
 
 GENERATED = "completions.jsonl"
 _TRAINING = (1 << 31) + 1  # a seed of neither steps nor held-out completions

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler as Order
 
 from opd_kernels.parallel import plain
-from trainer.checkpoint import DurableTrainer
 from trainer.config import StageConfig
 from trainer.data import Prompt
-from trainer.diagnostics import Sums, alarms
-from trainer.evaluation import Evaluation
-from trainer.models import eval_mode, is_fsdp, reshard
-from trainer.rollout import Completion
-from trainer.stopping import RunStoppedError, limits_memory
-from trainer.teacher import on_students, token_ids
+from trainer.errors import RunStoppedError, limits_memory
+from trainer.measures.diagnostics import Sums, alarms
+from trainer.measures.evaluation import Evaluation
+from trainer.models.load import eval_mode, is_fsdp, reshard
+from trainer.models.rollout import Completion
+from trainer.models.teacher import on_students, token_ids
+from trainer.run.checkpoint import DurableTrainer
 
 REFERENCES, ROLLOUT = "held_out_completions.json", "rollout-{}.json"  # in a checkpoint
 

@@ -12,15 +12,11 @@ from opd_kernels import LazyLogits, SparseLogits
 from opd_kernels.integrations.transformers import call_with_lazy_logits, pad_completions
 from opd_kernels.parallel import is_dtensor, plain
 from trainer.config import StageConfig
-from trainer.models import Limits, Model, eval_mode, load_model, reshard
-from trainer.rollout import Completion
-from trainer.stopping import RunStoppedError
+from trainer.data import Limits
+from trainer.models.load import Model, eval_mode, limits_of, load_model, reshard
+from trainer.models.rollout import Completion
 
 T = TypeVar("T")
-
-
-class TeacherError(RunStoppedError):
-    """A teacher cannot go on."""
 
 
 class Teacher(Protocol):
@@ -48,7 +44,7 @@ class LocalTeacher:
 
     @property
     def limits(self) -> Limits:
-        return Limits.of(self.model)
+        return limits_of(self.model)
 
     @contextmanager
     def active(self) -> Iterator[Model]:

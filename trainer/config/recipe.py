@@ -1,14 +1,17 @@
 """Recipes: from a YAML file and the command line to the config of a stage."""
 
 import difflib
+import importlib
+import runpy
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from trainer.config import StageConfig
-from trainer.functions import explained
+from trainer.config.base import StageConfig
+from trainer.errors import explained
 
 Stage = TypeVar("Stage", bound=StageConfig)
 
@@ -50,3 +53,29 @@ def load_config(stage: type[Stage], recipe: Path, overrides: list[str]) -> Stage
         if key not in values:
             raise ValueError(f"{key}: missing; set it in {recipe} or pass --{key}")
     return stage(**values)
+
+
+def load_function(key: str, reference: str, named: Iterable[str]) -> Callable[..., Any]:
+    """The function that a recipe's key refers to.
+
+    Args:
+        key: the recipe's, for the message.
+        reference: file.py:function or module:function.
+        named: what the key could be instead.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    source, _, name = reference.partition(":")
+    expected = f"{key}: expected {', '.join(named)}, file.py:function or module:function"
+    try:
+        with explained(f"{expected}, got {reference!r}"):
+            if source.endswith(".py"):
+                functions = runpy.run_path(source)
+            else:
+                functions = vars(importlib.import_module(source))
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{expected}, got {reference!r}; {error}") from None
+    if not callable(functions.get(name)):
+        raise ValueError(f"{expected}, got {reference!r}, which has no such function")
+    return functions[name]

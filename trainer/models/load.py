@@ -4,7 +4,6 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from transformers.distributed import DistributedConfig
 
 from opd_kernels.integrations.transformers import causal_lm_of
 from trainer.config import StageConfig
-from trainer.functions import explained
+from trainer.data import Limits
+from trainer.errors import explained
 
 _UNLOADABLE = "model {!r}: expected the directory, hub name or .gguf of a causal language model"
 BASE = "base"  # in a run whose student is adapters on others that became part of the weights
@@ -103,7 +103,7 @@ def check_special_tokens(tokenizer: Tokenizer, model: Model) -> None:
     """Raise if the model does not know EOS, with which completions end; pad by it instead of a
     token that the model does not know.
     """
-    token, known = tokenizer.eos_token, Limits.of(model).ids
+    token, known = tokenizer.eos_token, limits_of(model).ids
     if tokenizer.eos_token_id >= known:
         raise ValueError(
             f"model: expected an EOS token with an id below {known}, the rows of its weights, "
@@ -138,20 +138,12 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The inputs that a model can take."""
-
-    context: int  # tokens of a sequence
-    ids: int  # those below have an embedding and a logit
-
-    @classmethod
-    def of(cls, model: Model) -> "Limits":
-        """Without positions there is no limit to the context."""
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
-        causal_lm = causal_lm_of(model)
-        ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-        return cls(context, min(end.weight.shape[0] for end in ends))
+def limits_of(model: Model) -> Limits:
+    """Without positions there is no limit to the context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    causal_lm = causal_lm_of(model)
+    ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    return Limits(context, min(end.weight.shape[0] for end in ends))
 
 
 def locate(name: str) -> tuple[str, dict[str, Any]]:

@@ -18,12 +18,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from trainer.run_directory import METRICS, MODEL, SAVING, publish, write_whole
-from trainer.stopping import RunStoppedError
-
-
-class SavingError(RunStoppedError):
-    """A checkpoint or the student could not be written."""
+from trainer.errors import SavingError
+from trainer.run.directory import METRICS, MODEL, SAVING, publish, write_whole
 
 
 class DurableTrainer(Trainer):

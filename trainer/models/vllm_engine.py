@@ -15,8 +15,8 @@ from transformers import GenerationConfig
 
 from opd_kernels.integrations.transformers import causal_lm_of
 from trainer.config import StageConfig
-from trainer.models import Limits, Model, Tokenizer
-from trainer.rollout import Sampler
+from trainer.models.load import Model, Tokenizer, limits_of
+from trainer.models.rollout import Sampler
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process
 from vllm import LLM, SamplingParams
@@ -36,7 +36,7 @@ class VLLMSampler(Sampler):
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
             self.student.save_pretrained(folder, state_dict=dict(merged_weights(self.student)))
             tokenizer.save_pretrained(folder)
-            dtype, most = str(self.student.dtype).removeprefix("torch."), Limits.of(student).context
+            dtype, most = str(self.student.dtype).removeprefix("torch."), limits_of(student).context
             self.engine = LLM(folder, dtype=dtype, enforce_eager=True, max_model_len=most)
         torch.set_num_threads = set_num_threads  # vLLM replaces it by a function without effect
 

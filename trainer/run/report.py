@@ -17,9 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 
-from trainer.evaluation import SAMPLES
-from trainer.functions import explained
-from trainer.run_directory import CONFIG, METRICS
+from trainer.errors import explained
+from trainer.run.directory import CONFIG, METRICS, SAMPLES
 
 PANELS = {
     "loss per token (nats)": ["loss"],

@@ -13,7 +13,7 @@ from torch import Tensor
 from opd_kernels import LazyLogits, SparseLogits
 from opd_kernels.loss.supports import Served
 from trainer.config import DistillationConfig, StageConfig
-from trainer.rollout import Completion
+from trainer.models.rollout import Completion
 
 POSITIONS = (0, 16, 64, 256, 1024)  # of a token in its completion, where a range of them begins
 BY_POSITION = ("teacher_nll", "teacher_entropy", "overlap")

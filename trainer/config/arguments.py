@@ -14,7 +14,7 @@ from transformers.debug_utils import DebugOption
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from trainer.values import Count, NotNegative, Positive, Steps, reason
+from trainer.config.values import Count, NotNegative, Positive, Steps, reason
 
 
 def _none(remedy: str) -> Any:

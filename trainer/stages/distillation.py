@@ -16,13 +16,13 @@ from transformers import TrainerCallback
 from opd_kernels import LazyLogits, SparseLogits
 from trainer.config import DistillationConfig
 from trainer.data import Prompt
-from trainer.evaluation import Evaluation
-from trainer.models import Model, load_model
-from trainer.objective import OFF_POLICY, build_loss
-from trainer.rollout import Completion
-from trainer.sft import negative_log_likelihood
-from trainer.teacher import LocalTeacher, side_by_side, token_ids
-from trainer.training import CompletionTrainer, Part
+from trainer.measures.evaluation import Evaluation
+from trainer.models.load import Model, load_model
+from trainer.models.rollout import Completion
+from trainer.models.teacher import LocalTeacher, side_by_side, token_ids
+from trainer.stages.objective import OFF_POLICY, build_loss
+from trainer.stages.sft import negative_log_likelihood
+from trainer.stages.training import CompletionTrainer, Part
 
 TEACHER = "teacher"  # in a checkpoint, beside the student
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from opd_kernels import LazyLogits
 from trainer.config import RLVRConfig
 from trainer.data import Prompt
-from trainer.evaluation import Evaluation
-from trainer.rollout import Completion
-from trainer.teacher import LocalTeacher, on_students, token_ids
-from trainer.training import CompletionTrainer, Part
+from trainer.measures.evaluation import Evaluation
+from trainer.models.rollout import Completion
+from trainer.models.teacher import LocalTeacher, on_students, token_ids
+from trainer.stages.training import CompletionTrainer, Part
 
 _LEAST_DEVIATION = 1e-4  # of rewards; below it their differences are taken for noise
 

@@ -10,8 +10,8 @@ from transformers import BatchEncoding, GenerationConfig
 from opd_kernels.integrations.transformers import causal_lm_of
 from trainer.config import StageConfig
 from trainer.data import Prompt
-from trainer.models import Model, Tokenizer, eval_mode, is_fsdp
-from trainer.stopping import limits_memory
+from trainer.errors import limits_memory
+from trainer.models.load import Model, Tokenizer, eval_mode, is_fsdp
 
 
 @dataclass(frozen=True)

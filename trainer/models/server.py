@@ -19,9 +19,10 @@ import torch
 
 from opd_kernels import SparseLogits
 from trainer.config import TeacherConfig
-from trainer.models import Limits, Tokenizer
-from trainer.rollout import Completion
-from trainer.teacher import TeacherError
+from trainer.data import Limits
+from trainer.errors import TeacherError
+from trainer.models.load import Tokenizer
+from trainer.models.rollout import Completion
 
 KEY = "OPD_TEACHER_API_KEY"  # an environment variable; of one of several teachers, _ and its name
 _PROBE = "What is 6 x 7? It's 42: def f(x): return x**2  # \u00e7a va, \u65e5\u672c"

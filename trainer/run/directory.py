@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from trainer.config import StageConfig
 
 METRICS, CONFIG, MANIFEST = "metrics.jsonl", "config.json", "manifest.json"
+SAMPLES = "samples/step-{}.jsonl"
 MODEL = "model"  # the student, when the run is over
 SAVING = ".saving"  # where a checkpoint is made
 _CHECKPOINT = "checkpoint-"

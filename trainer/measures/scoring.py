@@ -6,9 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from trainer.config import StageConfig
-from trainer.functions import explained, load_function
-from trainer.stopping import RunStoppedError
+from trainer.config import StageConfig, load_function
+from trainer.errors import RunStoppedError, explained
 
 Scorer = Callable[[str, dict[str, Any]], float]
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from trainer.rollout import Completion
-from trainer.teacher import LocalTeacher
+from trainer.models.rollout import Completion
+from trainer.models.teacher import LocalTeacher
 
 
 @torch.no_grad()
