@@ -14,7 +14,8 @@ from paper.runs import Laboratory, Line, Run, by_seed, first, last
 from paper.sums import DIGITS
 from trainer.build import load
 from trainer.models.load import eval_mode, load_model
-from trainer.models.teacher import on_students, token_ids
+from trainer.models.teacher import on_completions as on_students
+from trainer.models.teacher import token_ids
 
 TRAINED = 60  # batches of SFT, in the other format, that the student has seen
 SFT_STEPS, STEPS = 20, 60  # of the first stage, and in all
@@ -72,7 +73,7 @@ def measure(lab: Laboratory, seeds: Sequence[int]) -> Measured:
 def trace_nll_of(models: Sequence[str], distillation: Run) -> list[float]:
     """Each model's cross-entropy, nats a token, on completions of a distillation's teacher."""
     _, evaluation, _ = load(distillation.config())
-    traces = evaluation.continued(evaluation.prompts, 0)
+    traces = evaluation.complete_by_teachers(evaluation.prompts, 0)
     ids, found = token_ids(traces, torch.device("cpu")), []
     for model in models:
         student = load_model(model, "float32")

@@ -21,7 +21,7 @@ from paper.runs import Laboratory, Line, Run, by_seed, first, last
 from paper.tasks import RULES, instructed, with_rules
 from trainer.build import load
 from trainer.models.load import eval_mode, load_model
-from trainer.models.teacher import on_students
+from trainer.models.teacher import on_completions as on_students
 
 SHARED_RULE = 3
 DEMO = "shared rule, SmolLM2-135M, one seed"

@@ -281,7 +281,7 @@ def test_every_key_of_a_recipe_is_on_its_page(site):
     cells = re.findall(r"<td>(.*?)</td>", row[1])
     default = next(f.default for f in dataclasses.fields(config.StageConfig)
                    if f.name == "micro_batch_size")  # fmt: skip
-    told = "completions that are learned from at a time, ..."
+    told = "completions per forward and backward pass"
     assert cells == ["int ≥ 1", f"<code>{default}</code>", told]
 
 

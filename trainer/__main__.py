@@ -3,18 +3,13 @@
 import argparse
 import json
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trainer.build import load, prepare
-from trainer.config import (
-    DistillationConfig,
-    EvaluationConfig,
-    RLVRConfig,
-    SFTConfig,
-    StageConfig,
-    load_config,
-)
+from trainer.config import DistillationConfig, EvaluationConfig, RLVRConfig, SFTConfig, StageConfig
+from trainer.config.recipe import load_config
 from trainer.errors import RunStoppedError, SavingError
 from trainer.run.directory import METRICS, claim_output_directory, write_whole
 from trainer.run.report import before_after, plot_curves, write_report
@@ -28,7 +23,7 @@ STAGES: dict[str, tuple[type[StageConfig], str]] = {
 }
 
 
-EXTRAS = {  # of modules that are imported where a recipe asks for them
+EXTRAS = {  # what to install for modules that are imported only if a config needs them
     "openai": "'opd-kernels[server]'",
     "math_verify": "'opd-kernels[rewards]'",
     "reasoning_gym": "'opd-kernels[rewards]'",
@@ -37,51 +32,49 @@ EXTRAS = {  # of modules that are imported where a recipe asks for them
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; a mistake of the user's ends it with one line on stderr."""
+    """Run the command line; a user's mistake ends it with one line on stderr."""
     parser = argparse.ArgumentParser(prog="opd-train", description=__doc__)
     commands = parser.add_subparsers(required=True, dest="stage")
     for name, (_, description) in STAGES.items():
         command = commands.add_parser(name, help=description)
-        command.add_argument(
-            "recipe", type=Path, help="a YAML file; --key value overrides a key of it"
-        )
+        command.add_argument("recipe", type=Path, help="a YAML file; --key value overrides a key")
     command = commands.add_parser("report", help="one HTML page of several runs")
     command.add_argument("runs", type=Path, nargs="+", help="a recipe's output_dir")
     command.add_argument("--output", type=Path, default=Path("report.html"))
     arguments, overrides = parser.parse_known_args(argv)
     try:
-        if arguments.stage != "report":
-            return run(STAGES[arguments.stage][0], arguments.recipe, overrides)
-        if overrides:
-            parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-        write_report(arguments.runs, arguments.output)
-        print(arguments.output)
+        if arguments.stage == "report":
+            if overrides:
+                parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+            with _exit_on(OSError, ValueError):
+                write_report(arguments.runs, arguments.output)
+            print(arguments.output)
+            return
+        with _exit_on(OSError, ValueError, RunStoppedError):
+            config = load_config(STAGES[arguments.stage][0], arguments.recipe, overrides)
+            if isinstance(config, EvaluationConfig):
+                return evaluate(config)
+            trainer, checkpoint = prepare(config)
+        train(trainer, checkpoint)
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
         sys.exit(f"error: {error}; pip install {EXTRAS[error.name]}")
-    except RunStoppedError as error:  # by the last measurement
+    except RunStoppedError as error:  # from the last evaluation
         sys.exit(f"error: {error}")
-    except (OSError, ValueError) as error:
-        if arguments.stage != "report":
-            raise
-        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
-def run(stage: type[StageConfig], recipe: Path, overrides: list[str]) -> None:
-    """A stage, from its recipe to what it leaves."""
+@contextmanager
+def _exit_on(*errors: type[Exception]) -> Iterator[None]:
+    """End the program with the error's message in one line."""
     try:
-        config = load_config(stage, recipe, overrides)
-        if isinstance(config, EvaluationConfig):
-            return evaluate(config)
-        prepared = prepare(config)
-    except (OSError, ValueError, RunStoppedError) as error:
+        yield
+    except errors as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
-    train(*prepared)
 
 
 def train(trainer: CompletionTrainer, checkpoint: str | None) -> None:
-    """Train; then save the student and what there is to look at."""
+    """Train; then save the student, evaluate it and write the report."""
     folder = Path(trainer.args.output_dir)
     resumes = not trainer.args.distributed_config
     go_on = "; go on with --resume_from_checkpoint auto" if resumes else ""
@@ -90,12 +83,12 @@ def train(trainer: CompletionTrainer, checkpoint: str | None) -> None:
         if not trainer.interruption.stopped:
             student = trainer.save_student()
     except (RunStoppedError, OSError) as error:
-        with suppress(SavingError):  # for which there was no room before
+        with suppress(SavingError):  # the disk may be full
             trainer.save_last_step()
         sys.exit(f"error: {error}{go_on}")
     state = trainer.state
     if trainer.interruption.stopped:
-        kept = f"; the student as it is: {folder}/checkpoint-{state.global_step}"
+        kept = f"; the current student: {folder}/checkpoint-{state.global_step}"
         print(f"stopped at step {state.global_step}{go_on or kept}")
         sys.exit(130)
     measured = [line["step"] for line in state.log_history if "eval_truncated" in line]
@@ -110,15 +103,15 @@ def train(trainer: CompletionTrainer, checkpoint: str | None) -> None:
 
 
 def evaluate(config: EvaluationConfig) -> None:
-    """Measure a model; what is left is a run without a step."""
+    """Evaluate a model and write its metrics, as a run without steps."""
     claim_output_directory(config)
     student, evaluation, _ = load(config)
     metrics = evaluation.measure(student, step=0)
-    if config.should_save:  # one of the ranks, which all measure the same
+    if config.should_save:  # all ranks have the same metrics, and one writes them
         path = Path(config.output_dir) / METRICS
         write_whole(path, json.dumps(metrics | {"step": 0}) + "\n")
         print("\n".join(f"{name.removeprefix('eval_'):34} {x:.4g}" for name, x in metrics.items()))
-        print(f"figures: {path}   samples: {path.parent}/samples")
+        print(f"metrics: {path}   samples: {path.parent}/samples")
 
 
 if __name__ == "__main__":

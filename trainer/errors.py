@@ -1,4 +1,4 @@
-"""What a run cannot go on from, said in a sentence."""
+"""Errors that end a run, and the conversion of other libraries' exceptions into them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 
 class RunStoppedError(RuntimeError):
-    """A run cannot go on from its last step; the message says why and what to do."""
+    """The run cannot continue after its last step; the message says why and what to do."""
 
 
 class SavingError(RunStoppedError):
@@ -15,25 +15,26 @@ class SavingError(RunStoppedError):
 
 
 class TeacherError(RunStoppedError):
-    """A teacher cannot go on."""
+    """A teacher does not answer, or not as it should."""
 
 
 @contextmanager
-def limits_memory(keys: str) -> Iterator[None]:
-    """Name the recipe's keys that make less of what does not fit into memory."""
+def name_memory_keys(keys: str) -> Iterator[None]:
+    """Convert an out-of-memory error to RunStoppedError that names the keys to lower."""
     try:
         yield
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
-        raise RunStoppedError(f"{keys}: it does not fit into memory; lower it. {error}") from error
+        raise RunStoppedError(f"{keys}: out of memory; lower them. {error}") from error
 
 
 @contextmanager
-def explained(expected: str, error: type[Exception] = ValueError) -> Iterator[None]:
-    """Say what was expected, in an error of that type, whatever is raised by code that is not ours.
+def convert_errors(expected: str, to: type[Exception] = ValueError) -> Iterator[None]:
+    """Convert any exception of code outside this project to one that says what was expected.
 
-    What stops a run, also for want of memory, and a missing package have their own messages.
+    RunStoppedError, out-of-memory errors and missing packages pass unchanged: their messages
+    already say what to do.
     """
     try:
         yield
@@ -43,4 +44,4 @@ def explained(expected: str, error: type[Exception] = ValueError) -> Iterator[No
         if isinstance(cause, RuntimeError) and should_reduce_batch_size(cause):
             raise
         kind = "" if type(cause) is ValueError else f"{type(cause).__name__}: "
-        raise error(f"{expected}; {kind}{cause}") from cause
+        raise to(f"{expected}; {kind}{cause}") from cause

@@ -1,4 +1,4 @@
-"""What is untrusted stays data: models, checkpoints and servers."""
+"""Untrusted models, checkpoints and servers cannot run code or exhaust resources."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from trainer.run.directory import publish
 
 
 class Bomb:
-    """A pickle that writes a file where it is read."""
+    """A pickle that writes a file when it is loaded."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -37,7 +37,7 @@ def test_the_bomb_would_go_off(tmp_path):
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_cannot_run_code(tmp_path, name):
-    """Not even one whose manifest is right."""
+    """Even if its manifest is correct."""
     recipe = write_recipe(tmp_path, max_steps=3, save_strategy="steps", save_steps=2)
     main(["distill", str(recipe), "--max_steps", "2"])
     checkpoint, staged = tmp_path / "run" / "checkpoint-2", tmp_path / "new" / "checkpoint-2"
@@ -76,7 +76,7 @@ def test_nothing_that_is_saved_is_a_pickle_of_objects(tmp_path):
 
 
 def _of_numpy():
-    """What transformers lets a random state have."""
+    """Return the NumPy types that transformers allows in a random state."""
     import numpy as np
 
     return [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType]
@@ -110,7 +110,7 @@ def test_code_of_a_model_runs_only_where_the_recipe_says_so(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("flood", "the answer is larger than any right one"),
+        ("flood", "the answer is larger than a valid one can be"),
         ("gzip", "expected an answer without compression"),
         ("drip", r"the answer takes longer than 2\.0 s"),
     ],

@@ -1,17 +1,6 @@
-"""Configs of the stages, and the recipes that they are read from."""
+"""The configs of the stages, and the recipes that hold their keys."""
+# ruff: noqa: F401
 
-from trainer.config.base import StageConfig, TeacherConfig, is_server
-from trainer.config.recipe import load_config, load_function
+from trainer.config.base import StageConfig, TeacherConfig
+from trainer.config.recipe import changed_keys, load_config, load_function
 from trainer.config.stages import DistillationConfig, EvaluationConfig, RLVRConfig, SFTConfig
-
-__all__ = [
-    "DistillationConfig",
-    "EvaluationConfig",
-    "RLVRConfig",
-    "SFTConfig",
-    "StageConfig",
-    "TeacherConfig",
-    "is_server",
-    "load_config",
-    "load_function",
-]

@@ -1,41 +1,41 @@
-"""Recipes: from a YAML file and the command line to the config of a stage."""
+"""Recipes: YAML files with the keys of a stage's config, and the functions that they name."""
 
 import difflib
 import importlib
 import runpy
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from trainer.config.base import StageConfig
-from trainer.errors import explained
+from trainer.errors import convert_errors
 
 Stage = TypeVar("Stage", bound=StageConfig)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice, whose last YAML would take, and what contains itself."""
+    """Refuses nodes that contain themselves and duplicate keys, of which YAML takes the last."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         node = super().compose_node(parent, index)
-        if node is not None and node.end_mark is None:  # an alias of what has not ended yet
+        if node is not None and node.end_mark is None:  # an alias of a node that is still open
             raise ValueError(f"it contains itself{node.start_mark}")
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise ValueError(f"{twice[0]} is there twice, last{node.end_mark}")
+        duplicates = [name for name in names if names.count(name) > 1]
+        if duplicates:
+            raise ValueError(f"{duplicates[0]} is there twice, last{node.end_mark}")
         return super().construct_mapping(node, deep)
 
 
 def load_config(stage: type[Stage], recipe: Path, overrides: list[str]) -> Stage:
-    """The config of a recipe file with `--key value` pairs on top; a bad key raises ValueError."""
-    with explained(f"recipe: expected `key: value` lines in {recipe}"):
+    """Return the config of a recipe with `--key value` overrides; raise ValueError for bad keys."""
+    with convert_errors(f"recipe: expected `key: value` lines in {recipe}"):
         values = _Loader(recipe.read_text(encoding="utf-8")).get_single_data()
     if not isinstance(values, dict):
         raise ValueError(f"recipe: expected `key: value` lines in {recipe}, got {values!r:.80}")
@@ -43,7 +43,7 @@ def load_config(stage: type[Stage], recipe: Path, overrides: list[str]) -> Stage
         raise ValueError(f"expected `--key value` pairs after the recipe, got {overrides}")
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         key = key.removeprefix("--").replace("-", "_")
-        with explained(f"{key}: expected a value as in YAML, got {value!r}"):
+        with convert_errors(f"{key}: expected a value as in YAML, got {value!r}"):
             values[key] = _Loader(value).get_single_data()
     known = {f.name for f in fields(stage) if f.init}
     for key in sorted(str(key) for key in values.keys() - known):
@@ -55,21 +55,28 @@ def load_config(stage: type[Stage], recipe: Path, overrides: list[str]) -> Stage
     return stage(**values)
 
 
-def load_function(key: str, reference: str, named: Iterable[str]) -> Callable[..., Any]:
-    """The function that a recipe's key refers to.
+def changed_keys(config: StageConfig) -> dict[str, Any]:
+    """Return the keys whose values differ from the defaults, as JSON can hold them."""
+    values = config.to_dict()
+    defaults = {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory()
+        for f in fields(config)
+    }
+    return {key: values[key] for key in defaults if values.get(key) != defaults[key]}
+
+
+def load_function(key: str, reference: str, names: Iterable[str]) -> Callable[..., Any]:
+    """Return the function that a key refers to; raise ValueError if there is none.
 
     Args:
-        key: the recipe's, for the message.
+        key: for the error message.
         reference: file.py:function or module:function.
-        named: what the key could be instead.
-
-    Raises:
-        ValueError: there is no such function.
+        names: the key's other values, for the error message.
     """
     source, _, name = reference.partition(":")
-    expected = f"{key}: expected {', '.join(named)}, file.py:function or module:function"
+    expected = f"{key}: expected {', '.join(names)}, file.py:function or module:function"
     try:
-        with explained(f"{expected}, got {reference!r}"):
+        with convert_errors(f"{expected}, got {reference!r}"):
             if source.endswith(".py"):
                 functions = runpy.run_path(source)
             else:

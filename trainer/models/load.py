@@ -1,4 +1,4 @@
-"""Models and tokenizers by name: on the hub, in a directory, in GGUF, in an installed package."""
+"""Models and tokenizers by name: from the hub, a directory, a GGUF file or an installed package."""
 
 import importlib.util
 import sys
@@ -19,90 +19,95 @@ from transformers.distributed import DistributedConfig
 from opd_kernels.integrations.transformers import causal_lm_of
 from trainer.config import StageConfig
 from trainer.data import Limits
-from trainer.errors import explained
+from trainer.errors import convert_errors
 
-_UNLOADABLE = "model {!r}: expected the directory, hub name or .gguf of a causal language model"
-BASE = "base"  # in a run whose student is adapters on others that became part of the weights
+_EXPECTED = "model {!r}: expected the directory, hub name or .gguf of a causal language model"
+BASE = "base"  # folder in output_dir for the weights below a student's adapters
 
 
 def load_model(
     name: str, dtype: str, split: dict[str, Any] | None = None, trust_remote_code: bool = False
 ) -> Model:
-    """The causal language model of that name, see `locate`; GGUF weights are dequantised, and LoRA
-    adapters become part of the weights.
+    """Return a causal language model; GGUF weights are dequantised and LoRA adapters merged.
 
     Args:
-        name: of the model.
-        dtype: of its weights.
-        split: over the ranks, by these options of a DistributedConfig; a collective.
-        trust_remote_code: whether to run code that comes with the model.
+        name: see `locate`.
+        dtype: of the weights.
+        split: options of a DistributedConfig by which the ranks split the model together.
+        trust_remote_code: whether to run the model's own code.
     """
     source, gguf = locate(name)
-    if split and (gguf or is_adapter(source)):
+    if split and (gguf or _is_adapter(source)):
         raise ValueError(
-            f"distributed_config: expected a directory or hub name of a whole model, got {name}; "
-            "GGUF and adapters cannot be split as they load: save them as a model first"
+            f"distributed_config: expected the directory or hub name of a model, got {name}; "
+            "save GGUF or adapters, which cannot be split as they load, as a whole model first"
         )
-    if is_adapter(source):
-        with explained(_UNLOADABLE.format(name)):
-            adapted = AutoPeftModelForCausalLM.from_pretrained(
-                source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
-            )
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options["dtype"] = getattr(torch, dtype)
+    if _is_adapter(source):
+        with convert_errors(_EXPECTED.format(name)):
+            adapted = AutoPeftModelForCausalLM.from_pretrained(source, **options)
         return adapted.merge_and_unload().requires_grad_()  # PEFT freezes the base
-    options: dict[str, Any] = gguf | {"trust_remote_code": trust_remote_code}
     if gguf:
-        options["quantization_config"] = GgufConfig(dequantize=True)
+        options |= gguf | {"quantization_config": GgufConfig(dequantize=True)}
     if split:
         options["distributed_config"] = DistributedConfig(**split)
-    with explained(_UNLOADABLE.format(name)):
-        model, found = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, dtype), output_loading_info=True, **options
+    with convert_errors(_EXPECTED.format(name)):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, **options
         )
-        if found["missing_keys"]:  # which would be random
-            raise ValueError(f"it lacks weights, such as {min(found['missing_keys'])}")
+        if info["missing_keys"]:  # transformers fills them with random numbers
+            raise ValueError(f"it lacks weights, such as {min(info['missing_keys'])}")
     return model
 
 
+def load_student(config: StageConfig) -> tuple[Model, Tokenizer]:
+    """Return the student with its adapters, on its device, and its tokenizer."""
+    split, is_trusted = config.distributed_config, config.trust_remote_code
+    tokenizer = load_tokenizer(config.model, is_trusted)
+    model = load_model(config.model, config.dtype, split, is_trusted)
+    _check_special_tokens(tokenizer, model)
+    model = _with_lora(model, config)
+    return model if split else model.to(config.device), tokenizer
+
+
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Tokenizer:
-    """The tokenizer of that model, see `load_model`."""
+    """Return the tokenizer of a model, see `locate`."""
     source, gguf = locate(name)
-    with explained(_UNLOADABLE.format(name)):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, trust_remote_code=trust_remote_code, **gguf
-        )
+    with convert_errors(_EXPECTED.format(name)):
+        options = gguf | {"trust_remote_code": trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model: the tokenizer of {name} has no EOS token to end a completion")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # never read back: masks come from lengths
+        tokenizer.pad_token = tokenizer.eos_token  # safe: masks come from lengths, not from ids
     return tokenizer
 
 
-def with_lora(model: Model, config: StageConfig) -> Model:
-    """The model with trainable LoRA adapters on frozen weights, if the recipe has a lora_r."""
+def _with_lora(model: Model, config: StageConfig) -> Model:
+    """Return the model, with trainable adapters on frozen weights if the config has a lora_r."""
     if config.lora_r == 0:
         return model
     if config.model.endswith(".gguf"):
         raise ValueError("lora_r: expected 0 on a .gguf model: adapters could not be loaded again")
-    if is_adapter(locate(config.model)[0]):  # the new ones need the weights that they are on
+    if _is_adapter(locate(config.model)[0]):  # new adapters must name the merged weights below them
         model.name_or_path = f"{config.output_dir}/{BASE}"
         if config.should_save:
             model.save_pretrained(model.name_or_path)
-    # Without a task, PEFT would save the name of the class, which FSDP makes as it goes.
+    # Without a task type, PEFT would save the name of the class, which FSDP creates at run time.
     options = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "task_type": "CAUSAL_LM"}
-    with explained("lora_target_modules: expected names of modules that the model has"):
+    with convert_errors("lora_target_modules: expected names of modules that the model has"):
         options["target_modules"] = config.lora_target_modules
         return get_peft_model(model, LoraConfig(**options))
 
 
-def is_adapter(source: str) -> bool:
-    """Whether a directory holds LoRA adapters, and not a whole model."""
+def _is_adapter(source: str) -> bool:
+    """Return whether a directory holds LoRA adapters, not a whole model."""
     return (Path(source) / "adapter_config.json").exists()
 
 
-def check_special_tokens(tokenizer: Tokenizer, model: Model) -> None:
-    """Raise if the model does not know EOS, with which completions end; pad by it instead of a
-    token that the model does not know.
-    """
+def _check_special_tokens(tokenizer: Tokenizer, model: Model) -> None:
+    """Raise ValueError if the model has no weights for EOS; pad by EOS if it has none for pad."""
     token, known = tokenizer.eos_token, limits_of(model).ids
     if tokenizer.eos_token_id >= known:
         raise ValueError(
@@ -115,7 +120,7 @@ def check_special_tokens(tokenizer: Tokenizer, model: Model) -> None:
 
 @contextmanager
 def eval_mode(model: Model) -> Iterator[None]:
-    """The model without dropout for a while."""
+    """Turn dropout off inside the context."""
     was_training = model.training
     model.eval()
     try:
@@ -125,13 +130,13 @@ def eval_mode(model: Model) -> Iterator[None]:
 
 
 def is_fsdp(model: nn.Module) -> bool:
-    """Whether FSDP2 has split the model, or the one inside DDP or PEFT."""
+    """Return whether FSDP2 has split the model, or the one inside DDP or PEFT."""
     return isinstance(causal_lm_of(model), FSDPModule)
 
 
 def reshard(model: nn.Module) -> None:
-    """Give a model that FSDP has split its parameters back: a pass without a backward leaves the
-    last layers whole, and the optimiser would learn a copy of them.
+    """Split the parameters of an FSDP model again: a forward pass without a backward leaves the
+    last layers gathered, and the optimiser would then update a copy of them.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -139,15 +144,19 @@ def reshard(model: nn.Module) -> None:
 
 
 def limits_of(model: Model) -> Limits:
-    """Without positions there is no limit to the context."""
+    """Return the limits of a model; without position embeddings the context has none."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
     causal_lm = causal_lm_of(model)
-    ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    return Limits(context, min(end.weight.shape[0] for end in ends))
+    embeddings = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    return Limits(context, min(x.weight.shape[0] for x in embeddings))
 
 
 def locate(name: str) -> tuple[str, dict[str, Any]]:
-    """What from_pretrained needs: a directory or hub name, and gguf_file if it is one."""
+    """Return what from_pretrained takes: a directory or hub name, and gguf_file for a GGUF file.
+
+    Args:
+        name: a directory, a hub name, a .gguf file, or package:NAME/FILE of an installed package.
+    """
     path = Path(name)
     if name.startswith("package:"):
         package, _, file = name.removeprefix("package:").partition("/")
@@ -160,28 +169,30 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
     return str(path) if path.exists() else name, {}
 
 
-def compare_tokenizers(ours: Tokenizer, teacher: str, trust_remote_code: bool = False) -> list[str]:
-    """What differs from the teacher's tokenizer but may work, a sentence each.
+def compare_tokenizers(
+    student: Tokenizer, teacher: str, trust_remote_code: bool = False
+) -> list[str]:
+    """Return differences from the teacher's tokenizer that may be harmless, one sentence each.
 
     Raises:
-        ValueError: a token has another id there, where the student's ids are scored.
+        ValueError: a token has another id, so that the teacher would score other tokens.
     """
-    theirs, found = load_tokenizer(teacher, trust_remote_code), []
-    vocab = theirs.get_vocab()
-    differing = [token for token, i in ours.get_vocab().items() if vocab.get(token) != i]
+    tokenizer, findings = load_tokenizer(teacher, trust_remote_code), []
+    vocab = tokenizer.get_vocab()
+    differing = [token for token, i in student.get_vocab().items() if vocab.get(token) != i]
     if differing:
         raise ValueError(
             f"teacher: expected the student's tokenizer, but {teacher} gives {len(differing)} "
             f"tokens another id, such as {differing[0]!r}; use a teacher of the student's family"
         )
-    if theirs.chat_template != ours.chat_template:
-        found.append(
-            f"chat template: that of {teacher} is another; it sees prompts in the student's, "
-            "which it may not know: see that they agree, or pass chat_template_kwargs"
+    if tokenizer.chat_template != student.chat_template:
+        findings.append(
+            f"chat template: that of {teacher} is another; it gets prompts in the student's "
+            "template, which it may not know: compare them, or set chat_template_kwargs"
         )
-    if theirs.eos_token_id != ours.eos_token_id:
-        found.append(
-            f"EOS: {teacher} ends by {theirs.eos_token!r}, the student by {ours.eos_token!r}; a "
+    if tokenizer.eos_token_id != student.eos_token_id:
+        findings.append(
+            f"EOS: {teacher} has {tokenizer.eos_token!r}, the student {student.eos_token!r}; a "
             "completion ends at either, and the student learns the teacher's"
         )
-    return found
+    return findings

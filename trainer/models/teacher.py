@@ -1,12 +1,12 @@
-"""Teachers, and student and teacher side by side on the same completions."""
+"""Teachers, and the logits of student and teacher on the same completions."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from opd_kernels import LazyLogits, SparseLogits
 from opd_kernels.integrations.transformers import call_with_lazy_logits, pad_completions
@@ -24,20 +24,20 @@ class Teacher(Protocol):
 
     @property
     def limits(self) -> Limits:
-        """Of its inputs."""
+        """The inputs that it can take."""
 
     def prepare(self, completions: list[Completion]) -> None:
-        """Begin with the completions of a step, whose logits are about to be asked for."""
+        """Announce all completions of a step, so that scoring can begin before `logits`."""
 
     def logits(
         self, completions: list[Completion], temperature: float
     ) -> LazyLogits | SparseLogits:
-        """Of every completion token [N], in order, detached."""
+        """Return the detached logits of all completion tokens [N], in their order."""
 
 
 @dataclass(frozen=True)
 class LocalTeacher:
-    """A model of its own, the student as it is, or the base weights below its LoRA adapters."""
+    """A separate model, the student itself, or the student's base below its LoRA adapters."""
 
     model: Model
     without_adapters: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -48,38 +48,36 @@ class LocalTeacher:
 
     @contextmanager
     def active(self) -> Iterator[Model]:
-        """The model as the teacher: no dropout, and no adapters where it is the student's base."""
+        """Turn dropout off, and the adapters of a student's base, while the teacher is used."""
         with eval_mode(self.model), self.without_adapters():
             yield self.model
 
     def prepare(self, completions: list[Completion]) -> None:
-        """Nothing to begin with."""
+        """Do nothing: `logits` scores the completions."""
 
     @torch.no_grad()
     def logits(self, completions: list[Completion], temperature: float) -> LazyLogits:
         """See Teacher."""
-        contexts = [c.prompt.teacher_ids for c in completions]
         with self.active() as model:
-            return on_completions(
-                model, contexts, completions, temperature, lambda logits: logits.detach()
-            )
+            detach = LazyLogits.detach
+            return on_completions(model, completions, temperature, detach, as_teacher=True)
 
     @torch.no_grad()
     def follow(self, student: Model, rate: float) -> None:
-        """Go this part of the way to the student's weights."""
+        """Move the weights towards the student's by this rate."""
         reshard(self.model)
-        for own, theirs in zip(self.model.parameters(), student.parameters(), strict=True):
-            # FSDP may have split the student alone.
-            theirs = theirs if is_dtensor(own) else plain(theirs, whole=True)
-            own.lerp_(theirs.to(own.dtype), rate)
+        for weight, target in zip(self.model.parameters(), student.parameters(), strict=True):
+            # FSDP may have split only the student.
+            target = target if is_dtensor(weight) else plain(target, whole=True)
+            weight.lerp_(target.to(weight.dtype), rate)
 
 
 def self_teacher(
     config: StageConfig, student: Model, dtype: str | None = None, update_rate: float = 0.0
 ) -> LocalTeacher:
-    """The student as it is, its base below adapters, or a copy of its initial weights.
+    """Return the student itself, its base below adapters, or a copy of its initial weights.
 
-    The copy begins with the initial weights even when a run resumes.
+    The copy is loaded from the config's model, so that it is the same when a run resumes.
     """
     if update_rate == 1:
         return LocalTeacher(student)
@@ -89,7 +87,7 @@ def self_teacher(
 
 
 def load_teacher(name: str, dtype: str, config: StageConfig) -> LocalTeacher:
-    """A frozen model of its own, where the recipe has its models."""
+    """Return a separate frozen model, split or placed as the config says."""
     split = config.distributed_config
     model = load_model(name, dtype, split, config.trust_remote_code).requires_grad_(False)
     return LocalTeacher(model if split else model.to(config.device))
@@ -97,36 +95,22 @@ def load_teacher(name: str, dtype: str, config: StageConfig) -> LocalTeacher:
 
 def on_completions(
     model: Model,
-    contexts: list[list[int]],
     completions: list[Completion],
     temperature: float,
     function: Callable[[LazyLogits], T],
+    as_teacher: bool = False,
 ) -> T:
-    """function(logits) of every completion token, hidden [N, D], behind its context.
+    """Return function(logits) of all completion tokens, hidden [N, D], each after its prompt.
 
-    It runs inside the model's forward, where wrappers such as DDP see the whole loss. The tokens
-    come in the order of the completions; contexts and padding are left out.
+    The function runs inside the model's forward pass, so that wrappers such as DDP see the whole
+    loss. The tokens are in the order of the completions, without prompts and padding.
     """
+    prompts = [c.prompt.teacher_ids if as_teacher else c.prompt.student_ids for c in completions]
     device = next(model.parameters()).device
-    *batch, tokens = pad_completions(contexts, [c.ids for c in completions], device)
-    call = partial(call_with_lazy_logits, model, temperature=temperature)
-    return call(lambda logits: function(logits[tokens]), *batch)
-
-
-def on_students(
-    model: Model,
-    completions: list[Completion],
-    temperature: float,
-    function: Callable[[LazyLogits], T],
-) -> T:
-    """`on_completions` behind the student's prompts."""
-    contexts = [c.prompt.student_ids for c in completions]
-    return on_completions(model, contexts, completions, temperature, function)
-
-
-def token_ids(completions: list[Completion], device: torch.device) -> torch.Tensor:
-    """[N] the completions' tokens, whose logits `on_completions` has."""
-    return torch.tensor([token for c in completions for token in c.ids], device=device)
+    ids, mask, is_completion = pad_completions(prompts, [c.ids for c in completions], device)
+    return call_with_lazy_logits(
+        model, lambda x: function(x[is_completion]), ids, mask, temperature=temperature
+    )
 
 
 def side_by_side(
@@ -136,6 +120,17 @@ def side_by_side(
     temperature: float,
     function: Callable[[LazyLogits, LazyLogits | SparseLogits], T],
 ) -> T:
-    """function(student, teacher) on the logits of every completion token, see `on_completions`."""
+    """Return function(student, teacher) of all completion tokens, see `on_completions`."""
     scored = teacher.logits(completions, temperature)
-    return on_students(student, completions, temperature, lambda logits: function(logits, scored))
+    return on_completions(student, completions, temperature, lambda x: function(x, scored))
+
+
+def log_probs(model: Model, completions: list[Completion], temperature: float) -> Tensor:
+    """Return the log-probs [N] of the completions' tokens."""
+    ids = token_ids(completions, next(model.parameters()).device)
+    return on_completions(model, completions, temperature, lambda x: x.log_prob(ids))
+
+
+def token_ids(completions: list[Completion], device: torch.device) -> Tensor:
+    """Return the tokens [N] of the completions, in the order of `on_completions`."""
+    return torch.tensor([token for c in completions for token in c.ids], device=device)
