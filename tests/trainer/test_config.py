@@ -1,4 +1,4 @@
-"""Recipes: what is read, and what every mistake says."""
+"""Recipes: how they are read, and the error message of every mistake."""
 
 import sys
 

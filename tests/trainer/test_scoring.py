@@ -1,4 +1,4 @@
-"""Scorers: what they accept, and what every mistake says."""
+"""Scorers: what they accept, and the error message of every mistake."""
 
 import pytest
 

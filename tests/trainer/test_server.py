@@ -1,4 +1,4 @@
-"""A served teacher, by a server of our own that also fails in every way it can."""
+"""A served teacher, against a fake server that can fail in many ways."""
 
 import threading
 import time
@@ -44,7 +44,7 @@ def _many(count):
 
 def test_its_log_probs_are_those_of_the_model(tmp_path, server):
     teacher = ServedTeacher(server.url, _config(tmp_path, server), tiny_tokenizer(), 97)
-    assert teacher.limits.context == 255  # it generates one more
+    assert teacher.limits.context == 255  # a request generates one token
     batch = completions()
     teacher.prepare(batch)
     sparse = teacher.logits(batch, 1.0)
@@ -77,7 +77,7 @@ def test_a_step_with_it_is_the_step_with_the_model(tmp_path, server, options):
 
 
 def test_under_load_and_faults_no_sample_is_lost_or_wrong(tmp_path, server):
-    """64 requests at a time; each kind of fault several times among them."""
+    """64 concurrent requests, with several faults of each kind."""
     changes = {"teacher_concurrency": 64, "teacher_timeout": 1.0, "teacher_patience": 60}
     teacher = ServedTeacher(server.url, _config(tmp_path, server, **changes), tiny_tokenizer(), 97)
     batch = _many(160)
@@ -88,7 +88,7 @@ def test_under_load_and_faults_no_sample_is_lost_or_wrong(tmp_path, server):
     kinds = [500, 503, 429, 408, 409, "reset", "malformed", "cut", "no token", "nan", "mass",
              "empty", "html", "slow"]  # fmt: skip
     before = server.requests
-    teacher.prepare(batch)  # again in the next step: it has the answers
+    teacher.prepare(batch)  # the next step has the same completions: the answers are kept
     assert server.requests == before
     teacher.answers.clear()
     server.faults = kinds * 5
@@ -157,7 +157,7 @@ def test_a_run_goes_on_when_its_server_comes_back(tmp_path, server, seconds):
 
 
 def test_requests_end_with_the_program(tmp_path, server, monkeypatch):
-    """A thread that still asks would hold the interpreter for all of its patience."""
+    """A thread that retries would keep the interpreter alive for all of its patience."""
     teacher = ServedTeacher(server.url, _config(tmp_path, server), tiny_tokenizer(), 97)
     server.faults = [500] * 10_000
     monkeypatch.setattr("threading.main_thread", lambda: threading.Thread())  # not alive
