@@ -94,7 +94,7 @@ class StageConfig(StrictArguments):
         try:
             return DistributedConfig(**self.distributed_config or {})
         except (TypeError, ValueError) as error:
-            expected = "distributed_config: expected options of transformers' DistributedConfig"
+            expected = "distributed_config: expected options such as fsdp_size and tp_size"
             raise ValueError(f"{expected}, got {self.distributed_config}: {error}") from None
 
     def _conflicts(self) -> Conflicts:
