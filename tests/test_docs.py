@@ -128,7 +128,7 @@ def test_a_name_that_does_not_exist_is_found(tmp_path):
         f"{here}s",
         "tests/test_nowhere.py::test_x",
     ]
-    text = "`tests/test_docs.py` `tests/nowhere.py` `setup.py` `config.py` `gone.py` `runs/x/y.py`"
+    text = "`tests/test_docs.py` `tests/nowhere.py` `setup.py` `errors.py` `gone.py` `runs/x/y.py`"
     text += " [a](README.md#x) [b](docs/none.md) `recipes/*.yaml` `benchmarks/none/` `a / b`"
     links = ["README.md", "docs/none.md"]
     assert missing_paths(text) == [*links, "tests/nowhere.py", "gone.py", "benchmarks/none/"]

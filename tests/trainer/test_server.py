@@ -232,7 +232,7 @@ def test_what_a_server_cannot_give_is_refused_at_the_start(tmp_path, server):
     config = _config(tmp_path, server, teacher=server.url.replace("v1", "v2"))
     with pytest.raises(TeacherError, match=r"has no such page; expected http\(s\)://HOST/v1"):
         ServedTeacher(config.teacher, config, tiny_tokenizer(), 97)
-    server.blind, server.max_log_probs = True, 20
+    server.has_no_log_probs, server.max_log_probs = True, 20
     with pytest.raises(TeacherError, match="does not answer prompt_logprobs as vLLM does"):
         ServedTeacher(server.url, _config(tmp_path, server), tiny_tokenizer(), 97)
     for changes, reason in (
