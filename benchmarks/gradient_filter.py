@@ -15,10 +15,9 @@ from tqdm import tqdm
 
 from benchmarks.markdown import markdown_table
 from opd_kernels import LazyLogits, SparseLogits, distillation_loss, reverse_kl
-from trainer.__main__ import prepare
-from trainer.config import DistillationConfig
-from trainer.recipe import load_config
-from trainer.teacher import side_by_side
+from trainer.build import prepare
+from trainer.config import DistillationConfig, load_config
+from trainer.models.teacher import side_by_side
 
 OBJECTIVES: dict[str, Callable[[SparseLogits, SparseLogits], Tensor]] = {
     "stop-gradient": reverse_kl,

@@ -22,11 +22,11 @@ from transformers import Trainer, TrainerCallback
 from benchmarks.worker import Worker, reset_peak, status
 from trainer.config import DistillationConfig
 from trainer.data import Prompt
-from trainer.distillation import OnPolicyDistillationTrainer
-from trainer.evaluation import Evaluation
-from trainer.models import Model, Tokenizer, load_model, load_tokenizer
-from trainer.rollout import Completion, Sampler
-from trainer.teacher import LocalTeacher
+from trainer.measures.evaluation import Evaluation
+from trainer.models.load import Model, Tokenizer, load_model, load_tokenizer
+from trainer.models.rollout import Completion, Sampler
+from trainer.models.teacher import LocalTeacher
+from trainer.stages.distillation import OnPolicyDistillationTrainer
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,8 @@ def fields(source: str, name: str) -> str:
 def _aliases(module: ast.Module) -> dict[str, str]:
     """The names of bounded numbers and choices, here or where the trainer has them from."""
     sources = [n.module for n in module.body if isinstance(n, ast.ImportFrom)]
-    paths = [
-        ROOT / f"{name.replace('.', '/')}.py" for name in sources if name.startswith("trainer")
-    ]
-    modules = [module, *(ast.parse(path.read_text()) for path in paths)]
+    paths = [ROOT / f"{name.replace('.', '/')}.py" for name in sources if "trainer." in name]
+    modules = [module, *(ast.parse(path.read_text()) for path in paths if path.exists())]
     given = [n for m in modules for n in m.body if isinstance(n, ast.Assign)]
     known = {ast.unparse(n.targets[0]): ast.unparse(n.value) for n in given}
     return {

@@ -1,4 +1,4 @@
-"""The demo's rule, measured by a plain function."""
+"""The scorer of the demo."""
 
 import re
 
@@ -9,5 +9,5 @@ _PIRATE = re.compile(
 
 
 def speaks_pirate(completion: str, row: dict) -> float:
-    """1.0 if the completion has at least one word that only a pirate would say, else 0.0."""
+    """Return 1.0 if the completion has a word that only a pirate would say, else 0.0."""
     return float(_PIRATE.search(completion) is not None)

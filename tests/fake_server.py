@@ -1,4 +1,4 @@
-"""A teacher's server on loopback, which fails when it is told to."""
+"""A teacher's server on loopback that fails on demand."""
 
 import gzip
 import json
@@ -17,11 +17,11 @@ KEY = "sk-very-secret-0123456789"
 
 
 class FakeServer:
-    """Speaks the completions endpoint of vLLM for a model; `faults` are used up one a request."""
+    """Serves a model by vLLM's completions endpoint; each request uses up one of `faults`."""
 
     def __init__(self, model, max_log_probs=20):
         self.model, self.lock, self.max_log_probs = model, threading.Lock(), max_log_probs
-        self.tokenizer, self.blind = tiny_tokenizer(), False
+        self.tokenizer, self.has_no_log_probs = tiny_tokenizer(), False
         self.faults, self.requests, self.active, self.most_active, self.delay = [], 0, 0, 0, 0.0
         outer = self
 
@@ -44,8 +44,8 @@ class FakeServer:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def _send_on(self, size):
-                """White space, of which JSON may have any; for as long as somebody reads it."""
+            def _send_endlessly(self, size):
+                """Send white space, which JSON may contain, for as long as the client reads it."""
                 self._send(200, b"", length=1 << 40)
                 with suppress(OSError):
                     while True:
@@ -105,8 +105,8 @@ class FakeServer:
                     time.sleep(1.5)
                 rows = outer.rows(request["prompt"], request["prompt_logprobs"])
                 if fault in ("flood", "drip"):
-                    return self._send_on(1 << 20 if fault == "flood" else 1)
-                if outer.blind:
+                    return self._send_endlessly(1 << 20 if fault == "flood" else 1)
+                if outer.has_no_log_probs:
                     return self._send(200, {"choices": [{"index": 0, "text": ""}]})
                 if fault == "malformed":
                     return self._send(200, b'{"choices": [{"prompt_logp')
@@ -131,17 +131,17 @@ class FakeServer:
         self.url = f"http://127.0.0.1:{self.port}/v1"
 
     def start(self):
-        """Listen, again at the same port."""
+        """Listen; after `stop`, at the same port again."""
         self.server = ThreadingHTTPServer(("127.0.0.1", self.port), self.handler)
         self.server.daemon_threads, self.port = True, self.server.server_port
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def stop(self):
-        """Die: whoever is connected is cut off, and nobody else gets in."""
+        """Die: close all connections and accept no new ones."""
         self.server.shutdown()
         self.server.server_close()
         for connection in self.connections:
-            with suppress(OSError):  # it has ended itself
+            with suppress(OSError):  # the client has closed it already
                 connection.shutdown(socket.SHUT_RDWR)
 
     def rows(self, ids, k):

@@ -1,4 +1,4 @@
-"""Runs of the trainer in processes of their own, to which something happens."""
+"""Runs of the trainer in separate processes, with injected faults."""
 
 import multiprocessing
 import os
@@ -11,15 +11,15 @@ import time
 import torch
 
 from trainer.__main__ import main
-from trainer.rollout import Sampler
+from trainer.models.rollout import Sampler
 
-SECONDS = 120  # for a run
+SECONDS = 120  # limit per run
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 class Run:
-    """python -m trainer with these arguments; in its process, fault() comes first."""
+    """A process that calls fault() and then runs `python -m trainer` with arguments."""
 
     def __init__(self, output, arguments, fault=None):
         self.output = output
@@ -27,28 +27,28 @@ class Run:
         self.process.start()
 
     def wait(self):
-        """Its exit status, which is negative where a signal has ended it."""
+        """Return the exit status, which is negative if a signal ended the process."""
         self.process.join(SECONDS)
         if self.process.is_alive():
             self.process.kill()
-            raise TimeoutError(f"a run takes longer than {SECONDS} s:\n{self.told()}")
+            raise TimeoutError(f"a run takes longer than {SECONDS} s:\n{self.printed()}")
         return self.process.exitcode
 
     def wait_for(self, path):
-        """Until the path is there."""
+        """Wait until a path exists."""
         end = time.monotonic() + SECONDS
         while not path.exists():
-            assert self.process.is_alive(), self.told()
-            assert time.monotonic() < end, self.told()
+            assert self.process.is_alive(), self.printed()
+            assert time.monotonic() < end, self.printed()
             time.sleep(0.005)
 
     def kill(self):
-        """SIGKILL, if it has not ended."""
+        """Kill the process by SIGKILL; return its exit status."""
         self.process.kill()
         return self.wait()
 
-    def told(self):
-        """What it has printed."""
+    def printed(self):
+        """Return the output so far."""
         return self.output.read_text() if self.output.exists() else ""
 
 
@@ -64,7 +64,7 @@ def _run(arguments, output, fault):
 
 
 def kill_at_file_event(folder, number):
-    """SIGKILL before the process opens, makes, renames or removes something there so many times."""
+    """Kill the process by SIGKILL just before its given number of file events in a folder."""
     seen = 0
 
     def watch(event, arguments):
@@ -79,27 +79,27 @@ def kill_at_file_event(folder, number):
 
 
 def limit_file_size(size):
-    """Every file ends there, as on a full disk."""
+    """Fail writes beyond a size of any file, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def exhaust_memory(calls):
-    """In the rollout of that number."""
+    """Run out of memory in the rollout of the given number."""
     generate = Sampler._generate
     left = calls
 
-    def ask_for_too_much(*arguments):
+    def generate_or_fail(*arguments):
         nonlocal left
         left -= 1
         if left == 0:
             torch.empty(1 << 50)
         return generate(*arguments)
 
-    Sampler._generate = ask_for_too_much
+    Sampler._generate = generate_or_fail
 
 
 def make_clock_jump(seed):
-    """The wall clock goes back and forth by up to a day at every look."""
+    """Move the wall clock back or forth by up to a day each time it is read."""
     generator, clock = random.Random(seed), time.time
     time.time = lambda: clock() + generator.uniform(-86_400, 86_400)

@@ -128,7 +128,7 @@ def test_a_name_that_does_not_exist_is_found(tmp_path):
         f"{here}s",
         "tests/test_nowhere.py::test_x",
     ]
-    text = "`tests/test_docs.py` `tests/nowhere.py` `setup.py` `config.py` `gone.py` `runs/x/y.py`"
+    text = "`tests/test_docs.py` `tests/nowhere.py` `setup.py` `errors.py` `gone.py` `runs/x/y.py`"
     text += " [a](README.md#x) [b](docs/none.md) `recipes/*.yaml` `benchmarks/none/` `a / b`"
     links = ["README.md", "docs/none.md"]
     assert missing_paths(text) == [*links, "tests/nowhere.py", "gone.py", "benchmarks/none/"]
@@ -281,7 +281,7 @@ def test_every_key_of_a_recipe_is_on_its_page(site):
     cells = re.findall(r"<td>(.*?)</td>", row[1])
     default = next(f.default for f in dataclasses.fields(config.StageConfig)
                    if f.name == "micro_batch_size")  # fmt: skip
-    told = "completions that are learned from at a time, ..."
+    told = "completions per forward and backward pass"
     assert cells == ["int ≥ 1", f"<code>{default}</code>", told]
 
 

@@ -15,7 +15,7 @@ from opd_kernels import distillation_loss, forward_kl
 from tests.reference import make_logits
 from tests.tiny_run import write_model
 from tests.trainer.test_server import KEY, FakeServer
-from trainer.models import load_model
+from trainer.models.load import load_model
 
 FOLDER = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))

@@ -1,4 +1,4 @@
-"""A tiny model directory with a character tokenizer, data and a recipe: runs in seconds."""
+"""A tiny model with a character tokenizer, data and a recipe, whose runs take seconds."""
 
 import json
 import re
@@ -11,11 +11,11 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_models import tiny_model
-from trainer.__main__ import main, prepare
-from trainer.config import DistillationConfig
-from trainer.recipe import load_config
+from trainer.__main__ import main
+from trainer.build import prepare
+from trainer.config import DistillationConfig, load_config
 
-# Changes of the recipe below for stages without a teacher.
+# Changes of the recipe below for a stage without a teacher.
 NO_TEACHER = {"teacher": None, "privileged_context": None, "tail": None, "k": None}
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation[:29] + " \n"
@@ -26,7 +26,7 @@ TEMPLATE = (
 
 
 def tiny_tokenizer(chat=True, characters=CHARACTERS):
-    """One token per character; pad is EOS, as in SmolLM2."""
+    """Return a tokenizer with one token per character; pad is EOS, as in SmolLM2."""
     vocab = {token: i for i, token in enumerate([*SPECIAL, *characters])}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
@@ -42,7 +42,7 @@ def tiny_tokenizer(chat=True, characters=CHARACTERS):
 
 
 def write_model(folder, seed=0, name="llama", tokenizer=None, **changes):
-    """Save a tiny model and its tokenizer; `changes` are of the model's config."""
+    """Save a tiny model with changes of its config, and its tokenizer."""
     model = tiny_model(name, seed=seed, **changes)
     model.save_pretrained(folder)
     (tokenizer or tiny_tokenizer()).save_pretrained(folder)
@@ -50,7 +50,7 @@ def write_model(folder, seed=0, name="llama", tokenizer=None, **changes):
 
 
 def write_recipe(folder, **changes):
-    """A recipe for self-distillation of a tiny model in a few steps, with its data beside it."""
+    """Write a recipe for a few steps of self-distillation of a tiny model, and its data."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "model").exists():
         write_model(folder / "model")
@@ -84,21 +84,22 @@ def write_recipe(folder, **changes):
 
 
 def make_trainer(folder, stage=DistillationConfig, **changes):
-    """A trainer whose run has begun; `changes` are of the recipe, and its `stage`."""
+    """Return the trainer of a stage's recipe with changes, in an empty output directory."""
     config = load_config(stage, write_recipe(folder, **changes), [])
     shutil.rmtree(config.output_dir, ignore_errors=True)
     return prepare(config)[0]
 
 
 def read_metrics(run):
+    """Return the lines of training steps, and all lines, of metrics.jsonl."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line], lines
 
 
 def error_line(capsys, *arguments):
-    """What the command line ends with, where something is wrong."""
+    """Run the command line, which must fail; return its error message."""
     with pytest.raises(SystemExit) as ended:
         main([str(x) for x in arguments])
     assert "Traceback" not in "".join(capsys.readouterr())
-    assert re.fullmatch("error: .*", ended.value.code)  # one line, as . is no line break
+    assert re.fullmatch("error: .*", ended.value.code)  # `.` does not match a line break
     return ended.value.code

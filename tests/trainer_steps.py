@@ -1,15 +1,15 @@
-"""One step of the trainer on given completions, and whether two of them are the same."""
+"""Gradients of a training step on given completions, and their comparison."""
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from trainer.data import Prompt
-from trainer.rollout import Completion
+from trainer.models.rollout import Completion
 
 
 def completions(count=6):
-    """Given completions of different lengths, so that nothing is left to sampling."""
+    """Return fixed completions of different lengths."""
     generator = torch.Generator().manual_seed(5)
 
     def ids(length):
@@ -24,6 +24,7 @@ def completions(count=6):
 
 
 def gradient_of(trainer, batch):
+    """Return loss, gradients by parameter and sums of one step."""
     trainer.model.zero_grad()
     trainer.sums.clear()
     loss = trainer.learn(trainer.model, batch)
@@ -45,5 +46,5 @@ def assert_same_gradients(actual, expected):
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         scale = float(gradient.abs().max())
-        told = f"{name}: {{}}".format
-        assert_close(actual[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=told)
+        message = f"{name}: {{}}".format
+        assert_close(actual[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=message)

@@ -13,9 +13,9 @@ from benchmarks.paper.figures import band, level, panels, save
 from benchmarks.paper.page import Claim, Finding, falls, rises, spread
 from benchmarks.paper.runs import Laboratory, Line, Run, by_seed, first, last
 from benchmarks.paper.sums import DIGITS
-from trainer.__main__ import load
-from trainer.models import eval_mode, load_model
-from trainer.teacher import on_students, token_ids
+from trainer.build import load
+from trainer.models.load import eval_mode, load_model
+from trainer.models.teacher import on_completions, token_ids
 
 STUDENT_STEPS = 60  # of the student's own SFT, in the other format
 SFT_STEPS, STEPS = 20, 60  # of the SFT on the teacher's completions, and in total
@@ -73,12 +73,12 @@ def measure(lab: Laboratory, seeds: Sequence[int]) -> Measured:
 def trace_nll_of(models: Sequence[str], distillation: Run) -> list[float]:
     """Return each model's nats per token on completions of the distillation's teacher."""
     _, evaluation, _ = load(distillation.config())
-    traces = evaluation.continued(evaluation.prompts, 0)
+    traces = evaluation.complete_by_teachers(evaluation.prompts, 0)
     ids, found = token_ids(traces, torch.device("cpu")), []
     for model in models:
         student = load_model(model, "float32")
         with eval_mode(student):
-            log_probs = on_students(student, traces, 1.0, lambda x: x.log_prob(ids))
+            log_probs = on_completions(student, traces, 1.0, lambda x: x.log_prob(ids))
         found.append(-float(log_probs.mean()))
     return found
 

@@ -57,7 +57,7 @@ class Run:
     def config(self) -> Any:
         """Return the stage's config, read by the trainer's own loader."""
         from trainer.__main__ import STAGES
-        from trainer.recipe import load_config
+        from trainer.config import load_config
 
         changes = self.changes | {"output_dir": str(self.folder)}
         pairs = [x for key, value in changes.items() for x in (f"--{key}", json.dumps(value))]
@@ -65,7 +65,8 @@ class Run:
 
     def execute(self) -> list[Line]:
         """Run in this process and return the log lines; output is written to log.txt."""
-        from trainer.__main__ import evaluate, prepare
+        from trainer.__main__ import evaluate
+        from trainer.build import prepare
         from trainer.config import EvaluationConfig
 
         shutil.rmtree(self.folder, ignore_errors=True)

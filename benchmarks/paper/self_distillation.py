@@ -21,9 +21,9 @@ from benchmarks.paper.models import write_random_model
 from benchmarks.paper.page import Claim, Finding, falls, is_below, rises, spread
 from benchmarks.paper.runs import Laboratory, Line, Run, by_seed, first, last
 from benchmarks.paper.tasks import RULES, instructed, with_rules
-from trainer.__main__ import load
-from trainer.models import eval_mode, load_model
-from trainer.teacher import on_students
+from trainer.build import load
+from trainer.models.load import eval_mode, load_model
+from trainer.models.teacher import on_completions
 
 SHARED_RULE = 3
 DEMO = "shared rule, SmolLM2-135M, one seed"
@@ -136,7 +136,7 @@ def distances(run: Run) -> Distances:
         for i in range(len(RULES))
     ])  # fmt: skip
     with eval_mode(student):
-        log_p = on_students(student, samples, config.temperature, lambda x: x.materialize())
+        log_p = on_completions(student, samples, config.temperature, lambda x: x.materialize())
     return compare(log_p.log_softmax(-1), log_q)
 
 

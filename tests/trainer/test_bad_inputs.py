@@ -1,5 +1,5 @@
-"""What a recipe points to and is wrong: YAML, data, models, functions, runs to report. Each ends
-with one line that says where, what was expected and what came.
+"""Wrong recipes, data, models, functions and run directories: each ends the command with one line
+that says where, what was expected and what came.
 """
 
 import json
@@ -15,11 +15,10 @@ from opd_kernels import LazyLogits
 from tests.tiny_run import error_line, tiny_tokenizer, write_recipe
 from trainer.__main__ import main
 from trainer.config import DistillationConfig
-from trainer.data import PromptReader, load_rows
-from trainer.models import Limits
-from trainer.objective import build_loss
-from trainer.scoring import load_scorer
-from trainer.stopping import RunStoppedError
+from trainer.data import Limits, PromptReader, load_rows
+from trainer.errors import RunStoppedError
+from trainer.measures.scoring import load_scorer
+from trainer.stages.objective import build_loss
 
 LIMITS = Limits(context=256, ids=97)
 
@@ -142,17 +141,17 @@ def test_tables(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A recipe that works."""
+def valid(tmp_path_factory):
+    """Return the folder of a valid recipe."""
     folder = tmp_path_factory.mktemp("whole")
     write_recipe(folder)
     return folder
 
 
 @pytest.fixture
-def folder(tmp_path, whole):
-    """A copy of it."""
-    return shutil.copytree(whole, tmp_path / "copy")
+def folder(tmp_path, valid):
+    """Return a copy of that folder."""
+    return shutil.copytree(valid, tmp_path / "copy")
 
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -312,7 +311,7 @@ LOG = b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n'
     ],
 )
 def test_directories_that_are_no_run(tmp_path, capsys, files, message):
-    run = _run_of(tmp_path, files)
+    run = _write_run(tmp_path, files)
     line = error_line(capsys, "report", run, "--output", tmp_path / "page.html")
     assert re.search(f"error: {run}: expected a recipe's output_dir; .*{message}", line)
     assert not (tmp_path / "page.html").exists()
@@ -321,14 +320,15 @@ def test_directories_that_are_no_run(tmp_path, capsys, files, message):
 @pytest.mark.parametrize("tail", [b'{"step": 3, "lo', b'{"step": 3, "a": {}', b"\0\0\0", b"\xe2"])
 def test_a_killed_run_can_be_reported(tmp_path, tail):
     samples = b'{"prompt": "p", "student": "written", "score": 1}\n'
-    run = _run_of(tmp_path, {"metrics.jsonl": LOG + tail, "samples/step-2.jsonl": samples + tail})
+    files = {"metrics.jsonl": LOG + tail, "samples/step-2.jsonl": samples + tail}
+    run = _write_run(tmp_path, files)
     main(["report", str(run), "--output", str(tmp_path / "page.html")])
     page = (tmp_path / "page.html").read_text()
     assert "step 2: 0.4" in page
     assert "written" in page
 
 
-def _run_of(folder, files):
+def _write_run(folder, files):
     for name, content in files.items():
         path = folder / "run" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Every key of every stage with wrong values: one line that names key, expectation and value,
-before anything is loaded or written.
+"""Wrong values of every key of every stage: one line names key, expectation and value, before
+anything is loaded or written.
 
-What is wrong for a key is derived from its field, so that a new key is tried by itself.
+The wrong values are derived from the field of a key, so new keys are covered automatically.
 """
 
 import math
@@ -14,32 +14,32 @@ import pytest
 
 from trainer.__main__ import STAGES, main
 
-ANY_TEXT = {
-    **dict.fromkeys(("model", "teacher", "train_data", "eval_data"), "loading it tells"),
-    **dict.fromkeys(("scorer", "answer_pattern"), "loading it tells"),
-    **dict.fromkeys(("output_dir", "run_name", "project"), "a name to be given"),
+FREE_TEXT = {
+    **dict.fromkeys(("model", "teacher", "train_data", "eval_data"), "checked when it is loaded"),
+    **dict.fromkeys(("scorer", "answer_pattern"), "checked when it is loaded"),
+    **dict.fromkeys(("output_dir", "run_name", "project"), "a new name"),
     **dict.fromkeys(("hub_model_id", "hub_revision", "length_column_name"), "a name elsewhere"),
     **dict.fromkeys(("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
                     "a name elsewhere"),
-    **dict.fromkeys(("optim_args", "optim_target_modules"), "the optimiser's own"),
+    **dict.fromkeys(("optim_args", "optim_target_modules"), "options of the optimiser"),
     "lora_target_modules": "names of the model's modules",
     "privileged_context": "a text",
-    "teacher_model": "the server tells",
+    "teacher_model": "checked by the server",
 }  # fmt: skip
-ANY_OF_DICT = {
-    **dict.fromkeys(("chat_template_kwargs", "lr_scheduler_kwargs"), "another's own options"),
+FREE_DICTS = {
+    **dict.fromkeys(("chat_template_kwargs", "lr_scheduler_kwargs"), "options of another library"),
     **dict.fromkeys(("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
-                    "another's own options"),
-    "liger_kernel_config": "another's own options",
+                    "options of another library"),
+    "liger_kernel_config": "options of another library",
     "teacher": "names of teachers",
 }  # fmt: skip
-ANY_OF_LIST = {
-    **dict.fromkeys(("label_names", "include_for_metrics"), "unused: the stages measure"),
+FREE_LISTS = {
+    **dict.fromkeys(("label_names", "include_for_metrics"), "unused"),
     **dict.fromkeys(("optim_target_modules", "lora_target_modules"), "names of modules"),
 }
-ZERO = {
+MAY_BE_ZERO = {
     **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
-                    "none of it"),
+                    "no effect"),
     **dict.fromkeys(("max_grad_norm", "neftune_noise_alpha", "label_smoothing_factor"), "off"),
     **dict.fromkeys(("forward_kl_coef", "sft_coef", "kl_coef", "lora_r"), "off"),
     **dict.fromkeys(("eval_delay", "teacher_patience"), "no wait"),
@@ -48,20 +48,20 @@ ZERO = {
     **dict.fromkeys(("beta", "teacher_update_rate"), "an end of the range"),
     "forward_kl_min_entropy": "every token",
 }  # fmt: skip
-MINUS_ONE = {"max_steps": "as many as num_train_epochs", "local_rank": "one process"}
-NEGATIVE = {"forward_kl_min_entropy": "below every entropy"}
-# Not supported: all but nothing is refused.
-ONLY_NOTHING = (
+MAY_BE_MINUS_ONE = {"max_steps": "as many as num_train_epochs", "local_rank": "one process"}
+MAY_BE_NEGATIVE = {"forward_kl_min_entropy": "below every entropy"}
+# Not supported: these keys must stay empty.
+UNSUPPORTED = (
     "fsdp", "fsdp_config", "deepspeed", "parallelism_config", "torch_compile",
     "torch_compile_backend", "torch_compile_mode", "label_smoothing_factor",
     "load_best_model_at_end", "metric_for_best_model",
 )  # fmt: skip
-ABOVE_ONE = ("top_p", "beta", "teacher_update_rate", "adam_beta1", "adam_beta2")
+AT_MOST_ONE = ("top_p", "beta", "teacher_update_rate", "adam_beta1", "adam_beta2")
 GIVEN = {"model": "no/model", "train_data": "no.jsonl", "use_cpu": True, "scorer": "exact_match"}
 
 
 def _members(hint):
-    """The types and literal values of a hint, without bounds."""
+    """Return the types and literal values of a type hint, without bounds."""
     if get_origin(hint) is Annotated:
         return _members(get_args(hint)[0])
     if get_origin(hint) in (Union, UnionType):
@@ -70,27 +70,28 @@ def _members(hint):
 
 
 def _wrong(stage, key):
-    """Values that the key must refuse."""
+    """Return values that the key must refuse."""
     kinds = _members(get_type_hints(stage, include_extras=True)[key])
     choices = any(isinstance(x, type) and issubclass(x, Enum) for x in kinds)
     values = [] if NoneType in kinds else [None]
     if {int, float} & set(kinds):
         values += ["many", True, math.nan, math.inf, -math.inf]
-        values += [] if key in NEGATIVE else [-2, "-3.5"]
-        values += [x for x, right in ((0, ZERO), (-1, MINUS_ONE | NEGATIVE)) if key not in right]
-        values += [0.5] if float not in kinds else [1.5] if key in ABOVE_ONE else []
+        values += [] if key in MAY_BE_NEGATIVE else [-2, "-3.5"]
+        values += [] if key in MAY_BE_ZERO else [0]
+        values += [] if key in MAY_BE_MINUS_ONE | MAY_BE_NEGATIVE else [-1]
+        values += [0.5] if float not in kinds else [1.5] if key in AT_MOST_ONE else []
     else:
         values += [5, 0.5, math.nan]
     if bool in kinds:
         values += ["maybe", 2]
-    if key not in ANY_TEXT:
+    if key not in FREE_TEXT:
         values += ["no such choice", ""] if choices or str not in kinds else ["no such choice"]
-    if dict not in kinds or key not in ANY_OF_DICT:
+    if dict not in kinds or key not in FREE_DICTS:
         values.append({"no such key": 1})
-    if list not in kinds or key not in ANY_OF_LIST:
+    if list not in kinds or key not in FREE_LISTS:
         values.append(["no such choice"])
     values += [[5], [{}], [None]]
-    return [x for x in values if x] if key in ONLY_NOTHING else values
+    return [x for x in values if x] if key in UNSUPPORTED else values
 
 
 KEYS = [(stage, f.name) for stage, (config, _) in STAGES.items() for f in fields(config) if f.init]

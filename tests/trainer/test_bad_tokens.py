@@ -1,5 +1,5 @@
-"""Tokenizers with more tokens than their model has rows of weights, as Gemma 3 1B's has: what the
-model does not know ends a run in one line, before training.
+"""Tokenizers with more tokens than their model has rows of weights, such as Gemma 3 1B's: a token
+without weights ends the command with one line before training.
 """
 
 import json
@@ -14,13 +14,13 @@ from trainer.__main__ import main
 
 @pytest.fixture
 def folder(tmp_path):
-    """With a recipe that works."""
+    """Return the folder of a valid recipe."""
     write_recipe(tmp_path)
     return tmp_path
 
 
 def _with_a_97th_token(model, **special):
-    """Add it to the tokenizer of a model that has embeddings of 97: 0 to 96."""
+    """Add a token of id 97 to the tokenizer of a model with 97 embeddings, ids 0 to 96."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens(["<image>"])
     tokenizer.add_special_tokens(special)
@@ -51,7 +51,7 @@ def test_a_token_without_an_embedding(folder, capsys, column):
 
 
 def test_a_token_of_which_one_teacher_has_no_embedding(folder, capsys):
-    """A row is for one teacher, and the other's limits are not its."""
+    """The limits of a row are those of its own teacher."""
     _with_a_97th_token(folder / "model")
     small, large = (
         _with_a_97th_token(write_model(folder / str(size), vocab_size=size)) for size in (97, 98)

@@ -1,4 +1,4 @@
-"""Runs that die and go on."""
+"""Runs that are killed or interrupted, and resume."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from tests.faults import Run
 from tests.tiny_run import NO_TEACHER, read_metrics, write_recipe
-from trainer.__main__ import main, prepare, train
-from trainer.config import DistillationConfig
-from trainer.recipe import load_config
-from trainer.run_directory import damage
+from trainer.__main__ import main, train
+from trainer.build import prepare
+from trainer.config import DistillationConfig, load_config
+from trainer.run.directory import damage
 
 RLVR = NO_TEACHER | {"completions_per_prompt": 3, "per_device_train_batch_size": 2}
 
@@ -54,7 +54,7 @@ def test_a_run_killed_after_a_checkpoint_resumes_to_the_same_bits(tmp_path, case
     expected = _losses(tmp_path / "run")
     assert len(set(expected.values())) == 7
     run = tmp_path / "killed"
-    process = Run(tmp_path / "told", [stage, str(recipe), "--output_dir", str(run)])
+    process = Run(tmp_path / "output", [stage, str(recipe), "--output_dir", str(run)])
     process.wait_for(run / "checkpoint-4")
     assert process.kill() == -signal.SIGKILL
     before = _losses(run)
@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     content[-1] ^= 1
     weights.write_bytes(content)
     (run / "checkpoint-2" / "optimizer.pt").unlink()
-    (run / "checkpoint-9").mkdir()  # half written, by something else
+    (run / "checkpoint-9").mkdir()  # incomplete
     with pytest.warns(UserWarning, match=r"is passed over") as caught:
         main(again)
     messages = " ".join(str(w.message) for w in caught)
@@ -95,7 +95,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     assert "checkpoint-9 is passed over: " in messages
     steps, _ = read_metrics(run)
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
-    # The damaged ones, which count as newer, do not push out those that are saved now.
+    # save_total_limit does not remove new checkpoints in favour of damaged ones with higher steps.
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-4"]
     aside = {"damaged-checkpoint-2", "damaged-checkpoint-3", "damaged-checkpoint-9"}
     assert {path.name for path in run.glob("damaged-*")} == aside
@@ -136,7 +136,7 @@ def test_an_interrupted_run_saves_and_goes_on(tmp_path, number, capsys):
 
 
 def test_a_run_that_is_over_is_saved_before_it_is_measured(tmp_path):
-    """Whatever the last measurement does; an interruption in it is none of the run."""
+    """Even if the last evaluation fails; an interruption during it does not stop the run."""
     recipe = write_recipe(tmp_path, max_steps=2, eval_on_start=False)
 
     def run(name, measure):
@@ -181,7 +181,7 @@ def test_held_out_completions_are_of_these_prompts(tmp_path):
 
 
 def test_resuming_from_nothing_starts(tmp_path):
-    """So that a job that may be killed at any time always has the same command."""
+    """A job that may be killed at any time can always use the same command."""
     recipe = write_recipe(tmp_path, max_steps=2)
     main(["distill", str(recipe)])
     expected = _losses(tmp_path / "run")
@@ -202,7 +202,7 @@ def test_resuming_from_nothing_starts(tmp_path):
 
 
 def test_a_run_that_is_over_does_not_go_on(tmp_path):
-    """Its last checkpoint may be that of the last step, in the middle of an epoch."""
+    """Its last checkpoint may be of the last step, in the middle of an epoch."""
     recipe = write_recipe(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
     main(["distill", str(recipe)])
     before = _losses(tmp_path / "run")
@@ -213,7 +213,7 @@ def test_a_run_that_is_over_does_not_go_on(tmp_path):
 
 @pytest.mark.parametrize("moved", ["model", "checkpoint-2"])
 def test_what_a_kill_left_moved_aside_is_put_back(tmp_path, moved):
-    """Where a directory takes the place of another, it was away between two renames."""
+    """When a directory replaces another, the old one is moved away between two renames."""
     recipe = write_recipe(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
     main(["distill", str(recipe)])
     run = tmp_path / "run"

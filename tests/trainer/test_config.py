@@ -1,4 +1,4 @@
-"""Recipes: what is read, and what every mistake says."""
+"""Recipes: how they are read, and the error message of every mistake."""
 
 import sys
 
@@ -6,8 +6,7 @@ import pytest
 
 from tests.tiny_run import write_recipe
 from trainer.__main__ import main
-from trainer.config import DistillationConfig
-from trainer.recipe import load_config
+from trainer.config import DistillationConfig, load_config
 
 
 def test_values_come_from_the_file_and_the_command_line(tmp_path):
@@ -120,7 +119,7 @@ def test_the_command_line_ends_with_one_line(tmp_path):
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    monkeypatch.delitem(sys.modules, "trainer.server", raising=False)
+    monkeypatch.delitem(sys.modules, "trainer.models.server", raising=False)
     recipe = write_recipe(tmp_path, teacher="http://127.0.0.1:9/v1", support="teacher")
     with pytest.raises(SystemExit, match=r"openai.*; pip install 'opd-kernels\[server\]'"):
         main(["distill", str(recipe)])

@@ -1,4 +1,4 @@
-"""Prompts: what both models see, and what every mistake in the data says."""
+"""Prompts: what student and teacher see, and the error message of every mistake in the data."""
 
 import json
 
@@ -6,15 +6,14 @@ import pandas
 import pytest
 
 from tests.tiny_run import tiny_tokenizer, write_model, write_recipe
-from trainer.config import DistillationConfig
-from trainer.data import PromptReader, load_rows
-from trainer.models import Limits, compare_tokenizers, load_model, load_tokenizer
-from trainer.recipe import load_config
+from trainer.config import DistillationConfig, load_config
+from trainer.data import Limits, PromptReader, load_rows
+from trainer.models.load import compare_tokenizers, load_model, load_tokenizer
 
 
 @pytest.fixture
 def load(tmp_path):
-    """Loads rows as a .jsonl under a recipe with changes."""
+    """Return a function that reads rows by a recipe with changes."""
 
     def load(rows, chat=True, context_length=256, suffix="jsonl", **changes):
         config = load_config(DistillationConfig, write_recipe(tmp_path, **changes), [])
@@ -68,7 +67,7 @@ def test_the_teacher_alone_sees_the_privileged_context(load, prompt, context, st
     ],
 )
 def test_the_recipes_context_is_a_template_of_the_rows_columns(load, context, teacher):
-    """Filled in once: what a column holds is text, also where it looks like a template."""
+    """It is rendered once: the content of a column is text, even if it looks like a template."""
     row = {"prompt": "2+2", "answer": 4, "why": {"short": "{{ x"}}
     own = {"prompt": "2+2", "privileged_context": "{{ answer"}
     first, second = load([row, own], privileged_context=context)

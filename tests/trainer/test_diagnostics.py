@@ -12,11 +12,10 @@ from torch.testing import assert_close
 from opd_kernels import LazyLogits, SparseLogits
 from tests.tiny_run import make_trainer, read_metrics, write_model, write_recipe
 from trainer.__main__ import main
-from trainer.config import DistillationConfig, RLVRConfig
-from trainer.diagnostics import Sums, alarms, repetition
-from trainer.privileged import across_contexts, spread
-from trainer.recipe import load_config
-from trainer.rollout import Completion
+from trainer.config import DistillationConfig, RLVRConfig, load_config
+from trainer.measures.diagnostics import Sums, alarms, repetition
+from trainer.measures.privileged import across_contexts, spread
+from trainer.models.rollout import Completion
 
 
 def _pair(tokens=7, vocab=23, k=5):
@@ -63,7 +62,7 @@ def test_figures_by_position_are_of_the_tokens_there():
 
 
 def test_the_bias_term_is_compared_with_the_gradient_by_autograd():
-    """On S, per token: of the top-K reverse KL with and without stop-gradient."""
+    """Per token, the gradient on S of the top-K reverse KL with and without stop-gradient."""
     student, teacher, top = _pair()
     t = teacher.gather(top.ids)
     sums = Sums()
@@ -108,7 +107,7 @@ QUIET = {"loss": 1.0, "repetition": 0.1, "truncated": 0.1, "student_mass": 0.99,
 def test_an_alarm_is_raised_once_when_a_trend_shows_a_way_to_fail(
     tmp_path, changes, options, alarm
 ):
-    """The figures are means over five lines, the first and the last."""
+    """The values in an alarm are means over the first and the last five lines."""
     config = load_config(DistillationConfig, write_recipe(tmp_path, **{"tail": None} | options), [])
     lines, raised = [], []
     for step in range(20):
@@ -127,7 +126,7 @@ def test_an_alarm_is_raised_once_when_a_trend_shows_a_way_to_fail(
 
 
 def test_the_geometric_mean_is_the_best_that_cannot_see_the_context():
-    """-log Z is the least sum of reverse KL, and the dispersion that of the arithmetic mean."""
+    """-log Z is the smallest mean reverse KL; the dispersion is the mean KL to the average."""
     torch.manual_seed(0)
     rows = torch.randn(3, 4, 9, dtype=torch.float64).log_softmax(-1)
     dispersion, residual = spread(rows)
@@ -151,7 +150,7 @@ def test_contexts_of_the_same_prompt_are_compared(tmp_path):
     first = lines[0]
     assert first["eval_context_dispersion"] > 0
     assert first["eval_geometric_residual"] > 0
-    # The student begins as the teacher without its context.
+    # Before training, the student is the teacher without its context.
     assert first["eval_context_kl"] == pytest.approx(first["eval_reverse_kl"], rel=1e-4)
     assert "eval_context_kl" not in lines[-1]
 
@@ -170,14 +169,14 @@ def test_contexts_of_several_teachers_are_averaged_over_their_tokens(tmp_path):
     options = {"teacher": {name: str(tmp_path / name) for name in "ab"}, "k": 97}
     trainer = make_trainer(tmp_path, **options, eval_data=str(path), train_data=str(path))
     evaluation = trainer.evaluation
-    evaluation.references = evaluation.continued(evaluation.prompts, 7)
+    evaluation.references = evaluation.complete_by_teachers(evaluation.prompts, 7)
     own = {n: [c for c in evaluation.references if c.prompt.teacher == n] for n in "ab"}
     (a,), (b,) = (across_contexts(trainer.teachers[n], own[n], 97, 1.0) for n in "ab")
-    figures = evaluation._contexts()
+    metrics = evaluation._contexts()
     for name, first, second in zip(
         ("eval_context_dispersion", "eval_geometric_residual"), a, b, strict=True
     ):
-        assert figures[name] == pytest.approx(float(torch.cat([first, second]).mean()))
+        assert metrics[name] == pytest.approx(float(torch.cat([first, second]).mean()))
         assert float(first.mean()) != pytest.approx(float(second.mean()), rel=0.01)
 
 
@@ -202,17 +201,17 @@ def test_the_prefix_probe_counts_what_the_teacher_turns(tmp_path):
     ]
     by_teacher = evaluation.score(evaluation.references)
     seen.clear()
-    figures = evaluation._prefix_probe(own, scores, by_teacher)
+    metrics = evaluation._prefix_probe(own, scores, by_teacher)
     firsts = [tokenizer.decode([20 + i]) for i in range(16)]
-    assert [text[0] for text in seen] == firsts  # each goes on from its own prefix
+    assert [text[0] for text in seen] == firsts  # each continuation begins with its own prefix
     right = [f in "opqr" for f in firsts]
     lost = sum(a == 1 and not b for a, b in zip(scores, right, strict=True))
     won = sum(a == 0 and b for a, b in zip(scores, right, strict=True))
-    assert figures["eval_probe_right_to_wrong"] == lost
-    assert figures["eval_probe_wrong_to_right"] == won
-    assert figures["eval_probe_teacher_right_to_wrong"] == sum(not b for b in right[::2])
-    assert figures["eval_probe_teacher_wrong_to_right"] == sum(right[1::2]) > 0
-    assert figures["eval_probe_score"] == pytest.approx(sum(right) / 16)
+    assert metrics["eval_probe_right_to_wrong"] == lost
+    assert metrics["eval_probe_wrong_to_right"] == won
+    assert metrics["eval_probe_teacher_right_to_wrong"] == sum(not b for b in right[::2])
+    assert metrics["eval_probe_teacher_wrong_to_right"] == sum(right[1::2]) > 0
+    assert metrics["eval_probe_score"] == pytest.approx(sum(right) / 16)
     ended = [Completion(p, [2], False) for p in prompts]
     assert evaluation._prefix_probe(ended, scores, by_teacher) == {}
     seen.clear()
@@ -257,7 +256,7 @@ def _rlvr(folder):
 
 def test_the_token_that_a_server_adds_is_not_of_its_top_k():
     log_probs = torch.tensor([[0.5, 0.25, 0.1], [0.5, 0.25, -1.0]]).log().nan_to_num(-torch.inf)
-    ids = torch.tensor([[1, 2, 7], [1, 2, -1]])  # the second token is of the two best
+    ids = torch.tensor([[1, 2, 7], [1, 2, -1]])  # the second token is one of the top two
     served = SparseLogits.from_log_probs(log_probs, ids, vocab_size=9)
     student = SparseLogits.from_log_probs(
         log_probs[:, :2], torch.tensor([[1, 7]] * 2), vocab_size=9
@@ -266,5 +265,5 @@ def test_the_token_that_a_server_adds_is_not_of_its_top_k():
     sums.add_positions(student, served, torch.tensor([7, 2]), [2])
     assert sums["teacher_nll"] == pytest.approx(-math.log(0.1) - math.log(0.25))
     assert sums["outside_teacher_top_k"] == 1
-    assert sums["overlap"] == 1  # a half each
+    assert sums["overlap"] == 1  # one half in each row
     assert "teacher_entropy" not in sums

@@ -1,4 +1,4 @@
-"""The trainer's step: what it does not depend on, what it logs, and whole runs of a tiny model."""
+"""The distillation step: its invariances, its log, and whole runs of a tiny model."""
 
 import json
 from pathlib import Path
@@ -14,17 +14,17 @@ from opd_kernels.integrations.transformers import lazy_logits
 from tests.ranks import run_ranks
 from tests.tiny_run import make_trainer, read_metrics, write_recipe
 from tests.trainer_steps import assert_same_gradients, assert_same_step, completions, gradient_of
-from trainer.__main__ import prepare, train
-from trainer.config import DistillationConfig
+from trainer.__main__ import train
+from trainer.build import prepare
+from trainer.config import DistillationConfig, load_config
 from trainer.data import Prompt
-from trainer.models import load_model
-from trainer.recipe import load_config
-from trainer.rollout import Completion
+from trainer.models.load import load_model
+from trainer.models.rollout import Completion
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
 def test_a_step_does_not_depend_on_how_it_is_batched(tmp_path, aggregation):
-    """Not on the micro-batch split, the order of samples, or the padding for a neighbour."""
+    """Nor on the order of samples or the padding for other completions of the batch."""
     trainer = make_trainer(tmp_path, aggregation=aggregation, micro_batch_size=6)
     batch = completions()
     expected = gradient_of(trainer, batch)
@@ -37,7 +37,7 @@ def test_a_step_does_not_depend_on_how_it_is_batched(tmp_path, aggregation):
         trainer.args.micro_batch_tokens = tokens
         assert_same_step(gradient_of(trainer, batch), expected)
         (part,) = trainer.parts(batch)
-        assert [len(x[1]) for x in trainer._batches(part)] == sizes
+        assert [len(x.completions) for x in trainer._micro_batches(part)] == sizes
     long = Prompt("", [7] * 90, [8] * 120)
     padded = gradient_of(trainer, [*batch, Completion(long, [5], truncated=True)])
     alone = gradient_of(trainer, [Completion(long, [5], truncated=True)])
@@ -50,7 +50,7 @@ def test_a_step_does_not_depend_on_how_it_is_batched(tmp_path, aggregation):
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
 def test_the_loss_is_that_of_completion_tokens_alone(tmp_path, aggregation):
-    """Against a loop over single sequences without padding or batching."""
+    """Compared with a loop over single sequences, without padding or batching."""
     trainer = make_trainer(tmp_path, aggregation=aggregation)
     batch = completions()
     loss, gradients, sums = gradient_of(trainer, batch)
@@ -81,14 +81,14 @@ def _worker(rank, folder, skip_truncated):
     options = {"model": f"{folder}/model", "skip_truncated": skip_truncated}
     trainer = make_trainer(Path(folder, f"rank{rank}"), **options)
     model = trainer.accelerator.prepare(trainer.model)
-    loss = trainer.learn(model, _shares(skip_truncated)[rank])
+    loss = trainer.learn(model, _completions_by_rank(skip_truncated)[rank])
     gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
     torch.save((trainer.accelerator.reduce(loss, "mean"), gradients), f"{folder}/rank{rank}.pt")
     trainer.evaluation.measure(trainer.model, step=0)
 
 
-def _shares(skip_truncated):
-    """Two completions on one rank and four on the other, or on one all that are truncated."""
+def _completions_by_rank(skip_truncated):
+    """Return each rank's completions: two and four, or all truncated ones on one rank."""
     batch = completions()
     if not skip_truncated:
         return batch[:2], batch[2:]
@@ -97,7 +97,7 @@ def _shares(skip_truncated):
 
 @pytest.mark.parametrize("skip_truncated", [False, True])
 def test_two_ranks_learn_what_one_does(tmp_path, skip_truncated):
-    """Also where one has nothing to learn from. One rank writes the samples."""
+    """Even if one rank has nothing to learn from. One rank writes the samples."""
     trainer = make_trainer(tmp_path, skip_truncated=skip_truncated)
     expected_loss, expected, _ = gradient_of(trainer, completions())
     run_ranks(_worker, tmp_path, skip_truncated)
@@ -197,7 +197,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tmp_path):
 
 
 def _without(hook, head, sample, model, prompts, seed):
-    """Sample with the poison off."""
+    """Sample while the head is healthy."""
     poison = dict(head._forward_pre_hooks)
     head._forward_pre_hooks.clear()
     result = sample(model, prompts, *seed)
@@ -222,7 +222,7 @@ def test_several_completions_of_a_prompt(tmp_path):
 
 
 def test_evaluation_runs_once_where_steps_and_epochs_meet(tmp_path):
-    options = {"eval_strategy": "steps", "eval_steps": 3, "max_steps": 6}  # 3 steps an epoch
+    options = {"eval_strategy": "steps", "eval_steps": 3, "max_steps": 6}  # 3 steps per epoch
     config = load_config(DistillationConfig, write_recipe(tmp_path, **options), [])
     train(*prepare(config))
     _, lines = read_metrics(Path(config.output_dir))

@@ -1,5 +1,5 @@
-"""Runs that are killed or find no room or memory: what was saved stays, and those that go on end at
-the same bits. `make faults` runs the slow ones too, with 60 more kills.
+"""Runs that are killed or run out of disk or memory: saved checkpoints stay whole, and resumed runs
+end at the same bits. `make faults` includes the slow tests, with 60 more kills.
 """
 
 import json
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from tests.faults import Run, exhaust_memory, kill_at_file_event, limit_file_size, make_clock_jump
 from tests.tiny_run import NO_TEACHER, read_metrics, write_model, write_recipe
 from trainer.__main__ import main
-from trainer.run_directory import damage
+from trainer.run.directory import damage
 
 AUTO = ["--resume_from_checkpoint", "auto"]
 SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "eval_strategy": "steps",
@@ -42,8 +42,8 @@ def _saved(run):
     return dict(sorted(found.items()))
 
 
-def _check_what_is_there(run, newest_before):
-    """After a kill; the newest step that is saved."""
+def _check_directory(run, newest_before):
+    """Check the directory of a killed run; return the newest step that is saved."""
     assert not list(run.glob("damaged-*"))
     saved = _saved(run)
     newest = max(saved, default=0)
@@ -64,53 +64,53 @@ def _check_what_is_there(run, newest_before):
 
 
 def _outcome(run):
-    """Losses, held-out figures and weights."""
+    """Return the losses, held-out metrics and weights of a finished run."""
     steps, lines = read_metrics(run)
-    figures = {(line["step"], name): value for line in lines for name, value in line.items()
+    metrics = {(line["step"], name): value for line in lines for name, value in line.items()
                if name.startswith("eval_") or name in ("loss", "grad_norm")}  # fmt: skip
     assert len(steps) == 8
-    return figures, load_file(run / "model" / "model.safetensors")
+    return metrics, load_file(run / "model" / "model.safetensors")
 
 
 def _assert_same(run, expected):
-    figures, weights = _outcome(run)
-    assert figures == expected[0]
+    metrics, weights = _outcome(run)
+    assert metrics == expected[0]
     for name, tensor in expected[1].items():
         assert torch.equal(weights[name], tensor), name
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """By case: its command line, what it ends with, and how often it touches its files."""
-    known = {}
+    """Return a function from a case to its command line, outcome and number of file events."""
+    outcomes = {}
 
     def of(case):
-        if case not in known:
+        if case not in outcomes:
             folder = tmp_path_factory.mktemp(case)
             stage, changes = CASES[case]
             arguments = [stage, str(write_recipe(folder, **SAVES | changes))]
             run = Run(folder / "output", arguments, partial(kill_at_file_event, folder, 0))
-            told = _ended(run)
-            events = int(re.search(r"file events: (\d+)", told)[1])
-            known[case] = arguments, _outcome(folder / "run"), events
-        return known[case]
+            output = _ended(run)
+            events = int(re.search(r"file events: (\d+)", output)[1])
+            outcomes[case] = arguments, _outcome(folder / "run"), events
+        return outcomes[case]
 
     return of
 
 
 def _ended(run):
-    assert run.wait() == 0, run.told()
-    return run.told()
+    assert run.wait() == 0, run.printed()
+    return run.printed()
 
 
 def _stopped(run, message):
-    assert run.wait() == 1, run.told()
-    assert re.fullmatch(f"error: .*{message}.*", run.told().splitlines()[-1]), run.told()
+    assert run.wait() == 1, run.printed()
+    assert re.fullmatch(f"error: .*{message}.*", run.printed().splitlines()[-1]), run.printed()
 
 
 @pytest.fixture
 def start(tmp_path, undisturbed):
-    """A case's run in a directory that a test has to itself, and what it is to end with."""
+    """Return a function that prepares a case's run in a directory of the test's own."""
 
     def of(case):
         arguments, expected, events = undisturbed(case)
@@ -125,7 +125,7 @@ def start(tmp_path, undisturbed):
     [("average", 6), *(pytest.param(case, 15, marks=pytest.mark.slow) for case in CASES)],
 )
 def test_a_run_may_be_killed_at_any_moment(tmp_path, start, case, kills):
-    """Half of the kills are at any time, half just before something happens to one of its files."""
+    """Half of the kills come at a random time, half just before an event on one of its files."""
     launch, expected, events = start(case)
     generator, run, newest, number = random.Random(case), tmp_path / "run", 0, 0
     while number < kills:
@@ -136,10 +136,10 @@ def test_a_run_may_be_killed_at_any_moment(tmp_path, start, case, kills):
             life = launch()
             time.sleep(generator.uniform(0.1, 4.0))
             status = life.kill()
-        assert status in (0, -signal.SIGKILL), life.told()
-        assert "passed over" not in life.told()
-        newest = _check_what_is_there(run, newest)
-        if status == 0:  # it was over before
+        assert status in (0, -signal.SIGKILL), life.printed()
+        assert "passed over" not in life.printed()
+        newest = _check_directory(run, newest)
+        if status == 0:  # it ended before the kill
             _assert_same(run, expected)
             shutil.rmtree(run)
             newest = 0
@@ -163,10 +163,10 @@ def test_a_disk_that_is_full_costs_nothing_that_was_saved(tmp_path, start, size,
     cut = launch()
     cut.wait_for(tmp_path / "run" / "checkpoint-2")
     cut.kill()
-    newest = _check_what_is_there(tmp_path / "run", 2)
+    newest = _check_directory(tmp_path / "run", 2)
     _stopped(launch(partial(limit_file_size, size)), message)
     assert size < 1000 or not (tmp_path / "run" / ".saving").exists()
-    _check_what_is_there(tmp_path / "run", newest)
+    _check_directory(tmp_path / "run", newest)
     _ended(launch())
     _assert_same(tmp_path / "run", expected)
 
@@ -174,9 +174,9 @@ def test_a_disk_that_is_full_costs_nothing_that_was_saved(tmp_path, start, size,
 def test_a_rollout_that_does_not_fit_into_memory_names_the_key_and_goes_on(tmp_path, start):
     launch, expected, _ = start("reuse")
     _stopped(
-        launch(partial(exhaust_memory, 6)), "rollout_batch_size, .*: it does not fit .*; go on with"
+        launch(partial(exhaust_memory, 6)), "rollout_batch_size, .*: out of memory; .*; go on with"
     )
-    assert 0 < _check_what_is_there(tmp_path / "run", 0) < 8
+    assert 0 < _check_directory(tmp_path / "run", 0) < 8
     _ended(launch())
     _assert_same(tmp_path / "run", expected)
 
@@ -198,7 +198,7 @@ def test_a_directory_is_one_processs(tmp_path, start):
 
 
 def test_no_damage_to_a_checkpoint_is_overlooked(tmp_path, undisturbed):
-    """A bit that has flipped, an end or a file that is missing: in any file, anywhere."""
+    """A flipped bit, a cut file or a missing file, at a random position of each file."""
     arguments, _, _ = undisturbed("average")
     whole = Path(arguments[1]).parent / "run" / "checkpoint-8"
     generator = random.Random(0)

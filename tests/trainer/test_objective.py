@@ -1,7 +1,8 @@
-"""What the recipe's keys make of the loss: objectives, what is left out of it, and warnings."""
+"""The loss that the keys of a recipe describe: objectives, skipped tokens and warnings."""
 
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,14 @@ from opd_kernels import forward_kl, reverse_kl
 from tests.reference import make_logits
 from tests.tiny_run import make_trainer, read_metrics, write_model, write_recipe
 from tests.trainer_steps import assert_same_step, completions, gradient_of
-from trainer.__main__ import prepare, train
-from trainer.config import DistillationConfig
-from trainer.objective import Clamped, WhereUncertain
-from trainer.recipe import load_config
+from trainer.__main__ import train
+from trainer.build import prepare
+from trainer.config import DistillationConfig, load_config
+from trainer.stages.objective import add_where_uncertain, clamp
 
 
 def test_the_policy_gradient_is_of_the_sampled_tokens(tmp_path):
-    """Against a loop over single sequences of log p(y) times the detached log-ratio."""
+    """Compared with a loop over sequences of log p(y) times the detached log-ratio."""
     trainer = make_trainer(tmp_path, objective="policy_gradient", tail=None)
     batch = completions()
     loss, gradients, sums = gradient_of(trainer, batch)
@@ -41,12 +42,12 @@ def test_the_policy_gradient_is_of_the_sampled_tokens(tmp_path):
     for name, parameter in trainer.model.named_parameters():
         scale = float(parameter.grad.abs().max())
         assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5 * scale)
-    assert sums["student_mass"] / sums["scored_tokens"] > 0.1  # of the top-K, not of the samples
+    assert sums["student_mass"] / sums["scored_tokens"] > 0.1  # of the top-K
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
 def test_what_is_left_out_is_as_if_it_were_not_there(tmp_path, aggregation):
-    """Truncated completions, and tokens behind the first so many of each."""
+    """Truncated completions, and the tokens after max_loss_tokens of each."""
     batch = completions()
     trainer = make_trainer(
         tmp_path, aggregation=aggregation, skip_truncated=True, max_loss_tokens=3
@@ -75,13 +76,13 @@ def test_forward_kl_is_added_where_the_teacher_is_uncertain():
     s = student.topk(5)
     t = teacher.gather(s.ids, entropy=True)
     bound = float(t.entropy.median())
-    mixture = WhereUncertain(reverse_kl, forward_kl, 0.3, bound)
+    mixture = partial(add_where_uncertain, reverse_kl, forward_kl, 0.3, bound)
     above = t.entropy > bound
     assert 0 < above.sum() < 9
     expected = reverse_kl(s, t) + 0.3 * above * forward_kl(s, t)
     assert_close(mixture(s, t), expected)
     most = float(expected.detach().median())
-    clamped = Clamped(mixture, most)(s, t)
+    clamped = clamp(mixture, most, s, t)
     assert_close(clamped, expected.clamp_max(most))
     (slope,) = torch.autograd.grad(clamped.sum(), s.values)
     assert not slope[expected > most].any()
@@ -93,7 +94,7 @@ def test_forward_kl_is_added_where_the_teacher_is_uncertain():
     [("reverse_kl", "full"), ("forward_kl", "teacher"), ("jsd", "union"), ("jsd", "intersection")],
 )
 def test_every_objective_and_support_runs(tmp_path, objective, support):
-    """From another model as teacher, without a privileged context."""
+    """With another model as teacher and no privileged context."""
     write_recipe(tmp_path)
     write_model(tmp_path / "teacher", seed=9, name="qwen3")
     config = load_config(DistillationConfig, 
@@ -147,7 +148,7 @@ def test_samples_from_another_distribution_are_warned_of(tmp_path, changes, warn
 
 
 def test_a_function_of_the_user_is_the_objective(tmp_path):
-    """On the sampled tokens it sees what the policy gradient does, on a support what reverse_kl."""
+    """It gets the policy gradient's inputs on sampled tokens, and reverse_kl's on a support."""
     (tmp_path / "losses.py").write_text(
         "from opd_kernels import policy_gradient, reverse_kl\n"
         "def on_sample(student, teacher):\n    return policy_gradient(student, teacher)\n"

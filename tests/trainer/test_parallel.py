@@ -1,4 +1,4 @@
-"""The trainer on several ranks, with whole models (DDP) and with models that are split."""
+"""The trainer on several ranks, with whole models (DDP) and with split models."""
 
 import os
 import shutil
@@ -17,14 +17,14 @@ from opd_kernels.parallel import plain
 from tests.ranks import run_ranks
 from tests.tiny_run import read_metrics, write_model, write_recipe
 from tests.trainer_steps import assert_same_gradients, completions, gradient_of
-from trainer.__main__ import prepare, train
-from trainer.config import DistillationConfig
-from trainer.models import load_model
-from trainer.recipe import load_config
+from trainer.__main__ import train
+from trainer.build import prepare
+from trainer.config import DistillationConfig, load_config
+from trainer.models.load import load_model
 
 FSDP, TP = {"fsdp_size": 2}, {"tp_size": 2}
 HSDP = {"fsdp_size": 2, "dp_replicate_size": 2}
-# How models are split, over how many ranks, and how many completions each replica has of six.
+# How models are split, the number of ranks, and how many of six completions each replica has.
 LAYOUTS = {
     "ddp": (None, 2, [5, 1]),
     "fsdp": (FSDP, 2, [5, 1]),
@@ -32,18 +32,18 @@ LAYOUTS = {
     "tp": (TP, 2, [6]),
     "both": (FSDP | TP, 4, [5, 1]),
 }
-FOLLOWING = {"teacher": "self", "privileged_context": "be brief", "teacher_update_rate": 0.3}
+MOVING = {"teacher": "self", "privileged_context": "be brief", "teacher_update_rate": 0.3}
 RUNS = {
-    "own teacher": {},
-    "a teacher that follows": FOLLOWING | {"eval_strategy": "steps", "eval_steps": 1},
-    "the student as it is": FOLLOWING | {"teacher_update_rate": 1.0},
+    "another teacher": {},
+    "a moving teacher": MOVING | {"eval_strategy": "steps", "eval_steps": 1},
+    "the current student": MOVING | {"teacher_update_rate": 1.0},
     "adapters": {"lora_r": 2},
     "bf16": {"bf16": True, "support": "full", "tail": None, "gradient_checkpointing": True},
 }
 
 
 def _config(folder, split, **changes):
-    """A recipe of the models that all share; one rank writes it, or others would read a half."""
+    """Return the config of all ranks; one rank writes the recipe, so that none reads a part."""
     path, first = folder / "recipe.yaml", not dist.is_initialized() or dist.get_rank() == 0
     if first:
         teacher = {"teacher": f"{folder.parent}/teacher", "privileged_context": None}
@@ -55,7 +55,7 @@ def _config(folder, split, **changes):
 
 
 def _allow_tensor_parallelism():
-    """accelerate refuses it on CPUs, where PyTorch has it."""
+    """Let accelerate use tensor parallelism on CPUs: it refuses, although PyTorch supports it."""
     ParallelismConfig._validate_accelerator = lambda *_: None
 
 
@@ -100,7 +100,7 @@ def _adapters_worker(rank, folder):
 
 
 def test_adapters_on_a_split_model_learn_what_one_rank_does(models):
-    """Of three micro-batches and one: the ranks gather the base's weights as often."""
+    """With three micro-batches and one: both ranks must gather the base's weights as often."""
     run_ranks(_adapters_worker, models)
     ranks = [torch.load(models / f"{rank}.pt") for rank in range(2)]
     trainer = prepare(_config(models / "one", None, lora_r=2))[0]
@@ -118,7 +118,7 @@ def _run(folder, split, **changes):
 
 
 def _assert_same_run(folder, expected):
-    """The saved student, which one process can load, and what was logged."""
+    """Compare the saved students, which a single process can load, and the logs."""
     folders = (folder, expected)
     ours, theirs = (load_model(f"{x}/run/model", "float32").state_dict() for x in folders)
     assert ours.keys() == theirs.keys()
@@ -129,10 +129,10 @@ def _assert_same_run(folder, expected):
     names = ("loss", "grad_norm", "student_mass", "completion_length", "overlap")
     for step, other in zip(steps, their_steps, strict=True):
         assert [step[n] for n in names] == pytest.approx([other[n] for n in names], rel=1e-3)
-    figures = [
+    metrics = [
         [x["eval_reverse_kl"] for x in y if "eval_reverse_kl" in x] for y in (lines, their_lines)
     ]
-    assert figures[0] == pytest.approx(figures[1], rel=1e-4)
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
 
 
 def _fsdp_worker(rank, folder):
@@ -166,8 +166,8 @@ def test_a_run_under_both_is_that_of_as_many_replicas(models):
 
 
 def _accelerate_worker(rank, folder):
-    """accelerate's own FSDP2, which it has on GPUs alone: it is told that these are some."""
-    saves = {"save_strategy": "steps", "save_steps": 2, **FOLLOWING}
+    """Run with accelerate's FSDP2; it requires GPUs, so the CPU is declared as one."""
+    saves = {"save_strategy": "steps", "save_steps": 2, **MOVING}
     _run(Path(folder, "DDP"), None, **saves)
     os.environ |= {
         "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
@@ -178,7 +178,7 @@ def _accelerate_worker(rank, folder):
         changes = {"max_steps": 3, "micro_batch_tokens": 40, **saves}
         config = _config(Path(folder, "FSDP2"), None, resume_from_checkpoint=resume, **changes)
         AcceleratorState._reset_state()
-        assert config.device.type == "cpu"  # which makes the state that follows
+        assert config.device.type == "cpu"  # creates the state that is patched below
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         trainer, checkpoint = prepare(config)
         train(trainer, checkpoint)

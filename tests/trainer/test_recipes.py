@@ -1,4 +1,4 @@
-"""The recipes: every one is read, and runs on a tiny model; on the real one in `make test-slow`."""
+"""Every recipe runs on a tiny model, and on its own model in `make test-slow`."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.tiny_run import write_model
 from trainer.__main__ import STAGES, main
-from trainer.recipe import load_config
+from trainer.config import load_config
 
 RECIPES = {"demo": "distill", "sft": "sft", "rlvr": "rlvr", "evaluate": "evaluate"}
 SPLIT = {"large": "distill"}  # over several ranks
@@ -29,7 +29,7 @@ def _overrides(folder, model, **changes):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs_on_a_tiny_model(tmp_path, name):
-    """With its own data, scorer and objective, and shorter completions."""
+    """With the recipe's data, scorer and objective, and shorter completions."""
     model = str(write_model(tmp_path / "model", max_position_embeddings=2048))
     stage = RECIPES[name]
     changes = {"max_steps": "2", "per_device_train_batch_size": "2"}
@@ -50,7 +50,7 @@ def test_a_recipe_runs_on_a_tiny_model(tmp_path, name):
 
 @pytest.mark.parametrize("name", SPLIT)
 def test_a_recipe_of_several_ranks_runs_by_torchrun(tmp_path, name):
-    """Split over two; the student that it saves is whole."""
+    """Models are split over two ranks; the saved student is whole."""
     model = str(write_model(tmp_path / "model", max_position_embeddings=4096))
     changes = {"teacher": model, "distributed_config": "{fsdp_size: 2}", "max_steps": "2",
                "save_steps": "1", "per_device_train_batch_size": "2",
@@ -80,14 +80,14 @@ def test_a_recipe_says_what_its_stage_knows(name):
     [("sft", "eval_reverse_kl"), ("rlvr", "eval_score"), ("evaluate", "eval_reverse_kl")],
 )
 def test_a_recipe_on_smollm2(tmp_path, name, better):
-    """SFT comes closer to the teacher, the reward rises, and what is evaluated is the student."""
+    """SFT approaches the teacher, the reward rises, and the evaluation is of the student."""
     run = tmp_path / "run"
     main([RECIPES[name], f"recipes/{name}.yaml", "--output_dir", str(run)])
     if name == "evaluate":
-        figures = json.loads((run / "metrics.jsonl").read_text())
-        # The student is the teacher without its context.
-        assert figures["eval_reverse_kl"] == pytest.approx(figures["eval_context_kl"], rel=1e-3)
-        assert figures["eval_teacher_score"] > 0.5 > figures["eval_score"]
+        metrics = json.loads((run / "metrics.jsonl").read_text())
+        # The student is the teacher without the context.
+        assert metrics["eval_reverse_kl"] == pytest.approx(metrics["eval_context_kl"], rel=1e-3)
+        assert metrics["eval_teacher_score"] > 0.5 > metrics["eval_score"]
         return
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     first, *_, last = [x[better] for x in lines if better in x]

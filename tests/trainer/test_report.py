@@ -1,4 +1,4 @@
-"""What a run leaves to look at."""
+"""Reports of runs: the HTML page, report.md and curves.png."""
 
 import html
 import json
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from tests.browser import needs_browser, open_page
 from tests.tiny_run import write_recipe
 from trainer.__main__ import main
-from trainer.report import before_after, plot_curves, write_report
+from trainer.run.report import before_after, plot_curves, write_report
 
 MARKUP = (
     "<script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\"> & $x$"
@@ -28,7 +28,7 @@ def write_run(folder, log=LOG, samples=None, config=None):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     for step, rows in (samples or {}).items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        text = text.replace(r"\u2028", "\u2028")  # a line's end to Python, not to JSON
+        text = text.replace(r"\u2028", "\u2028")  # ends a line for Python, not for JSON
         (folder / f"samples/step-{step}.jsonl").write_text(text, encoding="utf-8")
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
@@ -36,7 +36,7 @@ def write_run(folder, log=LOG, samples=None, config=None):
 
 
 def report(*runs):
-    """The page, and its cells and panels as (title, what the marks tell, last values)."""
+    """Return the page, its panels as (texts of the marks, last values) and its cells."""
     page = runs[0].parent / "report.html"
     write_report(list(runs), page)
     text = page.read_text(encoding="utf-8")
@@ -165,7 +165,7 @@ def test_recipes_are_side_by_side_and_what_differs_is_marked_and_first(tmp_path)
 def test_a_run_with_little_in_it(tmp_path, log):
     run = write_run(tmp_path / "a", log)
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9, "lo')  # being written
+        file.write('{"step": 9, "lo')  # not written to its end
     text, panels, cells = report(run)
     plot_curves(run)
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""Rollouts and the batches made of them."""
+"""Rollouts, and batches of completions."""
 
 import pytest
 import torch
@@ -7,10 +7,9 @@ from torch.testing import assert_close
 from opd_kernels.integrations.transformers import lazy_logits, pad_completions
 from tests.tiny_models import tiny_model
 from tests.tiny_run import tiny_tokenizer, write_recipe
-from trainer.config import DistillationConfig
+from trainer.config import DistillationConfig, load_config
 from trainer.data import Prompt
-from trainer.recipe import load_config
-from trainer.rollout import Sampler
+from trainer.models.rollout import Sampler
 
 PROMPTS = [
     Prompt("", [5, 6, 7, 8], [9, 5, 6]),
@@ -21,7 +20,7 @@ PROMPTS = [
 
 @pytest.fixture
 def sampler(tmp_path):
-    """A sampler and the model it was made for, whose generation config would spoil the samples."""
+    """Return a sampler and its model, whose own generation config must not change the samples."""
     config = load_config(DistillationConfig, write_recipe(tmp_path, max_completion_length=24), [])
     model = tiny_model("llama")
     model.generation_config.eos_token_id = [2, 11, 12, 13]
@@ -59,7 +58,7 @@ def test_student_and_teacher_sample_their_common_ids_and_end_at_any_eos_of_eithe
     student.generation_config.eos_token_id, teacher.generation_config.eos_token_id = 11, [12, 13]
     sampler = Sampler(config, tiny_tokenizer(), student, teacher)
     assert sampler.eos_ids == {2, 11, 12, 13}
-    with torch.no_grad():  # would otherwise be sampled nearly always
+    with torch.no_grad():  # large logits: these ids would be sampled nearly always
         teacher.lm_head.weight[97:] = 9 * teacher.lm_head.weight[:6]
     bare = Sampler(config, tiny_tokenizer(), teacher)
     for seed in range(8):

@@ -1,14 +1,12 @@
-"""Scorers: what they accept, and what every mistake says."""
+"""Scorers: what they accept, and the error message of every mistake."""
 
 import pytest
 
 from tests.tiny_run import NO_TEACHER, tiny_tokenizer, write_recipe
-from trainer.config import RLVRConfig
-from trainer.data import PromptReader, load_rows
-from trainer.models import Limits
-from trainer.recipe import load_config
-from trainer.scoring import load_scorer
-from trainer.stopping import RunStoppedError
+from trainer.config import RLVRConfig, load_config
+from trainer.data import Limits, PromptReader, load_rows
+from trainer.errors import RunStoppedError
+from trainer.measures.scoring import load_scorer
 
 BASE = NO_TEACHER | {"completions_per_prompt": 2}
 

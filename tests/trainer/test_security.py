@@ -1,4 +1,4 @@
-"""What is untrusted stays data: models, checkpoints and servers."""
+"""Untrusted models, checkpoints and servers cannot run code or exhaust resources."""
 
 import json
 import shutil
@@ -12,16 +12,15 @@ from tests.fake_server import KEY, FakeServer
 from tests.tiny_run import tiny_tokenizer, write_model, write_recipe
 from tests.trainer_steps import completions
 from trainer.__main__ import main
-from trainer.config import DistillationConfig
-from trainer.models import load_model
-from trainer.recipe import load_config
-from trainer.run_directory import publish
-from trainer.server import ServedTeacher
-from trainer.teacher import TeacherError
+from trainer.config import DistillationConfig, load_config
+from trainer.errors import TeacherError
+from trainer.models.load import load_model
+from trainer.models.server import ServedTeacher
+from trainer.run.directory import publish
 
 
 class Bomb:
-    """A pickle that writes a file where it is read."""
+    """A pickle that writes a file when it is loaded."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -38,7 +37,7 @@ def test_the_bomb_would_go_off(tmp_path):
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_cannot_run_code(tmp_path, name):
-    """Not even one whose manifest is right."""
+    """Even if its manifest is correct."""
     recipe = write_recipe(tmp_path, max_steps=3, save_strategy="steps", save_steps=2)
     main(["distill", str(recipe), "--max_steps", "2"])
     checkpoint, staged = tmp_path / "run" / "checkpoint-2", tmp_path / "new" / "checkpoint-2"
@@ -77,7 +76,7 @@ def test_nothing_that_is_saved_is_a_pickle_of_objects(tmp_path):
 
 
 def _of_numpy():
-    """What transformers lets a random state have."""
+    """Return the NumPy types that transformers allows in a random state."""
     import numpy as np
 
     reconstruct = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
@@ -112,7 +111,7 @@ def test_code_of_a_model_runs_only_where_the_recipe_says_so(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("flood", "the answer is larger than any right one"),
+        ("flood", "the answer is larger than a valid one can be"),
         ("gzip", "expected an answer without compression"),
         ("drip", r"the answer takes longer than 2\.0 s"),
     ],

@@ -1,4 +1,4 @@
-"""A served teacher, by a server of our own that also fails in every way it can."""
+"""A served teacher, against a fake server that can fail in many ways."""
 
 import threading
 import time
@@ -11,14 +11,14 @@ from opd_kernels.integrations.transformers import lazy_logits
 from tests.fake_server import KEY, FakeServer
 from tests.tiny_run import make_trainer, read_metrics, tiny_tokenizer, write_model, write_recipe
 from tests.trainer_steps import completions, gradient_of
-from trainer.__main__ import main, prepare, train
-from trainer.config import DistillationConfig
+from trainer.__main__ import main, train
+from trainer.build import prepare
+from trainer.config import DistillationConfig, load_config
 from trainer.data import Prompt
-from trainer.models import load_model
-from trainer.recipe import load_config
-from trainer.rollout import Completion
-from trainer.server import ServedTeacher
-from trainer.teacher import TeacherError
+from trainer.errors import TeacherError
+from trainer.models.load import load_model
+from trainer.models.rollout import Completion
+from trainer.models.server import ServedTeacher
 
 K = 8
 
@@ -44,7 +44,7 @@ def _many(count):
 
 def test_its_log_probs_are_those_of_the_model(tmp_path, server):
     teacher = ServedTeacher(server.url, _config(tmp_path, server), tiny_tokenizer(), 97)
-    assert teacher.limits.context == 255  # it generates one more
+    assert teacher.limits.context == 255  # a request generates one token
     batch = completions()
     teacher.prepare(batch)
     sparse = teacher.logits(batch, 1.0)
@@ -77,7 +77,7 @@ def test_a_step_with_it_is_the_step_with_the_model(tmp_path, server, options):
 
 
 def test_under_load_and_faults_no_sample_is_lost_or_wrong(tmp_path, server):
-    """64 requests at a time; each kind of fault several times among them."""
+    """64 concurrent requests, with several faults of each kind."""
     changes = {"teacher_concurrency": 64, "teacher_timeout": 1.0, "teacher_patience": 60}
     teacher = ServedTeacher(server.url, _config(tmp_path, server, **changes), tiny_tokenizer(), 97)
     batch = _many(160)
@@ -88,7 +88,7 @@ def test_under_load_and_faults_no_sample_is_lost_or_wrong(tmp_path, server):
     kinds = [500, 503, 429, 408, 409, "reset", "malformed", "cut", "no token", "nan", "mass",
              "empty", "html", "slow"]  # fmt: skip
     before = server.requests
-    teacher.prepare(batch)  # again in the next step: it has the answers
+    teacher.prepare(batch)  # the next step has the same completions: the answers are kept
     assert server.requests == before
     teacher.answers.clear()
     server.faults = kinds * 5
@@ -157,7 +157,7 @@ def test_a_run_goes_on_when_its_server_comes_back(tmp_path, server, seconds):
 
 
 def test_requests_end_with_the_program(tmp_path, server, monkeypatch):
-    """A thread that still asks would hold the interpreter for all of its patience."""
+    """A thread that retries would keep the interpreter alive for all of its patience."""
     teacher = ServedTeacher(server.url, _config(tmp_path, server), tiny_tokenizer(), 97)
     server.faults = [500] * 10_000
     monkeypatch.setattr("threading.main_thread", lambda: threading.Thread())  # not alive
@@ -232,7 +232,7 @@ def test_what_a_server_cannot_give_is_refused_at_the_start(tmp_path, server):
     config = _config(tmp_path, server, teacher=server.url.replace("v1", "v2"))
     with pytest.raises(TeacherError, match=r"has no such page; expected http\(s\)://HOST/v1"):
         ServedTeacher(config.teacher, config, tiny_tokenizer(), 97)
-    server.blind, server.max_log_probs = True, 20
+    server.has_no_log_probs, server.max_log_probs = True, 20
     with pytest.raises(TeacherError, match="does not answer prompt_logprobs as vLLM does"):
         ServedTeacher(server.url, _config(tmp_path, server), tiny_tokenizer(), 97)
     for changes, reason in (

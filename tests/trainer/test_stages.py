@@ -10,19 +10,19 @@ from torch.testing import assert_close
 from opd_kernels.integrations.transformers import lazy_logits
 from tests.tiny_run import NO_TEACHER, make_trainer, read_metrics, write_model, write_recipe
 from tests.trainer_steps import assert_same_step, completions, gradient_of
-from trainer.__main__ import main, prepare, train
-from trainer.config import EvaluationConfig, RLVRConfig, SFTConfig
-from trainer.evaluation import pass_at_k
-from trainer.models import load_model
-from trainer.recipe import load_config
-from trainer.rlvr import clipped_policy_loss, kl_estimate
+from trainer.__main__ import main, train
+from trainer.build import prepare
+from trainer.config import EvaluationConfig, RLVRConfig, SFTConfig, load_config
+from trainer.measures.evaluation import pass_at_k
+from trainer.models.load import load_model
+from trainer.stages.rlvr import clipped_policy_loss, kl_estimate
 
 SERVED = {"teacher": "http://127.0.0.1:9/v1"}
 RLVR = NO_TEACHER | {"completions_per_prompt": 3, "per_device_train_batch_size": 2}
 
 
 def _given(folder, count=8):
-    """Rows with completions, as train_data."""
+    """Write rows with completions; return the key train_data."""
     rows = [{"prompt": f"say {i}", "completion": "ok" * (i % 3)} for i in range(count)]
     path = folder / "given.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -93,11 +93,11 @@ def test_sft_on_a_teachers_completions(tmp_path):
     assert chosen.reference_ids == trainer.complete([chosen])[0].ids
     ids = torch.tensor([chosen.teacher_ids])
     likely = lazy_logits(model, ids).materialize()[0, -1].softmax(-1)
-    assert likely[chosen.reference_ids[0]] > 1e-3  # sampled behind the teacher's context
+    assert likely[chosen.reference_ids[0]] > 1e-3  # sampled after the teacher's context
 
 
 def test_a_resumed_run_has_the_completions_of_its_own_teachers(tmp_path):
-    """Which generate them one teacher after the other."""
+    """Several teachers generate them one after the other."""
     write_recipe(tmp_path)
     names = ("a", "b")
     rows = [{"prompt": f"say {i}", "teacher": names[i % 2]} for i in range(8)]
@@ -123,7 +123,7 @@ def test_a_resumed_run_has_the_completions_of_its_own_teachers(tmp_path):
 
 
 def test_adapters_on_adapters(tmp_path):
-    """A stage begins with what the one before left, and so does its self-teacher."""
+    """A stage and its self-teacher begin with the student of the stage before."""
     write_recipe(tmp_path)
     options = {"lora_r": 4, "learning_rate": 0.05, "max_steps": 2}
     data = {"train_data": _given(tmp_path), "output_dir": str(tmp_path / "sft")}
@@ -152,7 +152,7 @@ def test_adapters_on_adapters(tmp_path):
 
 
 def test_the_clipped_policy_loss_and_its_gradient():
-    """In and out of the clip on either side, for both signs of the advantage."""
+    """Inside and outside of both bounds, for both signs of the advantage."""
     ratio = torch.tensor([0.5, 0.9, 1.1, 1.5, 0.5, 0.9, 1.1, 1.5], dtype=torch.float64)
     advantage = torch.tensor([2.0] * 4 + [-2.0] * 4, dtype=torch.float64)
     now = ratio.log().requires_grad_()
@@ -180,7 +180,7 @@ def test_the_kl_estimate_has_the_mean_and_the_gradient_of_the_reverse_kl():
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
 def test_rlvr_follows_the_group_relative_advantage(tmp_path, kl_coef):
-    """On given rewards, against plain PyTorch; ratio 1, so that nothing is clipped."""
+    """For given advantages, compared with plain PyTorch; the ratio is 1, so nothing is clipped."""
     trainer = make_trainer(tmp_path, RLVRConfig, kl_coef=kl_coef, **RLVR)
     if kl_coef:
         with torch.no_grad():
@@ -196,7 +196,7 @@ def test_rlvr_follows_the_group_relative_advantage(tmp_path, kl_coef):
         if kl_coef:
             start = _log_probs(trainer.start.model, c).detach()
             values = (start - now).exp() - 1 - (start - now)
-            surrogate = now * (now - start).detach()  # whose gradient is the reverse KL's
+            surrogate = now * (now - start).detach()  # its gradient is the reverse KL's
             terms[-1] += kl_coef * (values.detach() + surrogate - surrogate.detach())
     expected = torch.cat(terms).mean()
     assert_close(step[0], expected.detach(), rtol=1e-5, atol=1e-6)
@@ -268,13 +268,13 @@ def test_evaluate_measures_without_training(tmp_path, capsys):
     (tmp_path / "scorer.py").write_text("def length(text, row):\n    return float('e' in text)\n")
     main(["evaluate", str(recipe)])
     run = tmp_path / "run"
-    figures = json.loads((run / "metrics.jsonl").read_text())
+    metrics = json.loads((run / "metrics.jsonl").read_text())
     for name in ("eval_reverse_kl", "eval_overlap", "eval_score", "eval_teacher_score",
                  "eval_pass_at_1", "eval_pass_at_2", "eval_pass_at_4", "eval_context_kl",
                  "eval_probe_score", "eval_probe_right_to_wrong"):  # fmt: skip
-        assert isinstance(figures[name], float), name
-    assert figures["eval_pass_at_1"] <= figures["eval_pass_at_2"] <= figures["eval_pass_at_4"]
-    assert figures["eval_pass_at_1"] == pytest.approx(figures["eval_score"])
+        assert isinstance(metrics[name], float), name
+    assert metrics["eval_pass_at_1"] <= metrics["eval_pass_at_2"] <= metrics["eval_pass_at_4"]
+    assert metrics["eval_pass_at_1"] == pytest.approx(metrics["eval_score"])
     assert "reverse_kl" in capsys.readouterr().out
     assert len((run / "samples" / "step-0.jsonl").read_text().splitlines()) == 2
     before = load_model(str(tmp_path / "model"), "float32").state_dict()

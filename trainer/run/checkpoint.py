@@ -1,6 +1,4 @@
-"""Runs that save whole checkpoints, or none, go on with their log of metrics where they resume, and
-save when they are told to stop.
-"""
+"""A transformers Trainer that saves whole checkpoints or none, and saves when it is interrupted."""
 
 import json
 import shutil
@@ -18,16 +16,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from trainer.run_directory import METRICS, MODEL, SAVING, publish, write_whole
-from trainer.stopping import RunStoppedError
-
-
-class SavingError(RunStoppedError):
-    """A checkpoint or the student could not be written."""
+from trainer.errors import SavingError
+from trainer.run.directory import METRICS, MODEL, SAVING, publish, write_whole
 
 
 class DurableTrainer(Trainer):
-    """A Trainer with metrics.jsonl, whose checkpoints are written aside and moved into place."""
+    """A Trainer that logs to metrics.jsonl and renames checkpoints once they are whole."""
 
     _logged = False
 
@@ -37,7 +31,7 @@ class DurableTrainer(Trainer):
         self.add_callback(self.interruption)
 
     def _run_epoch(self, **options: Any) -> None:
-        """Not after the last step, from whose checkpoint Trainer would make one more."""
+        """Run an epoch, but not from the checkpoint of the last step: Trainer would add a step."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**options)
 
@@ -55,58 +49,57 @@ class DurableTrainer(Trainer):
 
     @contextmanager
     def _saving(self, name: str) -> Iterator[None]:
-        """All ranks write a directory aside; then it is there under its name, or SavingError."""
+        """Let all ranks write a directory aside, then publish it; raise SavingError on failure."""
         run = Path(self.args.output_dir)
-        if self.args.should_save:  # what a kill left half written
+        if self.args.should_save:  # a killed run may have left half a checkpoint
             shutil.rmtree(run / SAVING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
             yield
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                # A pickle, which nobody reads and which would have the recipe's secrets.
+                # A pickle that nothing reads and that would contain the recipe's secrets.
                 (run / SAVING / name / TRAINING_ARGS_NAME).unlink(missing_ok=True)
                 publish(run / SAVING / name, run / name)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch has its own for each
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk raises any of these
             shutil.rmtree(run / SAVING, ignore_errors=True)
-            raise SavingError(
-                f"{run}/{name} could not be saved, what was saved before is whole: {error}"
-            ) from error
+            problem = "could not be saved, what was saved before is whole"
+            raise SavingError(f"{run}/{name} {problem}: {error}") from error
 
     def save_more(self, checkpoint: Path) -> None:
-        """For what every rank of a subclass keeps beside the student, before it is published."""
+        """Write what a subclass keeps beside the student; called on every rank."""
 
     def save_last_step(self) -> None:
-        """A checkpoint of the last whole step, where a run cannot go on and is of one process."""
+        """Save the last whole step of a run that cannot continue, if it has a single process."""
         step = self.state.global_step
         exists = (Path(self.args.output_dir) / f"checkpoint-{step}").exists()
         if step > 0 and not exists and self.args.world_size == 1:
             self._save_checkpoint(self.model, None)
 
     def save_student(self) -> Path:
-        """The student alone, as model/; when the run is over."""
+        """Save the student at the end of the run, as model/; return its path."""
         run = Path(self.args.output_dir)
         with self._saving(MODEL):
             self.save_model(f"{run}/{SAVING}/{MODEL}")
         return run / MODEL
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Log to metrics.jsonl too; a resumed run first drops what its checkpoint did not see."""
+        """Log to metrics.jsonl too; a resumed run first drops the lines after its checkpoint."""
         super().log(logs, start_time)
         if self.is_world_process_zero():
-            path = Path(self.args.output_dir) / METRICS
-            lines = self.state.log_history[-1:] if self._logged else self.state.log_history
-            text = "".join(json.dumps(line) + "\n" for line in lines)
+            path, lines = Path(self.args.output_dir) / METRICS, self.state.log_history
             if self._logged:
                 with path.open("a") as file:
-                    file.write(text)
+                    file.write(json.dumps(lines[-1]) + "\n")
             else:
-                write_whole(path, text)
+                write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._logged = True
 
 
 class _Interruption(TrainerCallback):
-    """On Ctrl-C or SIGTERM to any rank, all finish the step, save and stop; on another, at once."""
+    """Stops all ranks after the current step when one gets Ctrl-C or SIGTERM; the second signal
+    ends a rank at once.
+    """
 
     def __init__(self, trainer: DurableTrainer) -> None:
         self.trainer, self.requested, self.stopped = trainer, False, False

@@ -1,4 +1,4 @@
-"""What the stages share: a step completes its prompts and learns from the completions."""
+"""The training step of all stages: complete a batch of prompts, then learn from the completions."""
 
 import json
 import sys
@@ -7,81 +7,91 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from operator import methodcaller
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import Sampler as Order
+from torch.utils.data import Sampler as IndexSampler
 
 from opd_kernels.parallel import plain
-from trainer.checkpoint import DurableTrainer
 from trainer.config import StageConfig
 from trainer.data import Prompt
-from trainer.diagnostics import Sums, alarms
-from trainer.evaluation import Evaluation
-from trainer.models import eval_mode, is_fsdp, reshard
-from trainer.rollout import Completion
-from trainer.stopping import RunStoppedError, limits_memory
-from trainer.teacher import on_students, token_ids
+from trainer.errors import RunStoppedError, name_memory_keys
+from trainer.measures.diagnostics import Sums, alarms
+from trainer.measures.evaluation import Evaluation
+from trainer.models.load import eval_mode, is_fsdp, reshard
+from trainer.models.rollout import Completion
+from trainer.models.teacher import log_probs, token_ids
+from trainer.run.checkpoint import DurableTrainer
 
 REFERENCES, ROLLOUT = "held_out_completions.json", "rollout-{}.json"  # in a checkpoint
 
 
 @dataclass(frozen=True)
-class Part:
-    """A term of a step's loss: the mean over its completions' tokens, times a coefficient.
-
-    `loss` is of a micro-batch: (model, completions, token weights [N], denominator) -> the sum of
-    weight * loss over its tokens, / denominator.
-    """
+class MicroBatch:
+    """Completions for one forward and backward pass, all of the same teacher."""
 
     completions: list[Completion]
-    loss: Callable[[nn.Module, list[Completion], Tensor, Tensor], Tensor]
+    weights: Tensor  # [N] of the tokens; 0 on a rank that has nothing to learn from
+    denominator: Tensor  # the loss is the weighted sum over all ranks' tokens, divided by this
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """The tokens [N]."""
+        return token_ids(self.completions, self.weights.device)
+
+    def sampled_log_probs(self) -> Tensor:
+        """Return the log-probs [N] of the tokens by the policy that sampled them."""
+        flat = [x for c in self.completions for x in c.log_probs or []]
+        return torch.tensor(flat, device=self.weights.device)
+
+    def idle(self) -> "MicroBatch":
+        """Return a micro-batch of weight 0."""
+        first = self.completions[:1]
+        return replace(self, completions=first, weights=0.0 * self.weights[: len(first[0].ids)])
+
+
+@dataclass(frozen=True)
+class Part:
+    """A term of a step's loss: a mean over its completions' tokens, times a coefficient."""
+
+    completions: list[Completion]
+    loss: Callable[[nn.Module, MicroBatch], Tensor]  # the micro-batch's share of the mean
     coefficient: float = 1.0
 
 
-# Completions to learn from at a time, by a part's loss, with token weights [N] and denominator.
-MicroBatch = tuple[Part, list[Completion], Tensor, Tensor]
-
-
 class CompletionTrainer(DurableTrainer):
-    """Learns from completions of a batch of prompts, sampled from the student unless overridden.
-
-    The sampler is that of the evaluation, which may hold no prompts.
-    """
+    """Learns from completions of prompts, which are sampled from the student by default."""
 
     args: StageConfig
-    needs_log_probs = False  # of the policy that sampled, in the completions
 
     def __init__(
         self, model: nn.Module, args: StageConfig, data: list[Prompt], evaluation: Evaluation
     ) -> None:
-        collate, tokenizer = list, evaluation.sampler.tokenizer
-        super().__init__(model, args, collate, data, evaluation.prompts, tokenizer)
         self.evaluation, self.sampler = evaluation, evaluation.sampler
+        super().__init__(model, args, list, data, evaluation.prompts, self.sampler.tokenizer)
         self.sums = Sums()  # of the steps since the last log line
-        self.rollout: list[Completion] = []  # what the next steps learn from too
+        self.rollout: list[Completion] = []
         self.skipped_in_a_row = 0
         self.repeated = _RepeatedBatches(self) if args.steps_per_rollout > 1 else None
 
     def complete(self, prompts: list[Prompt]) -> list[Completion]:
-        """The completions of a step's prompts."""
-        # The ranks of a tensor-parallel group have the same prompts, and complete them alike.
+        """Return the completions of a step's prompts."""
+        # All ranks of a tensor-parallel group have the same prompts and must sample alike.
         replica = self.args.process_index // self.get_tp_size()
         seed = (self.args.seed, self.state.global_step, replica)
         repeated = [p for p in prompts for _ in range(self.args.completions_per_prompt)]
-        completions = self.sampler.sample(self.model, repeated, *seed)
-        return self._with_log_probs(completions) if self.needs_log_probs else completions
+        return self.sampler.sample(self.model, repeated, *seed)
 
     def parts(self, completions: list[Completion]) -> list[Part]:
-        """The terms of the loss."""
+        """Return the terms of the loss."""
         raise NotImplementedError
 
     def training_step(self, model: nn.Module, inputs: list[Prompt], *_: Any, **__: Any) -> Tensor:
-        """One optimiser step's gradient: complete the prompts, then learn from the completions."""
+        """Compute the gradient of one optimiser step; skip the step if it is not finite."""
         start = time.perf_counter()
         if not self.rollout or self.state.global_step % self.args.steps_per_rollout == 0:
             with self.accelerator.autocast():
@@ -89,26 +99,25 @@ class CompletionTrainer(DurableTrainer):
         loss = self.learn(model, self.rollout)
         gradients = [plain(p.grad) for p in model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients).to(self.args.device)
-        # A rank may have parts alone.
+        # A rank may hold only some of the parameters.
         is_finite = bool(torch.isfinite(self.accelerator.reduce(norm, "sum")))
         self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
         if not is_finite:
             if self.skipped_in_a_row > self.args.max_skipped_steps:
                 raise RunStoppedError(
                     f"max_skipped_steps: {self.skipped_in_a_row} steps in a row had no finite "
-                    "gradient; lower learning_rate or max_grad_norm and start from a checkpoint "
-                    "before them"
+                    "gradient; lower learning_rate or max_grad_norm and use an earlier checkpoint"
                 )
             self.sums.add(skipped_steps=float(self.is_world_process_zero()))
-            loss = torch.zeros_like(loss)  # or every mean to come would be NaN
-            # NaN would poison the optimiser's state; under float16 the scaler sees to it.
+            loss = torch.zeros_like(loss)  # NaN would make every later mean NaN
+            # NaN would also poison the optimiser's state; under float16 the scaler prevents that.
             if not self.accelerator.scaler:
                 model.zero_grad(set_to_none=True)
         self.sums.add(seconds=time.perf_counter() - start)
         return loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Of the parameters as they are between steps."""
+        """Create the optimiser of the parameters as FSDP holds them between steps."""
         reshard(self.model)
         return super().create_optimizer(model)
 
@@ -117,15 +126,18 @@ class CompletionTrainer(DurableTrainer):
         model.train()
         self.sums.add_completions(completions)
         total = torch.zeros((), device=self.args.device)
-        batches = [x for part in self.parts(completions) for x in self._batches(part)]
+        parts = self.parts(completions)
+        batches = [(part, batch) for part in parts for batch in self._micro_batches(part)]
         if is_fsdp(model):
-            batches += self._idle_batches(batches[-1], len(batches))
-        for number, (part, batch, weights, denominator) in enumerate(batches, start=1):
+            # FSDP gathers the weights from all ranks in each pass, so all need as many batches.
+            missing = max(gather_object([len(batches)])) - len(batches)
+            batches += [(parts[-1], batches[-1][1].idle())] * missing
+        for number, (part, batch) in enumerate(batches, start=1):
             sync = nullcontext() if number == len(batches) else self._no_sync(model)
-            with sync, limits_memory("micro_batch_size, micro_batch_tokens"):
+            with sync, name_memory_keys("micro_batch_size, micro_batch_tokens"):
                 with self.accelerator.autocast():
-                    loss = part.coefficient * part.loss(model, batch, weights, denominator)
-                # DDP and FSDP average the gradient over the ranks that have prompts of their own.
+                    loss = part.coefficient * part.loss(model, batch)
+                # DDP and FSDP average the gradient over the replicas, but the loss is a sum.
                 loss = loss * self.replicas
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -133,70 +145,56 @@ class CompletionTrainer(DurableTrainer):
 
     @property
     def replicas(self) -> int:
-        """The groups of ranks that have prompts of their own; such a group is tensor-parallel."""
+        """The number of tensor-parallel groups; each group has prompts of its own."""
         return self.accelerator.num_processes // self.get_tp_size()
 
     def _no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
-        """The gradient stays on the rank."""
+        """Return a context in which a backward pass does not reduce the gradient over ranks."""
         if is_fsdp(model) and self.is_distributed_loading_by_transformers:
             return self._defer_fsdp_gradient_reduction()
         return self.accelerator.no_sync(model)
 
-    def _idle_batches(self, last: MicroBatch, count: int) -> list[MicroBatch]:
-        """What makes all ranks' micro-batches as many, at weight 0: FSDP gathers the weights for
-        each of them from all ranks.
-        """
-        most = max(gather_object([count]))
-        part, batch, weights, denominator = last
-        return [(part, batch[:1], 0.0 * weights[: len(batch[0].ids)], denominator)] * (most - count)
+    def _micro_batches(self, part: Part) -> Iterator[MicroBatch]:
+        """Yield micro-batches of one teacher's completions, of similar length to save padding.
 
-    def _batches(self, part: Part) -> Iterator[MicroBatch]:
-        """Micro-batches of completions of one teacher and similar length, so little is padded; one
-        that is alone may have more than micro_batch_tokens.
-
-        A rank without any takes part all the same, with one of the others at weight 0: the other
-        ranks wait for its gradient.
+        A single completion may exceed micro_batch_tokens. A rank without completions yields one
+        of weight 0, because the other ranks wait for its gradient.
         """
         kept = [c for c in part.completions if not (self.args.skip_truncated and c.truncated)]
         per_token = self.args.aggregation == "token"
-        own = float(sum(len(c.ids) for c in kept) if per_token else len(kept))
-        everyone = self.accelerator.reduce(torch.tensor(own, device=self.args.device), "sum")
-        denominator = everyone / self.get_tp_size()
-        order = sorted(
-            kept or part.completions[:1], key=lambda c: (c.prompt.teacher, -c.context_length)
-        )
-        most = self.args.micro_batch_tokens or sys.maxsize
-        first = 0
-        while first < len(order):
-            size = max(1, min(self.args.micro_batch_size, most // order[first].context_length))
-            batch = order[first : first + size]
-            batch = [c for c in batch if c.prompt.teacher == batch[0].prompt.teacher]
-            first += len(batch)
-            lengths = torch.tensor([len(c.ids) for c in batch], device=self.args.device)
-            weights = torch.ones_like(lengths, dtype=torch.float32) if per_token else 1.0 / lengths
-            weights = weights.repeat_interleave(lengths) * bool(kept)
-            yield part, batch, weights, denominator.clamp_min(1.0)
+        count = float(sum(len(c.ids) for c in kept) if per_token else len(kept))
+        total = self.accelerator.reduce(torch.tensor(count, device=self.args.device), "sum")
+        denominator = (total / self.get_tp_size()).clamp_min(1.0)
+        used = kept or part.completions[:1]
+        ordered = sorted(used, key=lambda c: (c.prompt.teacher, -c.context_length))
+        max_tokens = self.args.micro_batch_tokens or sys.maxsize
+        start = 0
+        while start < len(ordered):
+            longest = ordered[start]
+            size = max(1, min(self.args.micro_batch_size, max_tokens // longest.context_length))
+            batch = ordered[start : start + size]
+            batch = [c for c in batch if c.prompt.teacher == longest.prompt.teacher]
+            start += len(batch)
+            weights = [1.0 if per_token else 1.0 / len(c.ids) for c in batch for _ in c.ids]
+            tensor = torch.tensor(weights, device=self.args.device)
+            yield MicroBatch(batch, tensor * bool(kept), denominator)
 
     @torch.no_grad()
-    def _with_log_probs(self, completions: list[Completion]) -> list[Completion]:
+    def with_log_probs(self, completions: list[Completion]) -> list[Completion]:
+        """Return the completions with the log-probs of the current student."""
         result, size = [], self.args.micro_batch_size
         with eval_mode(self.model):
             for batch in (completions[i : i + size] for i in range(0, len(completions), size)):
-                of = methodcaller("log_prob", token_ids(batch, self.args.device))
-                flat = on_students(self.model, batch, self.args.temperature, of)
-                rows = flat.split([len(c.ids) for c in batch])
-                result += [
-                    replace(c, log_probs=x.tolist()) for c, x in zip(batch, rows, strict=True)
-                ]
+                flat = log_probs(self.model, batch, self.args.temperature)
+                rows = zip(batch, flat.split([len(c.ids) for c in batch]), strict=True)
+                result += [replace(c, log_probs=row.tolist()) for c, row in rows]
         return result
 
-    def _get_train_sampler(self, *arguments: Any) -> Order | None:
+    def _get_train_sampler(self, *arguments: Any) -> IndexSampler | None:
         return self.repeated or super()._get_train_sampler(*arguments)
 
     def save_more(self, checkpoint: Path) -> None:
-        """Keep the held-out completions of the teacher that began, and each rank's completions that
-        steps to come learn from, without their rows.
-        """
+        """Save the held-out references, and each rank's rollout if later steps reuse it."""
         if self.args.should_save:
             self.evaluation.save_references(checkpoint / REFERENCES)
         if self.args.steps_per_rollout > 1:
@@ -214,14 +212,15 @@ class CompletionTrainer(DurableTrainer):
             self.rollout = [Completion(**x | {"prompt": Prompt(**x["prompt"])}) for x in saved]
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Log; a training loss comes with the figures of its steps over all ranks."""
+        """Log; add the metrics of all ranks' steps to a training loss."""
         if "loss" in logs:
             total = Sums()
-            for own in gather_object([dict(self.sums)]):
-                total.add(**own)
+            for sums in gather_object([dict(self.sums)]):
+                total.add(**sums)
             self.sums.clear()
             logs |= total.means() | {"skipped_steps": total["skipped_steps"]}
-            # Seconds are of all ranks, tokens of all in a tensor-parallel group.
+            # The seconds of all ranks are added up, but each token counts once per rank of a
+            # tensor-parallel group.
             logs["tokens_per_second"] = total["tokens"] * self.replicas / total["seconds"]
             if self.is_world_process_zero():
                 alarm = alarms(self.args, [*self.state.log_history, logs])
@@ -231,7 +230,7 @@ class CompletionTrainer(DurableTrainer):
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Held-out measurements of the student as it is, see Evaluation; {} without eval_data."""
+        """Return held-out metrics of the student, see Evaluation; {} without eval_data."""
         if not self.evaluation.prompts:
             return {}
         with self.accelerator.autocast():
@@ -241,8 +240,8 @@ class CompletionTrainer(DurableTrainer):
         return metrics
 
 
-class _RepeatedBatches(Order[int]):
-    """Full batches of a random order of the data, each several times in a row."""
+class _RepeatedBatches(IndexSampler[int]):
+    """Yields the data's indices in random order, each full batch several times in a row."""
 
     def __init__(self, trainer: CompletionTrainer) -> None:
         args = trainer.args
@@ -250,17 +249,15 @@ class _RepeatedBatches(Order[int]):
         self.size = args.train_batch_size * trainer.replicas
         self.times, self.seed, self.trainer = args.steps_per_rollout, args.seed, trainer
         if self.count < self.size:
-            raise ValueError(
-                f"per_device_train_batch_size: expected at most the {self.count} prompts over all "
-                f"ranks with steps_per_rollout above 1, got {self.size}"
-            )
+            expected = f"expected at most the {self.count} prompts with steps_per_rollout above 1"
+            raise ValueError(f"per_device_train_batch_size: {expected}, got {self.size}")
 
     def __len__(self) -> int:
         return self.count // self.size * self.size * self.times
 
     def __iter__(self) -> Iterator[int]:
-        # The run's own epoch: nobody tells it to a sampler of a rank that resumes.
+        # Trainer does not call set_epoch on a rank that resumes, so the epoch comes from its state.
         generator = torch.Generator().manual_seed(self.seed + int(self.trainer.state.epoch or 0))
         order = torch.randperm(self.count, generator=generator).tolist()
-        for first in range(0, self.count - self.size + 1, self.size):
-            yield from order[first : first + self.size] * self.times
+        for start in range(0, self.count - self.size + 1, self.size):
+            yield from order[start : start + self.size] * self.times

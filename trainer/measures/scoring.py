@@ -1,4 +1,4 @@
-"""Scorers: a number for a completion of a row, as a reward or on held-out prompts."""
+"""Scorers: numbers for completions, used as reward or on held-out prompts."""
 
 import math
 import re
@@ -6,15 +6,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from trainer.config import StageConfig
-from trainer.functions import explained, load_function
-from trainer.stopping import RunStoppedError
+from trainer.config import StageConfig, load_function
+from trainer.errors import RunStoppedError, convert_errors
 
 Scorer = Callable[[str, dict[str, Any]], float]
 
 
 def load_scorer(config: StageConfig) -> Scorer | None:
-    """The recipe's scorer, of a completion's text and its row."""
+    """Return the config's scorer, a function of a completion's text and its row."""
     if config.scorer is None:
         return None
     scorer = _VERIFIERS.get(config.scorer) or load_function("scorer", config.scorer, _VERIFIERS)
@@ -36,7 +35,7 @@ def _score(
     scorer: Scorer, pattern: re.Pattern[str] | None, text: str, row: dict[str, Any]
 ) -> float:
     answer = ([text] if pattern is None else ["", *pattern.findall(text)])[-1]
-    with explained(f"scorer: expected a finite number of {text!r:.80}", RunStoppedError):
+    with convert_errors(f"scorer: expected a finite number of {text!r:.80}", RunStoppedError):
         score = scorer(answer, row)
         if isinstance(score, str) or not math.isfinite(score):
             raise ValueError(f"got {score!r:.80}")
@@ -44,28 +43,28 @@ def _score(
 
 
 def _column(row: dict[str, Any], name: str) -> Any:
-    if row.get(name) is None or row[name] != row[name]:  # NaN is a table's word for it
+    if row.get(name) is None or row[name] != row[name]:  # a table has NaN for a missing value
         raise ValueError(f"it needs a column {name}, got {row!r:.200}")
     return row[name]
 
 
-def _gold(row: dict[str, Any]) -> str:
+def _reference(row: dict[str, Any]) -> str:
     answer = _column(row, "answer")
-    # A table makes floats of a column of integers where one is missing.
-    whole = isinstance(answer, float) and answer.is_integer()
-    return str(int(answer) if whole else answer).strip()
+    # A table converts a column of integers to floats if one value is missing.
+    is_whole = isinstance(answer, float) and answer.is_integer()
+    return str(int(answer) if is_whole else answer).strip()
 
 
 def _exact_match(answer: str, row: dict[str, Any]) -> float:
-    return float(answer.strip() == _gold(row))
+    return float(answer.strip() == _reference(row))
 
 
 def _math_verify(answer: str, row: dict[str, Any]) -> float:
     from math_verify import parse, verify
 
-    gold = _gold(row)
-    bare = not any(mark in gold for mark in ("$", "\\(", "\\[", "\\boxed"))
-    return float(verify(parse(f"${gold}$" if bare else gold), parse(answer)))
+    reference = _reference(row)
+    is_bare = not any(mark in reference for mark in ("$", "\\(", "\\[", "\\boxed"))
+    return float(verify(parse(f"${reference}$" if is_bare else reference), parse(answer)))
 
 
 def _reasoning_gym(answer: str, row: dict[str, Any]) -> float:

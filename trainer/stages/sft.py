@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on completions that are given, or that a teacher generates first."""
+"""Supervised fine-tuning on completions of the data, or of a teacher that generates them first."""
 
 import json
 from dataclasses import replace
@@ -7,17 +7,16 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from opd_kernels import LazyLogits
 from trainer.config import SFTConfig
 from trainer.data import Prompt
-from trainer.evaluation import Evaluation
-from trainer.rollout import Completion
-from trainer.run_directory import write_whole
-from trainer.teacher import on_students, token_ids
-from trainer.training import CompletionTrainer, Part
+from trainer.measures.evaluation import Evaluation
+from trainer.models.rollout import Completion
+from trainer.models.teacher import on_completions
+from trainer.run.directory import write_whole
+from trainer.stages.training import CompletionTrainer, MicroBatch, Part
 
 GENERATED = "completions.jsonl"
-_TRAINING = (1 << 31) + 1  # a seed of neither steps nor held-out completions
+_TRAINING = (1 << 31) + 1  # a seed that neither steps nor held-out completions use
 
 
 class SFTTrainer(CompletionTrainer):
@@ -26,33 +25,29 @@ class SFTTrainer(CompletionTrainer):
     args: SFTConfig
 
     def complete(self, prompts: list[Prompt]) -> list[Completion]:
-        """The prompts' own completions."""
+        """Return the reference completions."""
         ends = self.sampler.eos_ids
         given = [(p, p.reference_ids or []) for p in prompts]
         return [Completion(p, ids, truncated=ids[-1] not in ends) for p, ids in given]
 
     def parts(self, completions: list[Completion]) -> list[Part]:
-        """The cross-entropy."""
+        """Return the cross-entropy."""
         return [Part(completions, partial(negative_log_likelihood, self.args.temperature))]
 
 
-def negative_log_likelihood(
-    temperature: float,
-    model: nn.Module,
-    batch: list[Completion],
-    weights: Tensor,
-    denominator: Tensor,
-) -> Tensor:
-    """The cross-entropy of the completions' tokens in nats, as the loss of a Part."""
-
-    def loss(logits: LazyLogits) -> Tensor:
-        return -(logits.log_prob(token_ids(batch, weights.device)) * weights).sum()
-
-    return on_students(model, batch, temperature, loss) / denominator
+def negative_log_likelihood(temperature: float, model: nn.Module, batch: MicroBatch) -> Tensor:
+    """Return the cross-entropy of the completions' tokens in nats, as the loss of a Part."""
+    total = on_completions(
+        model,
+        batch.completions,
+        temperature,
+        lambda logits: -(logits.log_prob(batch.ids) * batch.weights).sum(),
+    )
+    return total / batch.denominator
 
 
 def generate(config: SFTConfig, prompts: list[Prompt], evaluation: Evaluation) -> list[Prompt]:
-    """Prompts with completions of their teachers, kept in completions.jsonl for a resumed run."""
+    """Return the prompts with completions of their teachers; a resumed run reads them again."""
     path = Path(config.output_dir) / GENERATED
     repeated = [p for p in prompts for _ in range(config.completions_per_prompt)]
     if config.resume_from_checkpoint and path.exists():
@@ -63,9 +58,9 @@ def generate(config: SFTConfig, prompts: list[Prompt], evaluation: Evaluation) -
                 f"train_data: expected the prompts of {path}, which the run began with"
             )
         return [replace(p, reference_ids=x["ids"]) for p, x in zip(repeated, kept, strict=True)]
-    result = evaluation.continued(repeated, _TRAINING)
+    completions = evaluation.complete_by_teachers(repeated, _TRAINING)
     if config.should_save:
         text = evaluation.sampler.text
-        rows = [{"prompt": c.prompt.text, "completion": text(c), "ids": c.ids} for c in result]
+        rows = [{"prompt": c.prompt.text, "completion": text(c), "ids": c.ids} for c in completions]
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return [replace(c.prompt, reference_ids=c.ids) for c in result]
+    return [replace(c.prompt, reference_ids=c.ids) for c in completions]

@@ -1,4 +1,4 @@
-"""What a privileged context changes: self-distillation can only keep what its teachers share."""
+"""The effect of privileged contexts: self-distillation can keep only what its teachers share."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -6,21 +6,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from trainer.rollout import Completion
-from trainer.teacher import LocalTeacher
+from trainer.models.rollout import Completion
+from trainer.models.teacher import LocalTeacher
 
 
 @torch.no_grad()
 def across_contexts(
     teacher: LocalTeacher, completions: list[Completion], k: int, temperature: float
 ) -> list[tuple[Tensor, Tensor]]:
-    """How far a teacher is from itself under the several contexts that prompts have.
+    """Compare a teacher with itself under the several contexts of a prompt.
 
     Returns:
-        For each prompt that has several, of the tokens [N] of a completion under one of them: the
-        mean KL to their average, and -log Z of their geometric mean, which is the reverse KL that
-        is left to a student who cannot see which context it is. Both in nats, of the union of their
-        top-K with one bucket for the rest, which makes them lower bounds.
+        `spread` of the tokens [N] of one completion, for each prompt that has several contexts. The
+        distributions are over the union of the contexts' top-K with one bucket for the rest, which
+        makes both numbers lower bounds.
     """
     spreads, groups = [], defaultdict(list)
     for c in completions:
@@ -39,8 +38,10 @@ def across_contexts(
 
 
 def spread(log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Of distributions [M, N, K]: their mean KL to their average, and -log Z of the geometric mean,
-    each [N].
+    """Return two distances, each [N] in nats, of M distributions [M, N, K].
+
+    The first is their mean KL to their average. The second is -log Z of their geometric mean: the
+    reverse KL that remains for a student that cannot see which of the contexts it has.
     """
     average = log_probs.exp().mean(0).log()
     live = log_probs > -torch.inf

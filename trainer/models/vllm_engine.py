@@ -1,6 +1,6 @@
-"""Rollouts by vLLM in this process, on the student's weights of the moment.
+"""Rollouts by vLLM in this process, with the student's current weights.
 
-vLLM is an environment of its own: `make test-vllm` shows how it is installed.
+vLLM needs its own environment; `make test-vllm` shows how to install it.
 """
 
 import os
@@ -15,15 +15,15 @@ from transformers import GenerationConfig
 
 from opd_kernels.integrations.transformers import causal_lm_of
 from trainer.config import StageConfig
-from trainer.models import Limits, Model, Tokenizer
-from trainer.rollout import Sampler
+from trainer.models.load import Model, Tokenizer, limits_of
+from trainer.models.rollout import Sampler
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # keeps the engine in this process
 from vllm import LLM, SamplingParams
 
 
 class VLLMSampler(Sampler):
-    """Samples from the student by vLLM, and from other models as Sampler does."""
+    """Samples from the student by vLLM, and from other models by transformers."""
 
     def __init__(
         self, config: StageConfig, tokenizer: Tokenizer, student: Model, *others: Model
@@ -36,9 +36,13 @@ class VLLMSampler(Sampler):
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
             self.student.save_pretrained(folder, state_dict=dict(merged_weights(self.student)))
             tokenizer.save_pretrained(folder)
-            dtype, most = str(self.student.dtype).removeprefix("torch."), Limits.of(student).context
-            self.engine = LLM(folder, dtype=dtype, enforce_eager=True, max_model_len=most)
-        torch.set_num_threads = set_num_threads  # vLLM replaces it by a function without effect
+            self.engine = LLM(
+                folder,
+                dtype=str(self.student.dtype).removeprefix("torch."),
+                enforce_eager=True,
+                max_model_len=limits_of(student).context,
+            )
+        torch.set_num_threads = set_num_threads  # vLLM replaces it by a no-op
 
     def _generate(
         self, model: Model, contexts: list[list[int]], options: GenerationConfig, seed: int
@@ -47,23 +51,22 @@ class VLLMSampler(Sampler):
             return super()._generate(model, contexts, options, seed)
         self._load_weights()
         seeds = np.random.SeedSequence(seed).generate_state(len(contexts)).tolist()
-        allowed = None
-        if options.suppress_tokens:
-            allowed = list(range(min(options.suppress_tokens)))
+        suppressed = options.suppress_tokens
+        allowed = list(range(min(suppressed))) if suppressed else None
         parameters = [
             SamplingParams(
                 temperature=options.temperature if options.do_sample else 0.0,
                 top_p=options.top_p if options.do_sample else 1.0,
-                seed=own,
+                seed=request_seed,
                 max_tokens=options.max_new_tokens,
                 stop_token_ids=options.eos_token_id,
                 allowed_token_ids=allowed,
                 detokenize=False,
             )
-            for own in seeds
+            for request_seed in seeds
         ]
         prompts = [{"prompt_token_ids": ids} for ids in contexts]
-        with torch.random.fork_rng():  # requests with a seed draw from the global RNG too
+        with torch.random.fork_rng():  # vLLM advances the global RNG despite the seeds
             outputs = self.engine.generate(prompts, parameters, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
@@ -71,12 +74,12 @@ class VLLMSampler(Sampler):
     def _load_weights(self) -> None:
         weights = merged_weights(self.student)
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        if not self.engine.reset_prefix_cache():  # it would answer from the old weights
+        if not self.engine.reset_prefix_cache():  # it holds results of the old weights
             raise RuntimeError("vLLM's prefix cache could not be reset")
 
 
 def merged_weights(model: Model) -> Iterator[tuple[str, Tensor]]:
-    """A model's weights by name, with the LoRA adapters that are active added to them."""
+    """Yield the model's weights by name, with its active LoRA adapters merged in."""
     adapted = {name: x for name, x in model.named_modules() if isinstance(x, LoraLayer)}
     for name, tensor in model.state_dict().items():
         layer = adapted.get(name.removesuffix(".base_layer.weight"))

@@ -1,4 +1,4 @@
-"""What runs leave to look at: curves, what came before and after, and one HTML page of it all."""
+"""Reports of runs: curves, a Markdown summary of one run, and an HTML page of several."""
 
 import json
 import math
@@ -17,9 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 
-from trainer.evaluation import SAMPLES
-from trainer.functions import explained
-from trainer.run_directory import CONFIG, METRICS
+from trainer.errors import convert_errors
+from trainer.run.directory import CONFIG, METRICS, SAMPLES
 
 PANELS = {
     "loss per token (nats)": ["loss"],
@@ -32,13 +31,13 @@ PANELS = {
     "held-out score": ["eval_score", "eval_teacher_score"],
 }
 SPEED = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
-TOTALS = ("epoch", "train_loss", *SPEED)  # of a run as a whole: no curves
-Sample = tuple[str, str, float | None]  # of what, the completion, its score
+TOTALS = ("epoch", "train_loss", *SPEED)  # of a whole run: they have no curves
+Sample = tuple[str, str, float | None]  # title, completion, score
 
 
 @dataclass
 class Run:
-    """What the directory of a run holds, and the colour of its curves."""
+    """The content of a run's directory, and the colour of its curves."""
 
     path: Path
     color: str | None = None
@@ -48,34 +47,34 @@ class Run:
             raise ValueError(f"it has no {METRICS}")
         config = self.path / CONFIG
         self.config = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-        self.figures: dict[str, list[tuple[int, float]]] = defaultdict(list)  # steps and values
-        self.alarms: dict[str, list[int]] = defaultdict(list)  # what is wrong, at which steps
+        self.metrics: dict[str, list[tuple[int, float]]] = defaultdict(list)  # steps and values
+        self.alarms: dict[str, list[int]] = defaultdict(list)  # steps by message
         for line in _read(self.path / METRICS):
             if line.get("alarm"):
                 self.alarms[str(line["alarm"])].append(line["step"])
             for name, value in line.items():
                 if name != "step" and type(value) in (int, float):
-                    self.figures[name].append((line["step"], value))
+                    self.metrics[name].append((line["step"], value))
                     if not math.isfinite(value):
                         self.alarms[f"{name} is {value}"].append(line["step"])
 
     def samples(self) -> dict[str, list[Sample]]:
-        """By prompt: title, text and score of the first and last completions, and the teacher's."""
-        steps = {step for points in self.figures.values() for step, _ in points}
+        """Return the first and last held-out completions and the teacher's, by prompt."""
+        steps = {step for points in self.metrics.values() for step, _ in points}
         kept = [s for s in sorted(steps) if (self.path / SAMPLES.format(s)).exists()]
         ends = [(s, _read(self.path / SAMPLES.format(s))) for s in kept[:1] + kept[1:][-1:]]
-        found: dict[str, list[Sample]] = defaultdict(list)
+        samples: dict[str, list[Sample]] = defaultdict(list)
         for title, (step, rows) in zip(("before", "after"), ends, strict=False):
             for row in rows:
-                texts = found[row["prompt"]]
-                texts.append((f"{title} (step {step})", row["student"], row.get("score")))
+                of_prompt = samples[row["prompt"]]
+                of_prompt.append((f"{title} (step {step})", row["student"], row.get("score")))
                 if rows is ends[-1][1] and row.get("teacher") is not None:
-                    texts.append(("teacher", row["teacher"], None))
-        return found
+                    of_prompt.append(("teacher", row["teacher"], None))
+        return samples
 
 
 def plot_curves(run: Path) -> None:
-    """Plot the logged figures against the step, as curves.png."""
+    """Plot the main metrics against the step, as curves.png."""
     runs = [Run(run)]
     panels = [panel for panel in _panels(runs) if panel[0] in PANELS]
     figure = Figure(figsize=(10, 1.4 * max(2, len(panels))), dpi=120, layout="tight")
@@ -87,11 +86,11 @@ def plot_curves(run: Path) -> None:
 
 
 def before_after(run: Path, shown: int = 3) -> str:
-    """Markdown: the first and last held-out figures and some completions; also as report.md."""
+    """Return Markdown of the first and last held-out metrics and completions; write report.md."""
     logged = Run(run)
     lines = ["| held-out | before | after |", "|---|---|---|"]
-    for name in [name for name in logged.figures if name.startswith("eval_")]:
-        points, title = logged.figures[name], _label(name.removeprefix("eval_"))
+    for name in [name for name in logged.metrics if name.startswith("eval_")]:
+        points, title = logged.metrics[name], _label(name.removeprefix("eval_"))
         lines.append(f"| {title} | {points[0][1]:.3f} | {points[-1][1]:.3f} |")
     if len(lines) == 2:
         lines = ["No held-out evaluation was logged."]
@@ -104,75 +103,76 @@ def before_after(run: Path, shown: int = 3) -> str:
 
 
 def write_report(runs: list[Path], output: Path) -> None:
-    """Write a page of runs side by side, which needs no other file, no network and no script.
+    """Write a page that compares runs and needs no other file, no network and no script.
 
-    Raises ValueError for a directory that is not a run's.
+    Raises:
+        ValueError: a path is not the directory of a run.
     """
     # Hues a golden section apart differ, however many there are.
     colors = (to_hex(hsv_to_rgb(((0.58 + 0.382 * i) % 1, 0.75, 0.82))) for i in count())
     loaded, samples = [], []
     for path, color in zip(dict.fromkeys(runs), colors, strict=False):
-        with explained(f"{path}: expected a recipe's output_dir"):
+        with convert_errors(f"{path}: expected a recipe's output_dir"):
             loaded.append(run := Run(path, color))
             samples.append((run, run.samples()))
-    names = dict.fromkeys(name for run in loaded for name in run.figures)
+    names = dict.fromkeys(name for run in loaded for name in run.metrics)
     panels = sorted(_panels(loaded), key=lambda panel: not panel[0].startswith("held-out"))
-    recipes = [run.config for run in loaded if run.config]
-    rows = [(k, [str(x.get(k, "–")) for x in recipes]) for k in dict.fromkeys(chain(*recipes))]
+    configs = [run.config for run in loaded if run.config]
+    rows = [(k, [str(x.get(k, "–")) for x in configs]) for k in dict.fromkeys(chain(*configs))]
     loader = FileSystemLoader(Path(__file__).parent)
     pages = Environment(autoescape=True, loader=loader, undefined=StrictUndefined)
     page = pages.get_template("report.html").render(
         runs=loaded,
-        figures=[name for name in names if name.startswith("eval_") or name in TOTALS],
+        metrics=[name for name in names if name.startswith("eval_") or name in TOTALS],
         panels=[(title, shown, _svg(loaded, shown)) for title, shown in panels],
         prompts={p: [(run, s[p]) for run, s in samples if p in s] for _, s in samples for p in s},
-        recipes=sorted(rows, key=lambda row: len(set(row[1])) == 1),
+        keys=sorted(rows, key=lambda row: len(set(row[1])) == 1),
         label=_label,
     )
-    # A lone surrogate, which JSON can hold, has no UTF-8.
+    # JSON can hold a lone surrogate, which UTF-8 cannot encode.
     output.write_text(page, encoding="utf-8", errors="replace")
 
 
 def _panels(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """Titles and figures: of PANELS, then of others, which are with their like."""
+    """Return titles with names of metrics: those of PANELS first, then one panel per family."""
     titles = {name: title for title, names in PANELS.items() for name in names}
-    logged = dict.fromkeys(name for run in runs for name in run.figures)
+    logged = dict.fromkeys(name for run in runs for name in run.metrics)
     panels: dict[str, list[str]] = {}
     for name in dict.fromkeys([*titles, *logged]):
         plain = name.removeprefix("eval_")
-        like = re.sub(r"_from_\d+$", "_by_position", plain if plain in logged else name)
+        family = re.sub(r"_from_\d+$", "_by_position", plain if plain in logged else name)
         if name in logged and name not in TOTALS:
-            panels.setdefault(titles.get(name, _label(like)), []).append(name)
+            panels.setdefault(titles.get(name, _label(family)), []).append(name)
     return list(panels.items())
 
 
 def _draw(axis: Axes, runs: list[Run], names: list[str]) -> list[str]:
-    """Draw curves, with at most about 100 marks each; what the marks stand for."""
-    marked = []
+    """Draw curves with at most about 100 marks each; return the text of each mark."""
+    texts = []
     for name, style in zip(names, cycle(("-", "--", ":", "-.", (0, (1, 4)))), strict=False):
-        for run in [run for run in runs if name in run.figures]:
-            points, label = run.figures[name], _label(name)
-            every = len(points) // 100 + 1
+        for run in [run for run in runs if name in run.metrics]:
+            points, label = run.metrics[name], _label(name)
+            stride = len(points) // 100 + 1
             (line,) = axis.plot(*zip(*points, strict=True), label=label, color=run.color)
-            line.set(linestyle=style, marker="o", markersize=3, markevery=every)
-            marked += [f"step {x}: {y:.6g}" for x, y in points[::every] if math.isfinite(y)]
+            line.set(linestyle=style, marker="o", markersize=3, markevery=stride)
+            texts += [f"step {x}: {y:.6g}" for x, y in points[::stride] if math.isfinite(y)]
     axis.locator_params(axis="x", integer=True)
     axis.grid(alpha=0.3)
-    return marked
+    return texts
 
 
 def _svg(runs: list[Run], names: list[str]) -> Markup:
-    """A panel's curves, whose marks tell their step and value under the mouse."""
+    """Return a panel's curves, whose marks show step and value under the mouse."""
     figure, file = Figure(figsize=(4.6, 2), layout="constrained"), StringIO()
     axis = figure.add_subplot()
-    marked = iter(_draw(axis, runs, names))
+    texts = iter(_draw(axis, runs, names))
     axis.spines[:].set_visible(False)
-    axis.tick_params(length=0)  # so that all marks are of curves
+    axis.tick_params(length=0)  # ticks are marks too, and would take the curves' texts
     with rc_context({"svg.fonttype": "none"}):
         figure.savefig(file, format="svg", transparent=True)
     svg = re.sub(r'<metadata>.*?</metadata>|(?<=<g) id="[^"]*"', "", file.getvalue(), flags=re.S)
-    svg = re.sub("(<use [^>]*)/>", lambda use: f"{use[1]}><title>{next(marked)}</title></use>", svg)
-    # What is text in it has been escaped by matplotlib.
+    svg = re.sub("(<use [^>]*)/>", lambda use: f"{use[1]}><title>{next(texts)}</title></use>", svg)
+    # matplotlib has escaped all text in it.
     return Markup(svg[svg.index("<svg") :])  # nosec B704
 
 
@@ -181,12 +181,12 @@ def _label(name: str) -> str:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """A file's lines, but not one that is still being written, or was when the run was killed."""
-    lines, found = path.read_bytes().split(b"\n"), []
+    """Return the lines of a JSON file, without a last line that is not written to its end."""
+    lines, rows = path.read_bytes().split(b"\n"), []
     for number, line in enumerate(lines, start=1):
         try:
-            found += [json.loads(line.decode())] if line else []
+            rows += [json.loads(line.decode())] if line else []
         except ValueError as error:
             if number < len(lines):
                 raise ValueError(f"{path}, line {number}: malformed JSON: {error}") from None
-    return found
+    return rows

@@ -1,0 +1,91 @@
+"""Models, teachers, samplers and trainers from a config."""
+
+from trainer.config import DistillationConfig, RLVRConfig, SFTConfig, StageConfig, TeacherConfig
+from trainer.config.base import is_server
+from trainer.data import Prompt, PromptReader
+from trainer.measures.evaluation import Evaluation
+from trainer.measures.preflight import preflight
+from trainer.models.load import Model, Tokenizer, compare_tokenizers, limits_of, load_student
+from trainer.models.rollout import Sampler
+from trainer.models.teacher import LocalTeacher, Teacher, load_teacher, self_teacher
+from trainer.run.directory import claim_output_directory
+from trainer.stages.distillation import OnPolicyDistillationTrainer
+from trainer.stages.rlvr import RLVRTrainer
+from trainer.stages.sft import SFTTrainer, generate
+from trainer.stages.training import CompletionTrainer
+
+
+def prepare(config: StageConfig) -> tuple[CompletionTrainer, str | None]:
+    """Return a trainer with all data checked and tokenised, and the checkpoint to resume from."""
+    checkpoint = claim_output_directory(config)
+    config.eval_on_start &= checkpoint is None
+    student, evaluation, reader = load(config)
+    prompts = reader.read(config.train_data)
+    start = None
+    if isinstance(config, RLVRConfig) and config.kl_coef > 0:
+        start = self_teacher(config, student)
+    if config.preflight and checkpoint is None:
+        others = [] if start is None else [start.model]
+        _print_findings(config, preflight(student, evaluation, prompts, *others))
+    if isinstance(config, DistillationConfig):
+        return OnPolicyDistillationTrainer(student, config, prompts, evaluation), checkpoint
+    if isinstance(config, RLVRConfig):
+        trainer = RLVRTrainer(student, config, prompts, evaluation)
+        trainer.start = start
+        return trainer, checkpoint
+    assert isinstance(config, SFTConfig)
+    if config.generate_from == "teacher":
+        prompts = generate(config, prompts, evaluation)
+    elif not all(p.reference_ids for p in prompts):
+        raise ValueError(f"{config.train_data}: expected a completion in every row")
+    return SFTTrainer(student, config, prompts, evaluation), checkpoint
+
+
+def load(config: StageConfig) -> tuple[Model, Evaluation, PromptReader]:
+    """Return the student, its evaluation with the teachers, and a reader for more prompts."""
+    student, tokenizer = load_student(config)
+    teachers = _load_teachers(config, student, tokenizer)
+    limits = {name: teacher.limits for name, teacher in teachers.items()}
+    reader = PromptReader(config, tokenizer, limits_of(student), limits)
+    held_out: list[Prompt] = [] if config.eval_data is None else reader.read(config.eval_data)
+    local = [t.model for t in teachers.values() if isinstance(t, LocalTeacher)]
+    sampler = _sampler(config)(config, tokenizer, student, *local)
+    return student, Evaluation(config, held_out, teachers, sampler), reader
+
+
+def _load_teachers(config: StageConfig, student: Model, tokenizer: Tokenizer) -> dict[str, Teacher]:
+    """Return the teachers by the name that rows use; {} for a stage without teachers."""
+    if not isinstance(config, TeacherConfig):
+        return {}
+    vocab_size = student.get_output_embeddings().weight.shape[0]
+    if config.k > vocab_size:
+        raise ValueError(f"k: expected at most the student's {vocab_size} ids, got {config.k}")
+    teachers: dict[str, Teacher] = {}
+    for name, model in config.teachers.items():
+        if is_server(model):
+            from trainer.models.server import ServedTeacher
+
+            teachers[name] = ServedTeacher(model, config, tokenizer, vocab_size, name)
+        elif model == "self":
+            is_distilled = isinstance(config, DistillationConfig)
+            rate = config.teacher_update_rate if is_distilled else 0.0
+            teachers[name] = self_teacher(config, student, config.teacher_dtype, rate)
+        else:
+            findings = compare_tokenizers(tokenizer, model, config.trust_remote_code)
+            _print_findings(config, findings)
+            dtype = config.teacher_dtype or config.dtype
+            teachers[name] = load_teacher(model, dtype, config)
+    return teachers
+
+
+def _print_findings(config: StageConfig, findings: list[str]) -> None:
+    if config.preflight and config.should_save:  # on one rank
+        print("".join(f"preflight: {finding}\n" for finding in findings), end="")
+
+
+def _sampler(config: StageConfig) -> type[Sampler]:
+    if config.rollout_engine == "transformers":
+        return Sampler
+    from trainer.models.vllm_engine import VLLMSampler
+
+    return VLLMSampler

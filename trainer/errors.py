@@ -1,0 +1,47 @@
+"""Errors that end a run, and the conversion of other libraries' exceptions into them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate.utils.memory import should_reduce_batch_size
+
+
+class RunStoppedError(RuntimeError):
+    """The run cannot continue after its last step; the message says why and what to do."""
+
+
+class SavingError(RunStoppedError):
+    """A checkpoint or the student could not be written."""
+
+
+class TeacherError(RunStoppedError):
+    """A teacher does not answer, or not as it should."""
+
+
+@contextmanager
+def name_memory_keys(keys: str) -> Iterator[None]:
+    """Convert an out-of-memory error to RunStoppedError that names the keys to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise RunStoppedError(f"{keys}: out of memory; lower them. {error}") from error
+
+
+@contextmanager
+def convert_errors(expected: str, to: type[Exception] = ValueError) -> Iterator[None]:
+    """Convert any exception of code outside this project to one that says what was expected.
+
+    RunStoppedError, out-of-memory errors and missing packages pass unchanged: their messages
+    already say what to do.
+    """
+    try:
+        yield
+    except (RunStoppedError, ModuleNotFoundError, MemoryError):
+        raise
+    except Exception as cause:
+        if isinstance(cause, RuntimeError) and should_reduce_batch_size(cause):
+            raise
+        kind = "" if type(cause) is ValueError else f"{type(cause).__name__}: "
+        raise to(f"{expected}; {kind}{cause}") from cause

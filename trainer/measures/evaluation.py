@@ -1,0 +1,229 @@
+"""Held-out metrics: the student's distance from its teacher, and the scores of its completions."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import torch
+from tqdm.auto import tqdm
+
+from opd_kernels import LazyLogits, SparseLogits, distillation_loss, reverse_kl
+from trainer.config import EvaluationConfig, StageConfig, TeacherConfig
+from trainer.data import Prompt
+from trainer.measures.diagnostics import Sums
+from trainer.measures.privileged import across_contexts
+from trainer.measures.scoring import load_scorer
+from trainer.models.load import Model, eval_mode, reshard
+from trainer.models.rollout import Completion, Sampler
+from trainer.models.teacher import LocalTeacher, Teacher, side_by_side, token_ids
+from trainer.run.directory import SAMPLES, write_whole
+
+_HELD_OUT = 1 << 31  # a seed that no training step uses
+
+
+@dataclass
+class Evaluation:
+    """Measures students on the same held-out prompts and with the same seeds."""
+
+    config: StageConfig
+    prompts: list[Prompt]
+    teachers: dict[str, Teacher]  # by the name that prompts use; may be empty
+    sampler: Sampler
+    references: list[Completion] = field(default_factory=list)  # of the teachers, sampled once
+    local: dict[str, LocalTeacher] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scorer = load_scorer(self.config)
+        self.local = {n: t for n, t in self.teachers.items() if isinstance(t, LocalTeacher)}
+        self.k = self.config.k if isinstance(self.config, TeacherConfig) else 0
+
+    def measure(self, student: Model, step: int) -> dict[str, float]:
+        """Return metrics of the student; write its samples to samples/step-N.jsonl."""
+        if not self.references:
+            self.references = self.complete_by_teachers(self.prompts, _HELD_OUT)
+        repeated = [p for p in self.prompts for _ in range(self.config.eval_completions_per_prompt)]
+        seed = self.config.seed, _HELD_OUT
+        samples = self.sampler.sample(student, repeated, *seed, greedy=self.config.eval_greedy)
+        sums = Sums()
+        sums.add_completions(samples)
+        names = ("completion_length", "truncated", "repetition")
+        metrics = {f"eval_{name}": sums.means()[name] for name in names}
+        if self.teachers:
+            metrics |= self._divergences(student, samples)
+        if step == 0 and self.references:
+            metrics |= self._contexts()
+        if self.scorer:
+            metrics |= self._scores(samples)
+        reshard(student)
+        self._write_samples(step, samples)
+        return metrics
+
+    def score(self, completions: list[Completion]) -> list[float]:
+        """Return the scorer's number for each completion."""
+        assert self.scorer is not None
+        return [self.scorer(self.sampler.text(c), c.prompt.row) for c in completions]
+
+    def _scores(self, samples: list[Completion]) -> dict[str, float]:
+        count, scores = self.config.eval_completions_per_prompt, self.score(samples)
+        metrics = {"eval_score": sum(scores) / len(scores)}
+        right = (np.array(scores).reshape(-1, count) >= 1).sum(1).tolist()
+        for k in [2**i for i in range(count.bit_length()) if count > 1]:
+            metrics[f"eval_pass_at_{k}"] = sum(pass_at_k(count, c, k) for c in right) / len(right)
+        teacher_scores = self.score(self.references)
+        if teacher_scores:
+            metrics["eval_teacher_score"] = sum(teacher_scores) / len(teacher_scores)
+        if isinstance(self.config, EvaluationConfig) and self.config.prefix_probe:
+            metrics |= self._prefix_probe(samples, scores, teacher_scores)
+        return metrics
+
+    def _prefix_probe(
+        self, samples: list[Completion], scores: list[float], teacher_scores: list[float]
+    ) -> dict[str, float]:
+        """Let the teacher continue the student's prefixes, and count the answers that change.
+
+        The counts compare with the student's own continuation and with the teacher alone.
+        """
+        generator = np.random.default_rng([self.config.seed, _HELD_OUT])
+        pairs = [(c, s) for c, s in zip(samples, scores, strict=True) if len(c.ids) > 1]
+        if not pairs:  # a completion of one token has no prefix
+            return {}
+        prefixes = [c.ids[: int(generator.integers(1, len(c.ids)))] for c, _ in pairs]
+        prompts = [
+            replace(c.prompt, teacher_ids=c.prompt.teacher_ids + prefix)
+            for (c, _), prefix in zip(pairs, prefixes, strict=True)
+        ]
+        length = self.config.max_completion_length
+        ends = self.complete_by_teachers(prompts, _HELD_OUT)
+        continued = self.score(
+            [replace(c, ids=[*p, *c.ids][:length]) for c, p in zip(ends, prefixes, strict=True)]
+        )
+        metrics = {"eval_probe_score": sum(continued) / len(continued)}
+        by_prompt = dict(zip(map(id, self.prompts), teacher_scores, strict=True))
+        alone = [by_prompt[id(c.prompt)] for c, _ in pairs]
+        for whose, before in (("", [s for _, s in pairs]), ("teacher_", alone)):
+            turns = [(old >= 1, new >= 1) for old, new in zip(before, continued, strict=True)]
+            metrics[f"eval_probe_{whose}right_to_wrong"] = float(turns.count((True, False)))
+            metrics[f"eval_probe_{whose}wrong_to_right"] = float(turns.count((False, True)))
+        return metrics
+
+    def complete_by_teachers(self, prompts: list[Prompt], seed: int) -> list[Completion]:
+        """Return the teachers' completions in the order of the prompts; [] if one is a server."""
+        if len(self.local) < len(self.teachers) or not self.teachers:
+            return []
+        completions: dict[int, Completion] = {}
+        for number, (name, teacher) in enumerate(self.local.items()):
+            indices = [i for i, p in enumerate(prompts) if p.teacher == name]
+            with teacher.active() as model:
+                batch, seeds = [prompts[i] for i in indices], (self.config.seed, seed, number)
+                samples = self.sampler.sample(model, batch, *seeds, as_teacher=True)
+            completions.update(zip(indices, samples, strict=True))
+        return [completions[i] for i in range(len(prompts))]
+
+    def _divergences(self, student: Model, samples: list[Completion]) -> dict[str, float]:
+        on_policy = self.divergence(student, samples)
+        names = ("outside_teacher_top_k", "teacher_nll")
+        metrics = {f"eval_{n}": on_policy[n] for n in names if n in on_policy}
+        metrics["eval_reverse_kl_on_own_samples"] = on_policy["kl"]
+        metrics["eval_overlap_on_own_samples"] = on_policy["overlap"]
+        if self.references:
+            fixed = self.divergence(student, self.references)
+            metrics |= {"eval_reverse_kl": fixed["kl"], "eval_overlap": fixed["overlap"]}
+            metrics["eval_reverse_kl_per_completion"] = fixed["kl"] * fixed["completion_length"]
+        return metrics
+
+    def _contexts(self) -> dict[str, float]:
+        """Return the effect of the teachers' privileged contexts, see privileged.py."""
+        sums, spreads = Sums(), []
+        for name, teacher in self.local.items():
+            references = [c for c in self.references if c.prompt.teacher == name]
+            spreads += across_contexts(teacher, references, self.k, self.config.temperature)
+            seen = [c for c in references if c.prompt.teacher_ids != c.prompt.student_ids]
+            if seen:
+                tokens = sum(len(c.ids) for c in seen)
+                with teacher.active() as model:
+                    kl = self.divergence(model, seen)["kl"]
+                sums.add(kl=kl * tokens, scored_tokens=tokens)
+        metrics = {"eval_context_kl": sums.means()["kl"]} if sums else {}
+        if spreads:
+            dispersion, residual = (float(torch.cat(x).mean()) for x in zip(*spreads, strict=True))
+            metrics["eval_context_dispersion"] = dispersion
+            metrics["eval_geometric_residual"] = residual
+        return metrics
+
+    @torch.no_grad()
+    def divergence(self, student: Model, completions: list[Completion]) -> dict[str, float]:
+        """Return the reverse KL per token of the completions, as `kl`, with the means of Sums.
+
+        It is exact with a local teacher. A server returns its top-K, and the rest is one bucket,
+        which makes it a lower bound.
+        """
+        sums, batch = Sums(), list[Completion]()
+
+        def add(student: LazyLogits, teacher: LazyLogits | SparseLogits) -> None:
+            if isinstance(teacher, LazyLogits):
+                loss = partial(distillation_loss, support="full")
+            else:
+                loss = partial(distillation_loss, support="teacher", missing="drop")
+                loss = partial(loss, objective=partial(reverse_kl, tail="bucket"))
+            output = loss(student, teacher, k=self.k, reduction="sum")
+            sums.add_tokens(output.student, output.teacher)
+            ids = token_ids(batch, output.student.ids.device)
+            top = output.student if isinstance(teacher, LazyLogits) else student.topk(self.k)
+            sums.add_positions(top, teacher, ids, [len(c.ids) for c in batch])
+            sums.add(kl=float(output.loss))
+
+        sums.add_completions(completions)
+        with eval_mode(student):
+            for name, teacher in self.teachers.items():
+                scored = [c for c in completions if c.prompt.teacher == name]
+                teacher.prepare(scored)
+                for batch in self._batches(scored):
+                    side_by_side(student, teacher, batch, self.config.temperature, add)
+        return sums.means()
+
+    def _batches(self, completions: list[Completion]) -> Iterator[list[Completion]]:
+        size, is_quiet = self.config.per_device_eval_batch_size, self.config.disable_tqdm
+        starts = range(0, len(completions), size)
+        for start in tqdm(starts, desc="held-out divergence", leave=False, disable=is_quiet):
+            yield completions[start : start + size]
+
+    def _write_samples(self, step: int, samples: list[Completion]) -> None:
+        if not self.config.should_save:  # all ranks have the same samples, and one writes them
+            return
+        first = samples[:: self.config.eval_completions_per_prompt]
+        columns: dict[str, list[Any]] = {"prompt": [p.text for p in self.prompts]}
+        columns["student"] = [self.sampler.text(c) for c in first]
+        if self.references:
+            columns["teacher"] = [self.sampler.text(c) for c in self.references]
+        if self.scorer:
+            columns["score"] = self.score(first)
+        path = Path(self.config.output_dir) / SAMPLES.format(step)
+        path.parent.mkdir(exist_ok=True, parents=True)
+        write_whole(path, pandas.DataFrame(columns).to_json(orient="records", lines=True))
+
+    def save_references(self, path: Path) -> None:
+        """Save the references if there are any: the teacher of a resumed run may have moved."""
+        if self.references:
+            kept = [
+                {"context": c.prompt.teacher_ids, "ids": c.ids, "truncated": c.truncated}
+                for c in self.references
+            ]
+            path.write_text(json.dumps(kept))
+
+    def load_references(self, path: Path) -> None:
+        """Load a checkpoint's references, unless the held-out prompts have changed."""
+        kept = json.loads(path.read_text()) if path.exists() else []
+        if [saved.pop("context") for saved in kept] == [p.teacher_ids for p in self.prompts]:
+            pairs = zip(self.prompts, kept, strict=True)
+            self.references = [Completion(prompt, **saved) for prompt, saved in pairs]
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Return an unbiased estimate that one of k samples is right: arXiv 2107.03374 equation 1."""
+    return 1 - comb(samples - right, k) / comb(samples, k)

