@@ -26,7 +26,7 @@ def rows(page: str) -> list[tuple[str, float, float]]:
     lines = page[page.index("| method |") :].partition("\n\n")[0].splitlines()[2:]
     cells = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
     return [
-        (_label(row[0]), float(row[4]), float(row[6].replace(",", "")))
+        (_label(row[0]), float(row[3].split()[0]), float(row[4].replace(",", "")))
         for row in cells
         if not row[0].startswith(OMITTED)
     ]

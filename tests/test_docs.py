@@ -202,6 +202,7 @@ def namespace():
     yield names | {
         "torch": torch, "model": model, "teacher_model": teacher_model, "input_ids": input_ids,
         "attention_mask": attention_mask, "completion_mask": attention_mask.float(),
+        "batches": [input_ids] * 3,
         "hidden": hidden, "weight": weight, "lm_head": model.lm_head, "teacher": teacher,
         "teacher_hidden": teacher_hidden, "t_hidden": teacher_hidden, "student": student,
         "teacher_weight": teacher_weight, "t_weight": teacher_weight,
