@@ -117,7 +117,7 @@ def named(pages):
     return pytest.mark.parametrize("page", pages, ids=[page.name for page in pages])
 
 
-@named(PAGES)
+@named([*PAGES, ROOT / "CONTRIBUTING.md"])
 def test_what_a_page_names_exists(page):
     text = page.read_text()
     assert missing_tests(text) == []
