@@ -1,5 +1,5 @@
-"""README and docs/: what they name exists, their code runs and prints what they show, and the site
-is built without a warning and asks nothing of a network.
+"""README and docs/: the files and tests that they name exist, their code runs and prints what they
+show, and the site builds without a warning and makes no network request.
 """
 
 import ast
@@ -9,6 +9,7 @@ import functools
 import os
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -28,7 +29,8 @@ from tests.tiny_models import tiny_batch, tiny_model
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 VOCAB = 97  # of the tiny models
-NOT_RUN = "<!-- not run: "  # with a reason, in the line above a block
+README_WORDS = 1400
+NOT_RUN = "<!-- not run: "  # in the line above a block, followed by a reason
 
 _TEST = re.compile(r"\b(tests/[\w/]+\.py)::(\w+)")
 _CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
@@ -46,7 +48,7 @@ def names_in(path):
 
 
 def missing_tests(text, root=ROOT):
-    """Tests that a text names and that are not there."""
+    """The tests that a text names and that do not exist."""
     return [
         f"{file}::{name}" for file, name in _TEST.findall(text)
         if not (root / file).exists() or name not in names_in(root / file)
@@ -54,16 +56,16 @@ def missing_tests(text, root=ROOT):
 
 
 def anchors(page):
-    """What its headings are linked by."""
+    """The anchors of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 def missing_paths(text, root=ROOT, links_from=ROOT):
-    """Paths that a text names as code or links to and that are not there.
+    """The paths that a text names in code or links to and that do not exist.
 
-    A path is a word in code that begins with a folder of the repository, or ends as a source file
-    does; without a folder it may be anywhere. What a run writes is none.
+    A path is a word in code that begins with a folder of the repository or ends like a source
+    file. A file name without a folder may be anywhere. Folders that runs write do not count.
     """
     folders = {path.name for path in root.iterdir() if path.is_dir()} - {"runs", "build"}
     missing = [
@@ -89,7 +91,7 @@ def missing_paths(text, root=ROOT, links_from=ROOT):
 
 @dataclass
 class Block:
-    """A fenced block: its language, its text, where it begins, and the line above it."""
+    """A fenced block: its language, text and first line, and the line above it."""
 
     language: str
     text: str
@@ -115,7 +117,7 @@ def named(pages):
     return pytest.mark.parametrize("page", pages, ids=[page.name for page in pages])
 
 
-@named(PAGES)
+@named([*PAGES, ROOT / "CONTRIBUTING.md"])
 def test_what_a_page_names_exists(page):
     text = page.read_text()
     assert missing_tests(text) == []
@@ -135,24 +137,59 @@ def test_a_name_that_does_not_exist_is_found(tmp_path):
     assert missing_paths("[a](README.md#the-tree) [b](docs/index.md)") == []
 
 
+def listed_files(tree):
+    """The files that a drawn tree lists, each below the folders that it is indented by."""
+    found, folders = [], {}
+    for line in tree.splitlines():
+        names = re.match(r"( {0,8})((?:[\w]+(?:\.py|/) ?)+)( |$)", line)
+        if names is None:
+            continue
+        depth = len(names[1])
+        parents = [folder for indent, folder in sorted(folders.items()) if indent < depth]
+        for name in names[2].split():
+            if name.endswith("/"):
+                folders = {indent: f for indent, f in folders.items() if indent < depth}
+                folders[depth] = name
+            else:
+                found.append("".join([*parents, name]))
+    return found
+
+
+def test_files_of_a_drawn_tree():
+    tree = "a/      the folder a/\n  x.py y.py\n          says z.py\n  b/\n    z.py  last\n  w.py\n"
+    assert listed_files(tree) == ["a/x.py", "a/y.py", "a/b/z.py", "a/w.py"]
+
+
 def test_the_tree_lists_every_file_once():
-    """Of the two packages, as `docs/architecture.md` draws them."""
     page = ROOT / "docs" / "architecture.md"
     tree = next(block.text for block in blocks(page) if block.text.startswith("csrc/"))
-    listed = re.findall(r"\b(\w+\.py)\b", tree.partition("opd_kernels/\n")[2])
     files = [
-        path.name
+        path.relative_to(ROOT).as_posix()
         for folder in ("opd_kernels", "trainer")
-        for path in (ROOT / folder).glob("*.py")
+        for path in (ROOT / folder).rglob("*.py")
         if path.name != "__init__.py"
     ]
-    inside_backends = ["torch.py", "cpu.py", "cuda.py"]
-    assert sorted(listed) == sorted(files + inside_backends)
+    assert sorted(listed_files(tree)) == sorted(files)
+
+
+def test_the_readme_takes_two_minutes():
+    assert len((ROOT / "README.md").read_text().split()) <= README_WORDS
+
+
+def test_the_chart_shows_the_table_of_performance():
+    peers = runpy.run_path(str(ROOT / "docs" / "peers.py"))
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert (ROOT / "docs" / "peers.svg").read_text() == peers["chart"](page)
+    rows = {name: numbers for name, *numbers in peers["rows"](page)}
+    assert rows["opd_kernels, method=one_pass"] == [0.95, 171]
+    assert len(rows) == 7
+    told = re.sub("[,*]", "", (ROOT / "README.md").read_text())
+    assert all(f"{memory:.0f} |" in told for _, memory in rows.values())
 
 
 @pytest.fixture
 def namespace():
-    """The names that code on the pages takes as given."""
+    """The names that code on the pages uses without defining them."""
     model, teacher_model = tiny_model("llama"), tiny_model("qwen3", seed=1)
     input_ids, attention_mask = tiny_batch()
     weight = model.lm_head.weight
@@ -165,6 +202,7 @@ def namespace():
     yield names | {
         "torch": torch, "model": model, "teacher_model": teacher_model, "input_ids": input_ids,
         "attention_mask": attention_mask, "completion_mask": attention_mask.float(),
+        "batches": [input_ids] * 3,
         "hidden": hidden, "weight": weight, "lm_head": model.lm_head, "teacher": teacher,
         "teacher_hidden": teacher_hidden, "t_hidden": teacher_hidden, "student": student,
         "teacher_weight": teacher_weight, "t_weight": teacher_weight,
@@ -176,7 +214,7 @@ def namespace():
 
 @named(pages_with("python"))
 def test_python_on_a_page_runs(page, namespace, capsys):
-    """Its blocks in their order; those of a page may go on from each other."""
+    """The blocks of a page run in order and may use names of earlier blocks."""
     ran = 0
     for block in blocks(page):
         if block.language != "python" or block.text.startswith("--8<--"):  # tests/test_examples.py
@@ -238,7 +276,7 @@ def test_every_example_is_on_its_page():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The site as `make docs` builds it, and all that the build said."""
+    """The folder of the site as `make docs` builds it, the exit code, and the build's output."""
     pytest.importorskip("mkdocs", reason="pip install 'opd-kernels[docs]'")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
@@ -253,7 +291,7 @@ def test_the_site_is_built_without_a_warning(site):
     assert [line for line in said.splitlines() if not line.startswith("INFO")] == []
     names = {path.stem for path in PAGES} - {"README"}
     assert names | {"404"} == {path.stem for path in folder.glob("*.html")}
-    assert list(folder.rglob("*.py*")) == []  # of hooks.py, which builds it
+    assert list(folder.rglob("*.py*")) == []  # no hooks.py, peers.py or compiled file
     for path in folder.glob("*.html"):
         text = path.read_text()
         assert not _REMOTE.search(text)
@@ -274,21 +312,50 @@ def test_every_key_of_a_recipe_is_on_its_page(site):
     text = (site[0] / "recipe_keys.html").read_text()
     for stage in ("StageConfig", "TeacherConfig", "DistillationConfig", "SFTConfig", "RLVRConfig",
                   "EvaluationConfig"):  # fmt: skip
-        own = getattr(config, stage).__annotations__
-        for key in own.keys() - {"REQUIRED"}:
+        keys = getattr(config, stage).__annotations__.keys()
+        for key in keys - {"REQUIRED"}:
             assert f"<td><code>{key}</code></td>" in text, f"{stage}: {key}"
     row = re.search(r"<td><code>micro_batch_size</code></td>(.*?)</tr>", text, re.DOTALL)
     cells = re.findall(r"<td>(.*?)</td>", row[1])
     default = next(f.default for f in dataclasses.fields(config.StageConfig)
                    if f.name == "micro_batch_size")  # fmt: skip
-    told = "completions per forward and backward pass"
-    assert cells == ["int ≥ 1", f"<code>{default}</code>", told]
+    comment = "completions per forward and backward pass"
+    assert cells == ["int ≥ 1", f"<code>{default}</code>", comment]
+
+
+def test_fields_of_a_config():
+    pytest.importorskip("latex2mathml", reason="pip install 'opd-kernels[docs]'")
+    hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+    source = '''
+from typing import Annotated, ClassVar, Literal
+Count = Annotated[int, Field(ge=1)]
+@dataclass
+class Config(Base):
+    """The keys of a stage."""
+    REQUIRED: ClassVar[tuple[str, ...]] = ()
+    model: str = field(kw_only=True)  # a name
+    # One of two,
+    # whichever.
+    kind: Literal["a", "b"] | None = None
+    k: Count = 20  # of the top-K
+    options: dict[str, int] = field(default_factory=dict)
+'''
+    assert hooks["fields"](source, "Config").splitlines() == [
+        "The keys of a stage.",
+        "",
+        "| key | values | default | |",
+        "|---|---|---|---|",
+        "| `model` | str |  | a name |",
+        "| `kind` | a, b |  | One of two, whichever. |",
+        "| `k` | int ≥ 1 | `20` | of the top-K |",
+        "| `options` | dict[str, int] | `{}` |  |",
+    ]
 
 
 @needs_browser
 @pytest.mark.parametrize("page", ["index", "mathematics", "api"])
 def test_a_page_in_a_browser(site, tmp_path, page):
-    """It asks for nothing but its own files, and nothing is wider than the window."""
+    """The page requests its own files only, and nothing is wider than the window."""
     handler = functools.partial(QuietHandler, directory=site[0])
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

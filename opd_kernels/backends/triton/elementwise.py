@@ -1,4 +1,4 @@
-"""Final logits from raw products inside a kernel; head.py defines the same for whole tensors.
+"""Final logits from raw products inside a kernel; records.py defines the same for whole tensors.
 
 A score is hidden @ weight.T + bias. A head is passed as two scalars: z = outer * tanh(inner *
 score), or z = outer * score without a softcap. They are passed in double precision and rounded once
