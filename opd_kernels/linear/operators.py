@@ -315,15 +315,9 @@ def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     _save(ctx, inputs[0], head, ids, values, tail)
 
 
-def _backward_topk(ctx: Any, dvalues: Any, dids: Any, dtail: Any, dentropy: Any) -> tuple[Any, ...]:
-    return _gradients(ctx, dvalues, dtail)
-
-
-def _backward_gather(ctx: Any, dvalues: Any, dtail: Any, dentropy: Any) -> tuple[Any, ...]:
-    return _gradients(ctx, dvalues, dtail)
-
-
-def _gradients(ctx: Any, dvalues: Tensor | None, dtail: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, dvalues: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+    """The backward pass of both operators, whose last outputs are tail and entropy."""
+    dtail = others[-2]
     hidden, weight, bias, ids, values, tail = ctx.saved_tensors
     if tail.numel() == 0:
         dtail = None  # gather(tail=False) has no tail, and neither have no rows
@@ -343,12 +337,8 @@ def _no_second_backward(ctx: Any, *gradients: Any) -> None:
 
 
 torch.library.register_autograd("opd_kernels::linear_backward", _no_second_backward)
-torch.library.register_autograd(
-    "opd_kernels::linear_topk", _backward_topk, setup_context=_save_topk
-)
-torch.library.register_autograd(
-    "opd_kernels::linear_gather", _backward_gather, setup_context=_save_gather
-)
+torch.library.register_autograd("opd_kernels::linear_topk", _backward, setup_context=_save_topk)
+torch.library.register_autograd("opd_kernels::linear_gather", _backward, setup_context=_save_gather)
 linear_topk = torch.ops.opd_kernels.linear_topk.default
 linear_gather = torch.ops.opd_kernels.linear_gather.default
 linear_backward = torch.ops.opd_kernels.linear_backward.default
