@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opd_kernels.backends.epilogues import Epilogues
-from opd_kernels.backends.records import Chunk, Head, RowGradient, RowState
+from opd_kernels.backends.records import Chunk, Head, Operands, RowGradient, RowState
 from opd_kernels.backends.triton import TritonEpilogues
 from opd_kernels.backends.triton.linear import TritonFusedEpilogues
 
@@ -99,7 +99,7 @@ def linear_update(k: int, plain: bool, device: str, dim: int = 1_024) -> Call:
     """Matrix product fused with a gather of given ids; with entropy unless plain."""
     hidden, head = _operands(dim, plain, device)
     ids, _, like = _rows(k, device)
-    return lambda: FUSED.update(hidden, head, RowState.for_ids(ids, not plain, like))
+    return lambda: FUSED.update(Operands(hidden, head), RowState.for_ids(ids, not plain, like))
 
 
 def linear_gradient(k: int, plain: bool, device: str, dim: int = 1_024) -> Call:
@@ -109,7 +109,9 @@ def linear_gradient(k: int, plain: bool, device: str, dim: int = 1_024) -> Call:
     out = torch.empty(TOKENS, 16_384, dtype=torch.bfloat16, device=device)
 
     def call() -> None:
-        support = FUSED.support(ids, hidden, head)
-        FUSED.gradient(hidden, head, 0, support, RowGradient(ids, values, rows, rows), out)
+        support = FUSED.support(ids, Operands(hidden, head))
+        FUSED.gradient(
+            Operands(hidden, head), 0, support, RowGradient(ids, values, rows, rows), out
+        )
 
     return call

@@ -15,7 +15,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def got(value: Any) -> str:
-    """What came, for a message: the dtype of a tensor, the type of anything else."""
+    """Describe a value for an error message: the dtype of a tensor, otherwise the type."""
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 

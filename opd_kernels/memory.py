@@ -173,7 +173,7 @@ def ranks_table(losses: list[Loss]) -> str:
     """Return a Markdown table with one row per loss: MiB that a rank holds and sends when a head is
     split over ranks. The last column is for FSDP2 instead, with N different tokens on every rank.
     """
-    names = ("head", "one_pass", "recompute", "sends", "of it top-K", "sends under FSDP2")
+    names = ("head", "one_pass", "recompute", "sends", "top-K part", "sends under FSDP2")
     lines = [f"| ranks | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     for loss in losses:
         exchanged = loss.exchanged()

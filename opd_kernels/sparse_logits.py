@@ -1,6 +1,6 @@
 """SparseLogits: a row of logits as K values, K ids and the logsumexp of the rest."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,6 +239,43 @@ def map_rows(sparse: SparseLogits, function: Callable[[Tensor], Tensor]) -> Trus
     )
 
 
+def concatenate_rows(pieces: Sequence[SparseLogits]) -> SparseLogits:
+    """Concatenate the rows [n, ...] of several SparseLogits on one vocabulary."""
+    if len(pieces) == 1:
+        return pieces[0]
+    tensors = {
+        name: torch.cat([getattr(piece, name) for piece in pieces])
+        for name in ("values", "ids", "tail", "entropy")
+        if getattr(pieces[0], name) is not None
+    }
+    return pieces[0]._derive(**tensors)
+
+
+def scatter_rows(
+    sparse: SparseLogits, rows: Tensor | None, leading: torch.Size
+) -> TrustedSparseLogits:
+    """Put the rows [n, ...] at indices `rows` of the leading shape; the other rows are empty.
+
+    Without indices the rows are all rows of the leading shape.
+    """
+    return TrustedSparseLogits(
+        scatter(sparse.values, rows, leading, -torch.inf),
+        scatter(sparse.ids, rows, leading, -1),
+        None if sparse.tail is None else scatter(sparse.tail, rows, leading, 0.0),
+        sparse.vocab_size,
+        sparse.temperature,
+        None if sparse.entropy is None else scatter(sparse.entropy, rows, leading, 0.0),
+    )
+
+
+def scatter(tensor: Tensor, rows: Tensor | None, leading: torch.Size, empty: float) -> Tensor:
+    """As scatter_rows, of one tensor [n, ...]; `empty` fills the other rows."""
+    if rows is not None:
+        full = tensor.new_full((leading.numel(), *tensor.shape[1:]), empty)
+        tensor = full.index_copy(0, rows, tensor)
+    return tensor.reshape((*leading, *tensor.shape[1:]))
+
+
 _FIELDS = ("values", "ids", "tail", "vocab_size", "temperature", "entropy")
 
 
@@ -247,13 +284,21 @@ def check_same_distribution(student: Any, teacher: SparseLogits) -> None:
 
     The student is SparseLogits or LazyLogits.
     """
-    for name in ("vocab_size", "temperature"):
-        student_value, teacher_value = getattr(student, name), getattr(teacher, name)
-        if student_value != teacher_value:
+    same_size = student.vocab_size == teacher.vocab_size
+    for name, same in (
+        ("vocab_size", same_size),
+        ("temperature", have_same_temperature(student, teacher)),
+    ):
+        if not same:
             raise ValueError(
-                f"{name}: expected the same value for student and teacher, got {student_value} and "
-                f"{teacher_value}; pass {name}= to both"
+                f"{name}: expected the same value for student and teacher, got "
+                f"{getattr(student, name)} and {getattr(teacher, name)}; pass {name}= to both"
             )
+
+
+def have_same_temperature(a: Any, b: Any) -> bool:
+    """Whether two heads, or logits of two models, have the same temperature."""
+    return bool(a.temperature == b.temperature)
 
 
 def canonical_ids(ids: Tensor, vocab_size: int) -> Tensor:

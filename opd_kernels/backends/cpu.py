@@ -1,5 +1,6 @@
 """The epilogues in C++ (csrc/cpu), vectorised and threaded, for float32 and float64 chunks."""
 
+import torch
 from torch import Tensor
 
 from opd_kernels.backends.epilogues import Epilogues
@@ -7,16 +8,17 @@ from opd_kernels.backends.extensions import cpu_extension as extension
 from opd_kernels.backends.records import Chunk, RowGradient, RowState
 from opd_kernels.backends.sparse_rows import SparseRows
 
-# The extension selects with a heap for each row. Above this K the heap is no longer cheap beside
-# the row's logits.
-_MAX_K = 1024
-
 
 class CpuEpilogues(Epilogues):
     """Epilogues that the C++ extension computes."""
 
+    dtypes = (torch.float32, torch.float64)
+    # The extension selects with a heap for each row. Above this K the heap is no longer cheap
+    # beside the row's logits.
+    max_selected = 1024
+
     def update(self, chunk: Chunk, state: RowState) -> None:
-        if state.selects and state.values.shape[1] > _MAX_K:
+        if not self.covers(chunk, state.values.shape[1], state.selects):
             return super().update(chunk, state)
         head = chunk.head_operands(chunk.raw.dtype)
         extension.update(
@@ -25,6 +27,8 @@ class CpuEpilogues(Epilogues):
         )  # fmt: skip
 
     def gradient(self, chunk: Chunk, gradient: RowGradient, out: Tensor) -> None:
+        if not self.covers(chunk, gradient.ids.shape[1]):
+            return super().gradient(chunk, gradient, out)
         head = chunk.head_operands(chunk.raw.dtype)
         extension.gradient_(chunk.raw, chunk.first_id, *head, *gradient.contiguous())
         if out is not chunk.raw:
@@ -33,6 +37,8 @@ class CpuEpilogues(Epilogues):
     def filtered_gradient(
         self, chunk: Chunk, gradient: RowGradient, threshold: Tensor
     ) -> tuple[SparseRows, Tensor]:
+        if not self.covers(chunk, gradient.ids.shape[1]):
+            return super().filtered_gradient(chunk, gradient, threshold)
         rows = (*gradient.contiguous(), threshold.contiguous())
         head = chunk.head_operands(chunk.raw.dtype)
         *entries, kept = extension.filtered_gradient(chunk.raw, *head, *rows)
@@ -41,6 +47,8 @@ class CpuEpilogues(Epilogues):
     def divergence(
         self, chunk: Chunk, teacher: Chunk, beta: float, upstream: Tensor | None, out: Tensor
     ) -> Tensor:
+        if not (self.covers(chunk, 0) and self.covers(teacher, 0)):
+            return super().divergence(chunk, teacher, beta, upstream, out)
         loss = chunk.raw.new_empty(chunk.raw.shape[0])
         upstream = None if upstream is None else upstream.contiguous()
         heads = [c.head_operands(c.raw.dtype) for c in (chunk, teacher)]

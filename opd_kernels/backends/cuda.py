@@ -33,19 +33,21 @@ def runs_on(device: torch.device) -> bool:
 class CudaEpilogues(Epilogues):
     """Epilogues that an extension with the interface of csrc/cuda/bindings.cpp computes."""
 
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
     # filtered_gradient is PyTorch's: the number of entries that are kept depends on the data.
 
     def __init__(self, extension: Any, long_row: int = _LONG_ROW) -> None:
         self.extension = extension
+        self.max_selected, self.max_given = extension.MAX_SELECTED, extension.MAX_GIVEN
         self._long_row = long_row
 
     def update(self, chunk: Chunk, state: RowState) -> None:
-        extension = self.extension
-        if state.ids.shape[1] > (extension.MAX_SELECTED if state.selects else extension.MAX_GIVEN):
+        if not self.covers(chunk, state.ids.shape[1], state.selects):
             return super().update(chunk, state)
         raw = chunk.raw
         with device_of(raw):
-            extension.update(
+            self.extension.update(
                 raw, chunk.first_id, *_head(chunk), state.values, state.ids,
                 state.selects, state.max, state.sum, state.moment,
                 raw.shape[1] > self._long_row, _stream(raw),
@@ -53,7 +55,7 @@ class CudaEpilogues(Epilogues):
 
     def gradient(self, chunk: Chunk, gradient: RowGradient, out: Tensor) -> None:
         raw = chunk.raw
-        if gradient.ids.shape[1] > self.extension.MAX_GIVEN or not _can_write(raw, out):
+        if not (self.covers(chunk, gradient.ids.shape[1]) and _can_write(raw, out)):
             return super().gradient(chunk, gradient, out)
         with device_of(raw):
             self.extension.gradient(
@@ -95,7 +97,8 @@ class CudaEpilogues(Epilogues):
         self, chunk: Chunk, teacher: Chunk, beta: float, upstream: Tensor | None, out: Tensor
     ) -> Tensor:
         raw = chunk.raw
-        if not _can_write(raw, out):
+        covered = self.covers(chunk, 0) and self.covers(teacher, 0)
+        if not (covered and _can_write(raw, out)):
             return super().divergence(chunk, teacher, beta, upstream, out)
         loss = raw.new_empty(raw.shape[0], dtype=accumulator_dtype(raw))
         upstream = None if upstream is None else upstream.contiguous()
@@ -126,7 +129,7 @@ def _can_write(raw: Tensor, out: Tensor) -> bool:
 
 @contextmanager
 def _contiguous(sums: Tensor) -> Iterator[Tensor]:
-    """A contiguous tensor whose final values are copied to the sums, whatever their strides."""
+    """Yield the sums, or a contiguous copy that is written back afterwards."""
     same = sums.contiguous()
     yield same
     if same is not sums:

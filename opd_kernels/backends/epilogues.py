@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from opd_kernels.backends.records import Chunk, Head, RowGradient, RowState
+from opd_kernels.backends.records import Chunk, Head, Operands, RowGradient, RowState
 from opd_kernels.backends.sparse_rows import SparseRows
 
 _BLOCK_ELEMENTS = 1 << 19
@@ -21,22 +21,16 @@ _BLOCK_ELEMENTS = 1 << 19
 class FusedEpilogues(Protocol):
     """Epilogues with the matrix product inside: the chunk of logits never reaches memory."""
 
-    def update(self, hidden: Tensor, head: Head, state: RowState) -> None:
-        """Fill a state of given ids from hidden [N, D]."""
+    def update(self, operands: Operands, state: RowState) -> None:
+        """Fill a state of given ids from contiguous hidden states [N, D]."""
         ...
 
-    def support(self, ids: Tensor, hidden: Tensor, head: Head) -> Any:
+    def support(self, ids: Tensor, operands: Operands) -> Any:
         """Prepare the ids [n, K] of some rows for `gradient`."""
         ...
 
     def gradient(
-        self,
-        hidden: Tensor,
-        head: Head,
-        first_id: int,
-        support: Any,
-        rows: RowGradient,
-        out: Tensor,
+        self, operands: Operands, first_id: int, support: Any, gradient: RowGradient, out: Tensor
     ) -> None:
         """Write Epilogues.gradient of hidden [n, D] @ weight.T to out [n, v], without the chunk.
 
@@ -48,10 +42,22 @@ class FusedEpilogues(Protocol):
 class Epilogues:
     """The row-wise work on a chunk of raw products [n, v], on any device and in float64 too."""
 
+    # What the kernels of a subclass take; None for everything.
+    dtypes: tuple[torch.dtype, ...] | None = None  # of chunks
+    max_selected: int | None = None  # K up to which `update` selects
+    max_given: int | None = None  # K at given ids
+
+    def covers(self, chunk: Chunk, k: int, selects: bool = False) -> bool:
+        """Whether the backend's kernels take a chunk and K slots; else a method calls super()."""
+        most = self.max_selected if selects else self.max_given
+        has_kernel = self.dtypes is None or chunk.raw.dtype in self.dtypes
+        return has_kernel and (most is None or k <= most)
+
     def update(self, chunk: Chunk, state: RowState) -> None:
         """Add the logits of a chunk to the state of its rows. The chunk is only read."""
         for rows in row_blocks(chunk.raw):
-            logits = chunk.head.logits(chunk.scores(rows))
+            block = chunk[rows]
+            logits = block.head.logits(block.scores())
             if state.selects:
                 _update_topk(logits, chunk.first_id, state.rows(rows))
             else:
@@ -63,15 +69,16 @@ class Epilogues:
         out may be the chunk's own tensor, or of a 16-bit dtype. The chunk may be overwritten.
         """
         for rows in row_blocks(chunk.raw):
-            scores, part = chunk.scores(rows), gradient.rows(rows)
-            logits = chunk.head.logits(scores)
+            block, part = chunk[rows], gradient.rows(rows)
+            scores = block.scores()
+            logits = block.head.logits(scores)
             tail = part.tail[:, None]
             # A row whose tail is -inf has no mass off S; exp(-inf - -inf) would be NaN there.
             shift = tail.masked_fill(tail == -torch.inf, torch.inf)
             dlogits = _with_spare_column((logits - shift).exp().mul_(part.dtail[:, None]))
             columns = _columns(part.ids, chunk.first_id, logits.shape[1])
             dlogits.scatter_(1, columns, part.dvalues)
-            torch.mul(dlogits[:, :-1], chunk.head.derivative(scores), out=out[rows])
+            torch.mul(dlogits[:, :-1], block.head.derivative(scores), out=out[rows])
 
     def filtered_gradient(
         self, chunk: Chunk, gradient: RowGradient, threshold: Tensor
@@ -87,8 +94,9 @@ class Epilogues:
         pieces = [(ids.new_empty(0), ids.new_empty(0), chunk.raw.new_empty(0))]
         shares = [chunk.raw.new_empty(0)]
         for rows in row_blocks(chunk.raw):
-            scores, part = chunk.scores(rows), gradient.rows(rows)
-            logits = _with_spare_column(chunk.head.logits(scores))
+            block, part = chunk[rows], gradient.rows(rows)
+            scores = block.scores()
+            logits = _with_spare_column(block.head.logits(scores))
             columns = _columns(part.ids, 0, chunk.raw.shape[1])
             logits.scatter_(1, columns, -torch.inf)
             # A threshold of NaN keeps every entry, so that a row of NaN stays NaN.
@@ -98,7 +106,7 @@ class Epilogues:
             dlogits = (softmax * part.dtail[:, None]).scatter_(1, columns, part.dvalues)
             kept.scatter_(1, columns, True)
             row, column = kept[:, :-1].nonzero(as_tuple=True)
-            derivative = chunk.head.derivative(scores)
+            derivative = block.head.derivative(scores)
             if isinstance(derivative, Tensor):
                 derivative = derivative[row, column]
             pieces.append((row + rows.start, column, dlogits[row, column] * derivative))
@@ -116,15 +124,16 @@ class Epilogues:
         """
         losses = [chunk.raw.new_empty(0)]
         for rows in row_blocks(chunk.raw):
-            scores = chunk.scores(rows)
-            log_p = chunk.head.logits(scores).log_softmax(1)
-            log_q = teacher.head.logits(teacher.scores(rows)).log_softmax(1)
+            block, teacher_block = chunk[rows], teacher[rows]
+            scores = block.scores()
+            log_p = block.head.logits(scores).log_softmax(1)
+            log_q = teacher_block.head.logits(teacher_block.scores()).log_softmax(1)
             loss, mean, w = pair_sums(log_p, log_q, beta)
             losses.append(loss)
             if upstream is None:
                 continue
             dlogits = pair_gradient(log_p, log_q, beta, w, mean) * upstream[rows, None]
-            torch.mul(dlogits, chunk.head.derivative(scores), out=out[rows])
+            torch.mul(dlogits, block.head.derivative(scores), out=out[rows])
             # A row without weight gets 0, also where 0 * NaN would be NaN.
             out[rows].masked_fill_((upstream[rows] == 0)[:, None], 0.0)
         return torch.cat(losses)

@@ -30,20 +30,35 @@ class Head:
     )
 
     def flat(self) -> tuple[Any, ...]:
-        """The fields as the arguments that SCHEMA names; `Head(*flat)` undoes it."""
+        """The arguments that SCHEMA names."""
         scalars = (self.softcap, self.scale, self.temperature, self.vocab_size)
-        return (self.weight, self.bias, *scalars)
+        return self.weight, self.bias, *scalars
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor | None]:
+        """The tensors at the front of `flat`; an autograd function saves them."""
+        return self.weight, self.bias
+
+    @property
+    def scalars(self) -> tuple[float | None, float, float, int]:
+        """The arguments behind the tensors in `flat`."""
+        return self.softcap, self.scale, self.temperature, self.vocab_size
+
+    @classmethod
+    def unpack(cls, arguments: tuple[Any, ...]) -> tuple["Head", tuple[Any, ...]]:
+        """Make a head of the arguments of SCHEMA; also return the arguments behind them."""
+        return cls(*arguments[:_HEAD_ARGUMENTS]), arguments[_HEAD_ARGUMENTS:]
 
     def detach(self) -> "Head":
         """The same head without gradient."""
         bias = None if self.bias is None else self.bias.detach()
-        return Head(self.weight.detach(), bias, *self.flat()[2:])
+        return Head(self.weight.detach(), bias, *self.scalars)
 
     @property
     def factors(self) -> tuple[bool, float, float]:
         """(capped, inner, outer): z = outer * tanh(inner * score) if capped, else outer * score.
 
-        Every kernel takes the three scalars of a head in this form.
+        Every kernel takes softcap, scale and temperature in this form.
         """
         if self.softcap is None:
             return False, 1.0, self.scale / self.temperature
@@ -65,6 +80,11 @@ class Head:
         capped, inner, outer = self.factors
         return torch.tanh(scores * inner) * outer if capped else scores * outer
 
+    @property
+    def max_slope(self) -> float:
+        """The largest |dz/dscore|."""
+        return abs(self.scale / self.temperature)
+
     def derivative(self, scores: Tensor) -> Tensor | float:
         """dz/dscores. 1 - tanh^2 cancels where the cap saturates; 4 e / (1 + e)^2 does not."""
         factor = self.scale / self.temperature
@@ -74,7 +94,7 @@ class Head:
         return (4.0 * factor) * e / (1.0 + e).square()
 
 
-HEAD_ARGUMENTS = len(fields(Head))
+_HEAD_ARGUMENTS = len(fields(Head))
 
 
 def accumulator_dtype(*operands: Tensor) -> torch.dtype:
@@ -86,6 +106,18 @@ def accumulator_dtype(*operands: Tensor) -> torch.dtype:
 
 
 @dataclass(frozen=True)
+class Operands:
+    """Hidden states and the head that turns them into logits."""
+
+    hidden: Tensor  # [N, D]
+    head: Head
+
+    def __getitem__(self, rows: Any) -> "Operands":
+        """Select rows by an index of the first dimension."""
+        return Operands(self.hidden[rows], self.head)
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Raw products hidden @ weight.T of some rows at columns [first_id, first_id + v)."""
 
@@ -93,13 +125,17 @@ class Chunk:
     head: Head
     first_id: int = 0
 
-    def scores(self, rows: slice) -> Tensor:
-        """The raw products of some rows plus the bias of the chunk's columns."""
+    def __getitem__(self, rows: slice) -> "Chunk":
+        """A view of some rows."""
+        return Chunk(self.raw[rows], self.head, self.first_id)
+
+    def scores(self) -> Tensor:
+        """The raw products plus the bias: what Head.logits takes."""
         bias = self.bias(self.raw.dtype)
-        return self.raw[rows] if bias is None else self.raw[rows] + bias
+        return self.raw if bias is None else self.raw + bias
 
     def head_operands(self, dtype: torch.dtype) -> tuple[Tensor | None, bool, float, float]:
-        """The head as compiled kernels take it: the bias [v] in a dtype, and Head.factors."""
+        """What the C++ and CUDA kernels take of a head: the bias [v] in `dtype`, and factors."""
         bias = None if self.head.bias is None else self.bias(dtype)
         return bias, *self.head.factors
 

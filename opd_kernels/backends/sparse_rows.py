@@ -12,7 +12,7 @@ _BLOCK_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class SparseRows:
-    """The entries of an [n, V] matrix, sorted by row."""
+    """A sparse matrix [n, V] as its stored entries, sorted by row."""
 
     rows: Tensor  # [E] int64, ascending
     columns: Tensor  # [E] int64
@@ -51,7 +51,7 @@ def _accumulate_(out: Tensor, rows: Tensor, columns: Tensor, values: Tensor, den
         )
         return
     for block in _blocks(values, dense.shape[1]):
-        # No name for the product: it would keep one block alive until the next one is there.
+        # The product gets no name: it would keep it in memory while the next one is allocated.
         _add_rows_(out, rows[block], dense[columns[block]].to(out.dtype).mul_(values[block, None]))
 
 

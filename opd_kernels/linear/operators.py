@@ -2,8 +2,8 @@
 
 `linear_topk` selects the K largest logits of a row while it computes the logsumexp of the rest;
 `linear_gather` takes the ids as given. Both return SparseLogits' three tensors, and the backward
-pass of both is `linear_backward`. Operands here are two-dimensional and checked: LazyLogits is the
-public door.
+pass of both is `linear_backward`. Operands here are two-dimensional and checked: users call the
+operators through LazyLogits.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from opd_kernels.backends import select_backend
-from opd_kernels.backends.records import (
-    HEAD_ARGUMENTS,
-    Head,
-    RowGradient,
-    RowState,
-    accumulator_dtype,
-)
+from opd_kernels.backends.records import Head, Operands, RowGradient, RowState, accumulator_dtype
 from opd_kernels.linear.pages import PagedTensor
 from opd_kernels.linear.products import operand_dtype
 from opd_kernels.linear.sparse import add_sparse_gradients, gather_logits
@@ -32,15 +26,13 @@ from opd_kernels.sparse_logits import SparseLogits, TrustedSparseLogits, canonic
 
 
 @dataclass(frozen=True)
-class FlatLogits:
-    """Rows of logits that are not computed yet: what is behind LazyLogits, without its checks.
+class FlatLogits(Operands):
+    """LazyLogits after its checks, with hidden as [N, D].
 
     Where a head is vocabulary-parallel, `head` holds this rank's rows, and `vocab_size` counts the
     tokens of all ranks.
     """
 
-    hidden: Tensor  # [N, D]
-    head: Head
     vocab_size: int
     shard: VocabShard | None = None
 
@@ -90,11 +82,14 @@ class FlatLogits:
     @property
     def requires_grad(self) -> bool:
         """Whether a loss of these logits has a gradient."""
-        operands = (self.hidden, self.head.weight, self.head.bias)
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+        bias = self.head.bias
+        trained = self.hidden.requires_grad or self.head.weight.requires_grad
+        trained = trained or (bias is not None and bias.requires_grad)
+        return trained and torch.is_grad_enabled()
 
     def __getitem__(self, rows: Any) -> "FlatLogits":
-        return FlatLogits(self.hidden[rows], self.head, self.vocab_size, self.shard)
+        part = super().__getitem__(rows)
+        return FlatLogits(part.hidden, part.head, self.vocab_size, self.shard)
 
     def topk(
         self, k: int, entropy: bool = False, chunk_bytes: int | None = None, backend: str = "auto"
@@ -113,10 +108,8 @@ class FlatLogits:
         tail: bool = True,
     ) -> SparseLogits:
         """See LazyLogits.gather; ids are [N, K]."""
-        local_ids, options = self.local_ids(ids), (tail, entropy, chunk_bytes, backend)
-        values, row_tail, row_entropy = linear_gather(
-            self.hidden, *self.head.flat(), local_ids, *options
-        )
+        options = (self.local_ids(ids), tail, entropy, chunk_bytes, backend)
+        values, row_tail, row_entropy = linear_gather(self.hidden, *self.head.flat(), *options)
         rows = self.sparse(
             values, ids, row_tail if tail else None, row_entropy if entropy else None
         )
@@ -185,15 +178,10 @@ def _operator(
     return register
 
 
-def _unpack(arguments: tuple[Any, ...]) -> tuple[Head, tuple[Any, ...]]:
-    """The head at the front of an operator's arguments, and the arguments behind it."""
-    return Head(*arguments[:HEAD_ARGUMENTS]), arguments[HEAD_ARGUMENTS:]
-
-
 @_operator("linear_topk", f"({_FORWARD}, SymInt k, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)")
 def _linear_topk(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """values [N, K], ids [N, K], tail [N] and entropy [N] (or [0]) of hidden [N, D]."""
-    head, (k, entropy, chunk_bytes, backend) = _unpack(arguments)
+    head, (k, entropy, chunk_bytes, backend) = Head.unpack(arguments)
     like = hidden.new_empty(0, dtype=accumulator_dtype(hidden, head.weight))
     state = RowState.for_topk(hidden.shape[0], k, entropy, like)
     _reduce(hidden, head, state, chunk_bytes, backend)
@@ -205,11 +193,11 @@ def _linear_topk(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
 )
 def _linear_gather(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """values [N, K], tail [N] (or [0]) and entropy [N] (or [0]) of hidden [N, D] at ids [N, K]."""
-    head, (ids, tail, entropy, chunk_bytes, backend) = _unpack(arguments)
+    head, (ids, tail, entropy, chunk_bytes, backend) = Head.unpack(arguments)
     ids = canonical_ids(ids, head.vocab_size)
     like = hidden.new_empty(0, dtype=accumulator_dtype(hidden, head.weight))
     if not tail:
-        return gather_logits(hidden.to(like.dtype), head, ids), like, like.clone()
+        return gather_logits(Operands(hidden.to(like.dtype), head), ids), like, like.clone()
     state = RowState.for_ids(ids, entropy, like)
     _reduce(hidden, head, state, chunk_bytes, backend)
     return state.values, state.tail(), state.entropy() if entropy else like
@@ -218,9 +206,8 @@ def _linear_gather(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Ten
 def _reduce(
     hidden: Tensor, head: Head, state: RowState, chunk_bytes: int | None, backend: str
 ) -> None:
-    operand = hidden.to(operand_dtype(hidden, head.weight))
-    epilogues = select_backend(backend, hidden.device)
-    reduce_logits(operand, head, state, epilogues, chunk_bytes)
+    operands = Operands(hidden.to(operand_dtype(hidden, head.weight)), head)
+    reduce_logits(operands, state, select_backend(backend, hidden.device), chunk_bytes)
 
 
 @_operator(
@@ -237,7 +224,7 @@ def _linear_backward(
     Without dtail there is no pass over the vocabulary. The absence of the gradient decides that,
     never its values, so that the host does not wait for the device.
     """
-    head, (ids, values, tail, needs, chunk_bytes, backend) = _unpack(arguments)
+    head, (ids, values, tail, needs, chunk_bytes, backend) = Head.unpack(arguments)
     ids, dtype = canonical_ids(ids, head.vocab_size), values.dtype
     weight, bias = head.weight, head.bias
     dhidden = torch.zeros_like(hidden, dtype=dtype) if needs[0] else None
@@ -251,12 +238,12 @@ def _linear_backward(
     if dvalues is None:
         dvalues = torch.zeros_like(values)
     if dtail is None:
-        operand = hidden.to(dtype)
-        add_sparse_gradients(operand, head, ids, values, dvalues, sums, epilogues)
+        operands = Operands(hidden.to(dtype), head)
+        add_sparse_gradients(operands, ids, values, dvalues, sums, epilogues)
     else:
-        operand = hidden.to(operand_dtype(hidden, weight))
+        operands = Operands(hidden.to(operand_dtype(hidden, weight)), head)
         gradient = RowGradient(ids, dvalues, tail, dtail)
-        backpropagate(operand, head, gradient, sums, epilogues, chunk_bytes)
+        backpropagate(operands, gradient, sums, epilogues, chunk_bytes)
     nothing = hidden.new_empty(0)
     return (
         nothing if dhidden is None else dhidden.to(hidden.dtype),
@@ -267,7 +254,7 @@ def _linear_backward(
 
 @torch.library.register_fake("opd_kernels::linear_topk")
 def _fake_topk(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    head, (k, entropy, _, _) = _unpack(arguments)
+    head, (k, entropy, _, _) = Head.unpack(arguments)
     tokens, dtype = hidden.shape[0], accumulator_dtype(hidden, head.weight)
     values = hidden.new_empty((tokens, k), dtype=dtype)
     ids = hidden.new_empty((tokens, k), dtype=torch.int64)
@@ -277,7 +264,7 @@ def _fake_topk(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
 
 @torch.library.register_fake("opd_kernels::linear_gather")
 def _fake_gather(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    head, (ids, tail, entropy, _, _) = _unpack(arguments)
+    head, (ids, tail, entropy, _, _) = Head.unpack(arguments)
     tokens, dtype = hidden.shape[0], accumulator_dtype(hidden, head.weight)
     values = hidden.new_empty(ids.shape, dtype=dtype)
     rows = hidden.new_empty(tokens if tail else 0, dtype=dtype)
@@ -288,7 +275,7 @@ def _fake_gather(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
 def _fake_backward(
     dvalues: Tensor | None, dtail: Tensor | None, hidden: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head, (_, _, _, needs, _, _) = _unpack(arguments)
+    head, (_, _, _, needs, _, _) = Head.unpack(arguments)
     return (
         torch.empty_like(hidden) if needs[0] else hidden.new_empty(0),
         torch.empty_like(head.weight) if needs[1] else hidden.new_empty(0),
@@ -299,31 +286,31 @@ def _fake_backward(
 def _save(ctx: Any, hidden: Tensor, head: Head, *tensors: Tensor) -> None:
     """Keep what linear_backward takes: hidden, head, ids, values and tail."""
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, head.weight, head.bias, *tensors)
-    ctx.scalars = head.flat()[2:]
+    ctx.save_for_backward(hidden, *tensors, *head.tensors)
+    ctx.scalars = head.scalars
 
 
 def _save_topk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    head, (_, _, *ctx.execution) = _unpack(inputs[1:])
+    head, (_, _, *ctx.execution) = Head.unpack(inputs[1:])
     values, ids, tail, _ = output
     _save(ctx, inputs[0], head, ids, values, tail)
 
 
 def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    head, (ids, _, _, *ctx.execution) = _unpack(inputs[1:])
+    head, (ids, _, _, *ctx.execution) = Head.unpack(inputs[1:])
     values, tail, _ = output
     _save(ctx, inputs[0], head, ids, values, tail)
 
 
 def _backward(ctx: Any, dvalues: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
-    """The backward pass of both operators, whose last outputs are tail and entropy."""
+    """Backward of both operators. Their last outputs are tail and entropy: others[-2] is dtail."""
     dtail = others[-2]
-    hidden, weight, bias, ids, values, tail = ctx.saved_tensors
+    hidden, ids, values, tail, *tensors = ctx.saved_tensors
     if tail.numel() == 0:
         dtail = None  # gather(tail=False) has no tail, and neither have no rows
     needs = list(ctx.needs_input_grad[:3])
     gradients = linear_backward(
-        dvalues, dtail, hidden, weight, bias, *ctx.scalars, ids, values, tail, needs, *ctx.execution
+        dvalues, dtail, hidden, *tensors, *ctx.scalars, ids, values, tail, needs, *ctx.execution
     )
     wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     return (*wanted, *[None] * (len(ctx.needs_input_grad) - len(needs)))

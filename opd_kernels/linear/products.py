@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from opd_kernels.backends.extensions import cpu_extension as extension
-from opd_kernels.backends.records import Head, accumulator_dtype
+from opd_kernels.backends.records import Head
 
 # Rows of the weight in a CPU thread's slice: enough to pay for packing the other operand.
 SLICE_ROWS = 256
 # Elsewhere PyTorch may call a library that has threads of its own, such as Arm's.
 _IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 _GPU_BYTES = 256 << 20  # of upcast weight, or of a separate product, at a time on a GPU
+_PAIRS_OF_16_BITS = [(dtype, dtype) for dtype in (torch.bfloat16, torch.float16)]
 _ALIGNMENT = 64  # rows of a slice are a multiple of this, so that its columns start aligned
 
 # PyTorch before 2.10 refuses to add 16-bit products to a float32 sum (pytorch/pytorch#167931).
@@ -29,10 +30,11 @@ _ADDS_IN_PLACE = TorchVersion(torch.__version__) >= "2.10"
 
 def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype in which the products take hidden states and gradients of logits."""
-    is_16_bit = hidden.dtype in (torch.bfloat16, torch.float16)
-    if is_16_bit and hidden.dtype == weight.dtype and _multiplies_16_bit(hidden.device):
+    dtypes = (hidden.dtype, weight.dtype)
+    is_16_bit = dtypes in _PAIRS_OF_16_BITS
+    if is_16_bit and _multiplies_16_bit(hidden.device):
         return hidden.dtype
-    return accumulator_dtype(hidden, weight)
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def float16_loss_scale(
@@ -46,14 +48,14 @@ def float16_loss_scale(
 
     Args:
         dtype: dtype of the chunk of gradients.
-        head: its scale and temperature multiply the gradients; a softcap only lessens them.
+        head: the gradients are multiplied by at most its slope.
         largest_exponent: the room that is left below float16's largest exponent, 15.
         gradients: gradients with respect to final logits.
     """
     if dtype != torch.float16:
         return None
     largest = torch.stack([g.abs().amax() if g.numel() else g.new_zeros(()) for g in gradients])
-    largest = largest.amax() * abs(head.scale / head.temperature)
+    largest = largest.amax() * head.max_slope
     exponent = torch.frexp(largest).exponent - largest_exponent
     usable = largest.isfinite() & (largest > 0)
     return torch.exp2(torch.where(usable, exponent, 0).to(gradients[0].dtype))

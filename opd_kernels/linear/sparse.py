@@ -10,20 +10,19 @@ import torch
 from torch import Tensor
 
 from opd_kernels.backends.epilogues import Epilogues
-from opd_kernels.backends.records import Head
+from opd_kernels.backends.records import Head, Operands
 from opd_kernels.backends.sparse_rows import SparseRows
 
 _BLOCK_BYTES = 16 << 20
 
 
-def gather_logits(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
-    """Final logits at canonical ids [N, K], -inf in empty slots; in the dtype of hidden [N, D]."""
-    return head.logits(_scores(hidden, head, ids)).masked_fill_(ids < 0, -torch.inf)
+def gather_logits(operands: Operands, ids: Tensor) -> Tensor:
+    """Final logits at canonical ids [N, K], -inf in empty slots; in the dtype of hidden."""
+    return operands.head.logits(_scores(operands, ids)).masked_fill_(ids < 0, -torch.inf)
 
 
 def add_sparse_gradients(
-    hidden: Tensor,
-    head: Head,
+    operands: Operands,
     ids: Tensor,
     values: Tensor,
     dvalues: Tensor,
@@ -33,23 +32,24 @@ def add_sparse_gradients(
     """Add the gradient through the logits `values` [N, K] at ids [N, K] to the sums.
 
     Args:
-        hidden: [N, D] in the dtype of values.
+        operands: with hidden states in the dtype of values.
         sums: dhidden [N, D], dweight [V, D] and dbias [V], each None if it is not needed.
     """
-    dhidden, dweight, dbias = sums
-    derivative = head.derivative(values if head.softcap is None else _scores(hidden, head, ids))
+    head, (dhidden, dweight, dbias) = operands.head, sums
+    derivative = head.derivative(values if head.softcap is None else _scores(operands, ids))
     live = ids.masked_fill(values == -torch.inf, -1)
     coefficients = dvalues * derivative
     if dbias is not None:
         SparseRows.of_support(live, coefficients).add_to_bias_(dbias)
-    epilogues.sparse_backward(live, coefficients, hidden, head.weight, dhidden, dweight)
+    epilogues.sparse_backward(live, coefficients, operands.hidden, head.weight, dhidden, dweight)
 
 
-def _scores(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
+def _scores(operands: Operands, ids: Tensor) -> Tensor:
     """hidden @ weight.T + bias at ids [N, K]; an empty slot gets the score of id 0."""
+    hidden, head = operands.hidden, operands.head
     scores = hidden.new_empty(ids.shape)
     for rows in _row_blocks(ids, hidden):
-        # No name for the gathered rows: it would keep one block alive until the next one is there.
+        # The gathered rows get no name: it would keep them in memory while the next are allocated.
         scores[rows] = torch.bmm(_weight_rows(head, ids[rows], hidden), hidden[rows, :, None])[
             ..., 0
         ]

@@ -17,7 +17,7 @@ from opd_kernels.loss.options import LossOptions, Missing, Support, TokenBatch
 from opd_kernels.loss.output import DistillationOutput
 from opd_kernels.loss.refusals import check_loss, check_models, check_support
 from opd_kernels.loss.strategy import choose_order, recomputed_loss
-from opd_kernels.sparse_logits import SparseLogits, TrustedSparseLogits, map_rows
+from opd_kernels.sparse_logits import SparseLogits, map_rows, scatter, scatter_rows
 
 
 def distillation_loss(
@@ -69,8 +69,8 @@ def distillation_loss(
         chunk_bytes: the most memory for the student's logits at a time, and as much again for the
             teacher's with support="full"; default by the device.
         backend: "auto", or a name of available_backends().
-        gradient_filter: leave tokens outside S with a lower probability than this out of the
-            gradient. It is an approximation, for one_pass only; the loss stays exact, and
+        gradient_filter: tokens outside S whose probability is below this get no gradient. It is an
+            approximation, for one_pass only; the loss stays exact, and
             docs/objectives.md has the measured error. Where the head is split, the k largest logits
             of each rank always stay in the gradient.
 
@@ -117,8 +117,8 @@ def _batch_of(
         dims = len(leading)
         answer = map_rows(teacher.detach(), lambda t: t.reshape((-1, *t.shape[dims:])))
     else:
-        # Chunks of both models lie side by side for a full support: a whole head of the teacher is
-        # then cut as the student's head is.
+        # With a full support, chunks of both models lie side by side. So a teacher's head that is
+        # not split is split as the student's is.
         shard = teacher.shard or (flat.shard if options.full else None)
         head = replace(teacher.head, vocab_size=vocab_size)
         whole = teacher.shard is None
@@ -182,7 +182,7 @@ def _divided(total: Tensor, denominator: float | Tensor | None) -> Tensor:
 
 
 def _denominator_of(batch: TokenBatch, denominator: float | Tensor | None) -> float | Tensor:
-    """What a mean divides by."""
+    """The denominator of reduction="mean"."""
     if denominator is None:
         if batch.weights is not None:
             return batch.weights.sum()
@@ -220,26 +220,10 @@ def _restored(
     if kept is None and len(leading) == 1:
         return output
 
-    def spread(tensor: Tensor, empty: float) -> Tensor:
-        if kept is not None:
-            full = tensor.new_full((leading.numel(), *tensor.shape[1:]), empty)
-            tensor = full.index_copy(0, kept, tensor)
-        return tensor.reshape((*leading, *tensor.shape[1:]))
-
-    def spread_sparse(sparse: SparseLogits) -> SparseLogits:
-        return TrustedSparseLogits(
-            spread(sparse.values, -torch.inf),
-            spread(sparse.ids, -1),
-            None if sparse.tail is None else spread(sparse.tail, 0.0),
-            sparse.vocab_size,
-            sparse.temperature,
-            None if sparse.entropy is None else spread(sparse.entropy, 0.0),
-        )
-
     return DistillationOutput(
-        output.loss if output.loss.dim() == 0 else spread(output.loss, 0.0),
-        spread(output.per_token, 0.0),
-        spread_sparse(output.student),
-        spread_sparse(output.teacher),
-        None if output.dropped is None else spread(output.dropped, 0.0),
+        output.loss if output.loss.dim() == 0 else scatter(output.loss, kept, leading, 0.0),
+        scatter(output.per_token, kept, leading, 0.0),
+        scatter_rows(output.student, kept, leading),
+        scatter_rows(output.teacher, kept, leading),
+        None if output.dropped is None else scatter(output.dropped, kept, leading, 0.0),
     )

@@ -13,7 +13,7 @@ from opd_kernels.backends.epilogues import Epilogues, pair_gradient, pair_sums, 
 from opd_kernels.backends.records import Chunk
 from opd_kernels.loss.objective import Objective, jsd_beta, per_token_loss
 from opd_kernels.parallel import VocabShard
-from opd_kernels.sparse_logits import SparseLogits, TrustedSparseLogits
+from opd_kernels.sparse_logits import SparseLogits, TrustedSparseLogits, have_same_temperature
 
 # A user's objective has temporaries of about a dozen tensors [rows, V]; this bounds one of them.
 _BLOCK_BYTES = 2 << 20
@@ -36,7 +36,7 @@ class ChunkPair:
         own chunk, or of a 16-bit dtype.
         """
         beta, student, teacher = jsd_beta(objective), self.student, self.teacher
-        same_scale = student.head.temperature == teacher.head.temperature
+        same_scale = have_same_temperature(student.head, teacher.head)
         if beta is not None and same_scale and student.raw.dtype == teacher.raw.dtype:
             return epilogues.divergence(student, teacher, beta, upstream, out)
         raw = student.raw
@@ -49,8 +49,8 @@ class ChunkPair:
     ) -> Tensor:
         """As `losses`, where the chunks hold this rank's rows of a vocabulary-parallel head.
 
-        For the package's own divergences, whose sums over V are summed over the ranks; in PyTorch
-        on every backend.
+        Works for the package's own divergences only. Each rank computes its sums over V in
+        PyTorch, and the ranks add them.
         """
         beta = jsd_beta(objective)
         assert beta is not None  # refusals.check_shards refuses other objectives
@@ -64,37 +64,38 @@ class ChunkPair:
             _, _, w = pair_sums(log_p, log_q, beta)
             dlogits = pair_gradient(log_p, log_q, beta, w, mean[rows])
             dlogits.mul_(upstream[rows, None]).masked_fill_((upstream[rows] == 0)[:, None], 0.0)
-            torch.mul(dlogits, self.student.head.derivative(scores), out=out[rows])
+            derivative = self.student[rows].head.derivative(scores)
+            torch.mul(dlogits, derivative, out=out[rows])
         return loss
 
     def _log_probs(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Student's scores, and both models' log-probabilities at this rank's columns."""
-        student, teacher = self.student, self.teacher
+        student, teacher = self.student[rows], self.teacher[rows]
         lse_p, lse_q = (sparse.lse[rows, None] for sparse in self.on_support)
-        scores = student.scores(rows)
+        scores = student.scores()
         log_p = student.head.logits(scores) - lse_p
-        return scores, log_p, teacher.head.logits(teacher.scores(rows)) - lse_q
+        return scores, log_p, teacher.head.logits(teacher.scores()) - lse_q
 
     def _by_autograd(
         self, objective: Objective, upstream: Tensor | None, out: Tensor, rows: slice
     ) -> Tensor:
         student, teacher = self.on_support
+        block = self.student[rows]
         with torch.set_grad_enabled(upstream is not None):
-            s = _whole_rows(self.student, rows, student.entropy)
+            s = _whole_rows(block, rows, student.entropy)
             s.values.requires_grad_(upstream is not None)
-            t = _whole_rows(self.teacher, rows, teacher.entropy)
+            t = _whole_rows(self.teacher[rows], rows, teacher.entropy)
             per_token = per_token_loss(objective, s, t)
         if upstream is not None:
             dlogits = torch.autograd.grad(per_token, s.values, upstream[rows])[0]
             dlogits.masked_fill_((upstream[rows] == 0)[:, None], 0.0)
-            scores = self.student.scores(rows)
-            torch.mul(dlogits, self.student.head.derivative(scores), out=out[rows])
+            torch.mul(dlogits, block.head.derivative(block.scores()), out=out[rows])
         return per_token.detach()
 
 
 def _whole_rows(chunk: Chunk, rows: slice, entropy: Tensor | None) -> SparseLogits:
-    """Some rows with S = V."""
-    logits, head = chunk.head.logits(chunk.scores(rows)).detach(), chunk.head
+    """A chunk of some rows as SparseLogits with S = V."""
+    logits, head = chunk.head.logits(chunk.scores()).detach(), chunk.head
     ids = torch.arange(head.vocab_size, device=logits.device).expand(logits.shape)
     nothing = logits.new_full(logits.shape[:-1], -torch.inf)
     entropy = None if entropy is None else entropy[rows]

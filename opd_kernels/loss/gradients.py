@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from opd_kernels.backends.epilogues import Epilogues
-from opd_kernels.backends.records import Head, accumulator_dtype
+from opd_kernels.backends.records import Head, Operands, accumulator_dtype
 from opd_kernels.backends.sparse_rows import SparseRows
 from opd_kernels.linear import products
 from opd_kernels.linear.operators import FlatLogits
@@ -25,7 +25,7 @@ class GradientSums:
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]  # of the operands
     # Nothing was added to dweight yet. It then holds zeros on a CPU, but is uninitialised on a GPU.
     dweight_is_fresh: bool = True
-    loss_scale: Tensor | None = None  # that the sums were divided by, for chunks in float16
+    loss_scale: Tensor | None = None  # power of two that divides the sums; float16 chunks only
 
     @classmethod
     def zeros(
@@ -67,7 +67,7 @@ class GradientSums:
             self.dbias[:vocab] += dlogits.sum(0, dtype=self.dbias.dtype)
 
     def add_entries(self, rows: slice, entries: SparseRows, hidden: Tensor, head: Head) -> None:
-        """Add the products of a gradient chunk of which only some entries are kept."""
+        """Add the products of a gradient chunk that was filtered."""
         if self.dhidden is not None:
             entries.add_to_hidden_(self.dhidden[rows], head.weight[: head.vocab_size])
         if self.dweight is not None:
@@ -92,22 +92,19 @@ class GradientSums:
         self._begin_sum()
         dhidden = None if self.dhidden is None else self.dhidden[rows]
         dweight = None if self.dweight is None else self.dweight.tensor
-        hidden = hidden.to(student.values.dtype)  # the logits are computed again from it
-        add_sparse_gradients(
-            hidden, head, student.ids, student.values, dvalues, (dhidden, dweight, self.dbias),
-            epilogues,
-        )  # fmt: skip
+        operands = Operands(hidden.to(student.values.dtype), head)  # for logits computed again
+        sums = (dhidden, dweight, self.dbias)
+        add_sparse_gradients(operands, student.ids, student.values, dvalues, sums, epilogues)
 
     def scaled(self, factor: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients times a scalar, each in its operand's dtype; consumes the sums."""
         self._begin_sum()  # in case no chunk was added
         if self.loss_scale is not None:
             factor = self.loss_scale if factor is None else factor * self.loss_scale
-        return tuple(
-            None if total is None else _scaled(total, factor, dtype)
-            for total, dtype in zip(
-                (self.dhidden, self.dweight, self.dbias), self.dtypes, strict=True
-            )
+        return (
+            _scaled(self.dhidden, factor, self.dtypes[0]),
+            _scaled(self.dweight, factor, self.dtypes[1]),
+            _scaled(self.dbias, factor, self.dtypes[2]),
         )
 
     def _begin_sum(self) -> None:
@@ -121,8 +118,12 @@ class GradientSums:
         self.dweight_is_fresh = False
 
 
-def _scaled(total: Tensor | PagedTensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _scaled(
+    total: Tensor | PagedTensor | None, factor: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
     """total * factor, rounded to dtype; total is consumed."""
+    if total is None:
+        return None
     paged = total if isinstance(total, PagedTensor) else PagedTensor(total)
     tensor = paged.tensor
     if factor is None:

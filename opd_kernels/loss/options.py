@@ -1,4 +1,4 @@
-"""The options of a loss, and the tokens that a loss is computed of."""
+"""The options of a loss, and the tokens on which it is computed."""
 
 from dataclasses import dataclass
 from typing import Literal

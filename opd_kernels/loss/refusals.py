@@ -17,7 +17,7 @@ from opd_kernels.checks import (
 from opd_kernels.lazy_logits import LazyLogits
 from opd_kernels.loss.objective import jsd_beta
 from opd_kernels.loss.options import LossOptions, Missing, Support
-from opd_kernels.sparse_logits import SparseLogits, check_same_distribution
+from opd_kernels.sparse_logits import SparseLogits, check_same_distribution, have_same_temperature
 
 _CHOICES = {
     "reduction": ("mean", "sum", "none"),
@@ -191,7 +191,7 @@ def _check_shards(student: LazyLogits, teacher: LazyLogits, options: LossOptions
         )
     if ours is None:
         return
-    if jsd_beta(options.objective) is None or student.temperature != teacher.temperature:
+    if jsd_beta(options.objective) is None or not have_same_temperature(student, teacher):
         raise ValueError(
             "objective: with support='full' on a vocabulary-parallel head, expected reverse_kl, "
             "forward_kl or jsd, at one temperature, without tail='renormalize'; others need whole "

@@ -60,7 +60,7 @@ def source_of(logits: FlatLogits | SparseLogits, options: LossOptions) -> Recomp
 def select_support(
     student: Source, teacher: Source, support: str | Tensor, k: int
 ) -> tuple[int | Tensor, SparseLogits | None]:
-    """What the student has to be reduced to, K or ids [N, K], and the teacher if that is known.
+    """Return K or the ids [N, K] to reduce the student to, and the teacher on S if it is known.
 
     "union" costs each model a second pass: its tail cannot be recovered from the top-K's by
     subtraction. "intersection" costs none: the slots that are left out join the tail.

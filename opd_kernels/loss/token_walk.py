@@ -29,7 +29,7 @@ from opd_kernels.loss.gradients import GradientSums
 from opd_kernels.loss.objective import loss_on_support, weighted_sum
 from opd_kernels.loss.options import TokenBatch
 from opd_kernels.loss.supports import align_teacher, select_support, source_of
-from opd_kernels.sparse_logits import SparseLogits, canonical_ids, map_rows
+from opd_kernels.sparse_logits import SparseLogits, canonical_ids, concatenate_rows, map_rows
 
 Needs = tuple[bool, bool, bool]  # whether hidden, weight and bias need a gradient
 
@@ -128,25 +128,17 @@ def walk(batch: TokenBatch, upstream: Tensor | None, needs: Needs) -> WalkResult
     losses, students, teachers = zip(*map(walker.chunk, walker.blocks()), strict=True)
     dropped = torch.cat(walker.dropped) if walker.dropped else None
     return WalkResult(
-        torch.cat(losses), _concatenated(students), _concatenated(teachers), walker.sums, dropped
+        torch.cat(losses),
+        concatenate_rows(students),
+        concatenate_rows(teachers),
+        walker.sums,
+        dropped,
     )
-
-
-def _concatenated(pieces: tuple[SparseLogits, ...]) -> SparseLogits:
-    if len(pieces) == 1:
-        return pieces[0]
-
-    def joined(name: str) -> Any:
-        tensors = [getattr(piece, name) for piece in pieces]
-        return None if tensors[0] is None else torch.cat(tensors)
-
-    names = ("values", "ids", "tail", "entropy")
-    return replace(pieces[0], **{name: joined(name) for name in names})
 
 
 @dataclass(frozen=True)
 class _ChunkSource:
-    """A chunk of the student's raw products as a source of SparseLogits."""
+    """A chunk of raw products as a source of SparseLogits; `student` has the rows of the chunk."""
 
     chunk: Chunk
     student: FlatLogits
@@ -183,9 +175,11 @@ class _TokenWalk:
         self.hidden = student.hidden.to(operand)  # [N, D]
         self.epilogues = select_backend(options.backend, device)
         self.dropped: list[Tensor] = []  # by chunk, with a gradient filter
-        tokens, logit_bytes = self.hidden.shape[0], sum(d.itemsize for d in {dtype, operand})
+        tokens, bytes_per_logit = self.hidden.shape[0], dtype.itemsize
+        if operand != dtype:
+            bytes_per_logit += operand.itemsize
         rows = one_pass_rows(
-            tokens, student.planned_columns, logit_bytes, device, options.chunk_bytes
+            tokens, student.planned_columns, bytes_per_logit, device, options.chunk_bytes
         )
         shape = (rows, head.vocab_size, self.hidden)
         self.logits = self.dlogits = empty_chunk(*shape, dtype)
@@ -213,7 +207,7 @@ class _TokenWalk:
 
     def chunk(self, rows: slice) -> tuple[Tensor, SparseLogits, SparseLogits]:
         """Loss and both models on S of some tokens, whose gradient is added to the sums."""
-        student, options = self.batch.student, self.batch.options
+        student, options = self.batch.student[rows], self.batch.options
         head, raw = student.head, self.logits[: rows.stop - rows.start]
         products.project(self.hidden[rows], head.weight[: head.vocab_size], raw)
         source = _ChunkSource(Chunk(raw, head), student, self.epilogues, options.entropy)
@@ -232,7 +226,7 @@ class _TokenWalk:
             local.values.requires_grad_()
             local.lse_outside.requires_grad_()
         with torch.set_grad_enabled(upstream is not None):
-            s = batch.student.merged(local, wanted)
+            s = source.student.merged(local, wanted)
             s, t = align_teacher(s, answer, teacher, support, options)
             frozen = None if upstream is None else upstream == 0
             per_token = loss_on_support(options.objective, s, t, self.epilogues, frozen)
@@ -277,7 +271,7 @@ class _TokenWalk:
             self.dropped.append(dropped if shard is None else shard.sum(dropped))
 
     def _gradient_chunk(self, raw: Tensor) -> Tensor:
-        """Where the gradient of a chunk of logits goes: the chunk itself if it has the dtype."""
+        """Where a chunk's gradient is written: over the chunk itself if the dtypes agree."""
         return raw if self.dlogits is self.logits else self.dlogits[: raw.shape[0]]
 
     def _full(self, rows: slice, source: _ChunkSource) -> tuple[Tensor, SparseLogits, SparseLogits]:

@@ -7,7 +7,7 @@ import torch
 
 from opd_kernels.backends import available_backends
 from opd_kernels.backends.epilogues import Epilogues
-from opd_kernels.backends.records import Chunk, Head, RowGradient, RowState
+from opd_kernels.backends.records import Chunk, Head, Operands, RowGradient, RowState
 from opd_kernels.sparse_logits import canonical_ids
 from tests.device import DEVICE
 from tests.reference import head_in_float64
@@ -47,7 +47,7 @@ def test_update(shape, dtype, every_option):
     hidden, head, ids, raw = make_problem(*shape, dtype, every_option)
     like = torch.empty(0, device=DEVICE)
     state = RowState.for_ids(ids, every_option, like)
-    fused.update(hidden, head, state)
+    fused.update(Operands(hidden, head), state)
     expected = RowState.for_ids(ids, every_option, like.double())
     definition.update(Chunk(raw, head_in_float64(head)), expected)
     assert_close_to_float32(state.values, expected.values, shape[1])
@@ -55,7 +55,7 @@ def test_update(shape, dtype, every_option):
     if every_option:
         assert_close_to_float32(state.entropy(), expected.entropy(), shape[1])
     again = RowState.for_ids(ids, every_option, like)
-    fused.update(hidden, head, again)
+    fused.update(Operands(hidden, head), again)
     assert torch.equal(again.values, state.values)
     assert torch.equal(again.sum, state.sum)
 
@@ -74,9 +74,9 @@ def test_gradient(shape, dtype, every_option):
     exact = RowGradient(ids, dvalues.double(), tail, dtail.double())
     definition.gradient(Chunk(expected, head_in_float64(head), first), exact, expected)
     out = torch.empty(rows, vocab - first, dtype=dtype, device=DEVICE)
-    support = fused.support(ids, hidden, head)
+    support = fused.support(ids, Operands(hidden, head))
     gradient = RowGradient(ids, dvalues, tail.float(), dtail)
-    fused.gradient(hidden, head, first, support, gradient, out)
+    fused.gradient(Operands(hidden, head), first, support, gradient, out)
     # exp turns an error of the logit into a relative one; the result is rounded to out's dtype.
     largest = raw.abs().max().item()
     bound = torch.finfo(torch.float32).eps * (dim + 4) * max(1.0, largest)
@@ -90,7 +90,7 @@ def test_an_infinite_bias_and_a_row_that_is_all_support():
     head = replace(head, softcap=None)
     ids = torch.arange(9, device=DEVICE).expand(3, 9).contiguous()
     state = RowState.for_ids(ids, True, torch.empty(0, device=DEVICE))
-    fused.update(hidden, head, state)
+    fused.update(Operands(hidden, head), state)
     assert (state.tail() == -torch.inf).all()
     z = head.logits(hidden @ head.weight[:40].T + head.bias[:40])
     torch.testing.assert_close(state.values, z[:, :9])
@@ -98,8 +98,8 @@ def test_an_infinite_bias_and_a_row_that_is_all_support():
     torch.testing.assert_close(state.entropy(), entropy)
     dvalues, dtail = torch.ones(3, 9, device=DEVICE), torch.ones(3, device=DEVICE)
     out = torch.empty(3, 40, device=DEVICE)
-    support = fused.support(ids, hidden, head)
+    support = fused.support(ids, Operands(hidden, head))
     gradient = RowGradient(ids, dvalues, state.tail(), dtail)
-    fused.gradient(hidden, head, 0, support, gradient, out)
+    fused.gradient(Operands(hidden, head), 0, support, gradient, out)
     assert out[:, 9:].abs().max() == 0
     torch.testing.assert_close(out[:, :9], torch.full((3, 9), 0.7 / 0.8))

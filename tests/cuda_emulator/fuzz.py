@@ -229,7 +229,7 @@ def check_divergence(case: Case, kernels: CudaEpilogues) -> None:
     actual = in_any_order(run, case.rng)
     raw, head = case.upcast(torch.float64)
     log_p, log_q = (
-        h.logits(Chunk(x, h).scores(slice(None))).log_softmax(1)
+        h.logits(Chunk(x, h).scores()).log_softmax(1)
         for h, x in ((head, raw), (teacher_head, teacher.double()))
     )
     weights = (log_q if beta == 0 else log_p).exp()

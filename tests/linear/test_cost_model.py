@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd_kernels import LazyLogits, SparseLogits, backends, reverse_kl
 from opd_kernels.backends import available_backends, select_backend
-from opd_kernels.backends.records import RowGradient, RowState
+from opd_kernels.backends.records import Operands, RowGradient, RowState
 from opd_kernels.linear import cost_model, plan, products
 from opd_kernels.linear.vocabulary_walk import backpropagate, reduce_logits
 from opd_kernels.loss.options import LossOptions, TokenBatch
@@ -135,7 +135,7 @@ def test_reduction(recorder, selects):
     state = RowState.for_topk(TOKENS, K, False, torch.empty(0, device="meta"))
     state = replace(state, selects=selects)
     with recorder:
-        reduce_logits(hidden, head, state, select_backend("triton", hidden.device), None)
+        reduce_logits(Operands(hidden, head), state, select_backend("triton", hidden.device), None)
     shape, machine, fused = make_model(recorder.dim)
     sizes = plan.recompute_sizes(TOKENS, VOCAB, 4, hidden.device, None)
     assert_same(recorder.records, cost_model.reduction(shape, *sizes, machine, selects, fused))
@@ -151,7 +151,7 @@ def test_backpropagation(recorder):
     gradient = RowGradient(ids, values, tail, tail)
     epilogues = select_backend("triton", hidden.device)
     with recorder:
-        backpropagate(hidden, head, gradient, (dhidden, dweight, None), epilogues, None)
+        backpropagate(Operands(hidden, head), gradient, (dhidden, dweight, None), epilogues, None)
     sizes = plan.recompute_sizes(TOKENS, VOCAB, 2 if fused else 6, hidden.device, None)
     assert_same(recorder.records, cost_model.backpropagation(shape, *sizes, machine, fused))
 

@@ -13,7 +13,7 @@ import torch
 
 from opd_kernels import LazyLogits, distillation_loss, jsd, reverse_kl
 from opd_kernels.backends import select_backend
-from opd_kernels.backends.records import RowGradient
+from opd_kernels.backends.records import Operands, RowGradient
 from opd_kernels.linear import products as linear_products
 from opd_kernels.linear.vocabulary_walk import backpropagate
 from tests.device import DEVICE
@@ -158,7 +158,7 @@ def test_recompute_in_float16_neither_flushes_nor_overflows(backend, factor):
         epilogues = select_backend(backend, student.hidden.device)
         rows = RowGradient(sparse.ids, dvalues * factor, sparse.tail, dtail * factor)
         head, sums = student.flat().head, (dhidden, dweight, dbias)
-        backpropagate(student.hidden, head, rows, sums, epilogues, None)
+        backpropagate(Operands(student.hidden, head), rows, sums, epilogues, None)
         return sums
 
     with torch.no_grad():

@@ -10,7 +10,7 @@ from opd_kernels.backends.records import Chunk, Head, RowGradient, RowState, acc
 from opd_kernels.backends.triton import configs
 from opd_kernels.backends.triton.configs import Case, RowConfig
 from opd_kernels.backends.triton.divergence import FORWARD, JSD, REVERSE, divergence_kernel
-from opd_kernels.backends.triton.launch import flags, operands
+from opd_kernels.backends.triton.launch import flags, head_operands
 from opd_kernels.backends.triton.linear import TritonFusedEpilogues
 from opd_kernels.backends.triton.reverse_kl import reverse_kl_kernel
 from opd_kernels.backends.triton.rows import gradient_kernel, update_kernel
@@ -19,11 +19,14 @@ from opd_kernels.backends.triton.rows import gradient_kernel, update_kernel
 class TritonEpilogues(Epilogues):
     """Epilogues that Triton's kernels compute."""
 
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    max_selected, max_given = configs.MAX_SELECTED, configs.MAX_GIVEN
+
     # filtered_gradient is PyTorch's: the number of entries that are kept depends on the data.
 
     def update(self, chunk: Chunk, state: RowState) -> None:
         (rows, columns), k = chunk.raw.shape, state.values.shape[1]
-        if k > (configs.MAX_SELECTED if state.selects else configs.MAX_GIVEN):
+        if not self.covers(chunk, k, state.selects):
             return super().update(chunk, state)
         if rows == 0:
             return
@@ -39,7 +42,7 @@ class TritonEpilogues(Epilogues):
 
     def gradient(self, chunk: Chunk, gradient: RowGradient, out: Tensor) -> None:
         (rows, columns), k = chunk.raw.shape, gradient.ids.shape[1]
-        if k > configs.MAX_GIVEN:
+        if not self.covers(chunk, k):
             return super().gradient(chunk, gradient, out)
         if rows == 0:
             return
@@ -56,6 +59,8 @@ class TritonEpilogues(Epilogues):
     def divergence(
         self, chunk: Chunk, teacher: Chunk, beta: float, upstream: Tensor | None, out: Tensor
     ) -> Tensor:
+        if not (self.covers(chunk, 0) and self.covers(teacher, 0)):
+            return super().divergence(chunk, teacher, beta, upstream, out)
         rows, columns = chunk.raw.shape
         dtype = accumulator_dtype(chunk.raw)
         losses = chunk.raw.new_empty(rows, dtype=dtype)
@@ -113,7 +118,7 @@ _FUSED = TritonFusedEpilogues()
 
 
 def _operands(chunk: Chunk) -> tuple[Tensor, float, float]:
-    return operands(chunk.head, chunk.first_id, chunk.raw.shape[1], chunk.raw)
+    return head_operands(chunk.head, chunk.first_id, chunk.raw.shape[1], chunk.raw)
 
 
 def _config(kernel: str, k: int, chunk: Chunk) -> RowConfig:

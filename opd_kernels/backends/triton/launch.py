@@ -7,7 +7,7 @@ from torch import Tensor
 from opd_kernels.backends.records import Head
 
 
-def operands(
+def head_operands(
     head: Head, first_id: int, columns: int, placeholder: Tensor
 ) -> tuple[Tensor, float, float]:
     """The bias of some columns and the head's two factors (elementwise.py).

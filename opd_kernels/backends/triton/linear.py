@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from opd_kernels.backends.devices import device_of
-from opd_kernels.backends.records import Head, RowGradient, RowState
+from opd_kernels.backends.records import Operands, RowGradient, RowState
 from opd_kernels.backends.triton import configs
 from opd_kernels.backends.triton.configs import Case, TileConfig
 from opd_kernels.backends.triton.elementwise import derivatives_of, logits_of
-from opd_kernels.backends.triton.launch import flags, operands
+from opd_kernels.backends.triton.launch import flags, head_operands
 from opd_kernels.backends.triton.online_sum import absorb
 
 _NO_COLUMN = 2**31 - 1
@@ -27,7 +27,7 @@ _GRAIN = tl.constexpr(16)  # tiles start at multiples of this many columns
 
 @dataclass(frozen=True)
 class Support:
-    """The entries of S of each block of rows in the order of their columns, a sentinel behind."""
+    """The entries of S of each block of rows, sorted by column and followed by a sentinel."""
 
     columns: Tensor  # [blocks, T] int32
     places: Tensor  # [blocks, T] int32: row in the block * K + slot
@@ -225,9 +225,10 @@ class TritonFusedEpilogues:
     float32 operands are multiplied exactly, not in TF32.
     """
 
-    def update(self, hidden: Tensor, head: Head, state: RowState) -> None:
+    def update(self, operands: Operands, state: RowState) -> None:
+        hidden, head = operands.hidden, operands.head
         (rows, depth), k = hidden.shape, state.ids.shape[1]
-        config = _config("linear_update", k, head, hidden)
+        config = _config("linear_update", k, operands)
         blocks = triton.cdiv(rows, config.rows)
         tiles = triton.cdiv(head.vocab_size, config.columns)
         # At least two programs for every multiprocessor, so that few rows fill the machine too.
@@ -240,7 +241,7 @@ class TritonFusedEpilogues:
         with device_of(hidden):
             linear_update_kernel[(blocks, pieces)](
                 hidden, hidden.stride(0), head.weight, head.weight.stride(0), rows, depth,
-                head.vocab_size, *operands(head, 0, head.vocab_size, hidden),
+                head.vocab_size, *head_operands(head, 0, head.vocab_size, hidden),
                 support.columns, support.places, support.columns.shape[1],
                 support.starts, support.starts.shape[1], tiles_per_piece,
                 state.values, k, maxima, sums, moments,
@@ -248,29 +249,29 @@ class TritonFusedEpilogues:
             )  # fmt: skip
         _merge(maxima, sums, moments, state)
 
-    def support(self, ids: Tensor, hidden: Tensor, head: Head) -> Support:
+    def support(self, ids: Tensor, operands: Operands) -> Support:
         """Canonical ids [n, K] in the order in which `gradient` meets them."""
-        rows = _config("linear_gradient", ids.shape[1], head, hidden).rows
-        return Support.from_ids(ids, rows, head.vocab_size)
+        rows = _config("linear_gradient", ids.shape[1], operands).rows
+        return Support.from_ids(ids, rows, operands.head.vocab_size)
 
     def gradient(
         self,
-        hidden: Tensor,
-        head: Head,
+        operands: Operands,
         first_id: int,
         support: Support,
-        rows: RowGradient,
+        gradient: RowGradient,
         out: Tensor,
     ) -> None:
+        hidden, head = operands.hidden, operands.head
         (tokens, depth), columns = hidden.shape, out.shape[1]
         weight = head.weight[first_id : first_id + columns]
-        config = _config("linear_gradient", support.k, head, hidden)
+        config = _config("linear_gradient", support.k, operands)
         blocks, tiles = triton.cdiv(tokens, config.rows), triton.cdiv(columns, config.columns)
-        _, dvalues, tail, dtail = rows.contiguous()
+        _, dvalues, tail, dtail = gradient.contiguous()
         with device_of(hidden):
             linear_gradient_kernel[(blocks, tiles)](
                 hidden, hidden.stride(0), weight, weight.stride(0), tokens, depth, columns,
-                first_id, *operands(head, first_id, columns, hidden),
+                first_id, *head_operands(head, first_id, columns, hidden),
                 support.columns, support.places, support.columns.shape[1],
                 support.starts, support.starts.shape[1],
                 dvalues, support.k, tail, dtail, out, out.stride(0),
@@ -290,6 +291,7 @@ def _merge(maxima: Tensor, sums: Tensor, moments: Tensor, state: RowState) -> No
         torch.sum(decay * (moments + moved), 0, out=state.moment)
 
 
-def _config(kernel: str, k: int, head: Head, hidden: Tensor) -> TileConfig:
-    case = Case(kernel, k, head.is_plain, dim=hidden.shape[1])
+def _config(kernel: str, k: int, operands: Operands) -> TileConfig:
+    hidden = operands.hidden
+    case = Case(kernel, k, operands.head.is_plain, dim=hidden.shape[1])
     return configs.tile_config(case, hidden.device)
