@@ -1,10 +1,10 @@
-"""The bytes that a rank sends in collectives, reckoned as rings."""
+"""Count the bytes that a rank sends in collectives, assuming ring algorithms."""
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class SentBytes(TorchDispatchMode):
-    """Sums them by collective while it is active."""
+    """Sums the bytes by name of the collective while it is active."""
 
     def __init__(self, ranks):
         super().__init__()
