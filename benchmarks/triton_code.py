@@ -8,7 +8,9 @@ import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -19,6 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from benchmarks import machine_code
+from benchmarks.build_cache import cached
 from benchmarks.machine_code import MachineCode, Target, instructions_of, run_tool
 
 _TYPES = {
@@ -96,7 +100,8 @@ def _read(compiled: CompiledKernel, warps: int) -> MachineCode:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = run_tool("cuobjdump", "-res-usage", file.name)
-        (instructions,) = instructions_of(file.name).values()
+        inputs = (Path(file.name), Path(machine_code.__file__), triton.__version__)
+        (instructions,) = cached(inputs, partial(instructions_of, file.name)).values()
     resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return MachineCode(
         registers=resources["REG"],

@@ -1,6 +1,6 @@
-"""Opens a page in a real browser, Chromium in Qt, without a screen: what it shows and what it asks.
+"""Opens a page in a headless Chromium (Qt WebEngine) and reports what it shows and requests.
 
-The browser has a process of its own, since a page that ends it must not end the tests.
+The browser runs in its own process, so that a page that crashes it does not end the tests.
 """
 
 import importlib.metadata
@@ -22,10 +22,10 @@ needs_browser = pytest.mark.skipif(
 def open_page(
     page: Path | str, screenshot: Path, width: int = 1200, dark: bool = False, script: str = "null"
 ) -> dict[str, Any]:
-    """Open a file or an address, save a picture of the whole of it, and tell what came of it.
+    """Open a file or an address and save a screenshot of the whole page.
 
-    Returns its `title`, visible `text`, `errors` of the console, the `requests` for anything but
-    the page, and `value`, which the script evaluates to in the page.
+    Returns its `title`, its visible `text`, the `errors` on the console, the `requests` for
+    anything but the page itself, and `value`, the result of the script in the page.
     """
     flags = f"--no-sandbox --disable-gpu --blink-settings=preferredColorScheme={0 if dark else 1}"
     quiet = {"QT_QPA_PLATFORM": "offscreen", "QTWEBENGINE_CHROMIUM_FLAGS": flags}
@@ -53,7 +53,7 @@ def _browse(page: str, screenshot: str, width: int, script: str) -> dict[str, An
     errors: list[str] = []
     requests: list[str] = []
 
-    # Methods that Qt calls by its own names.
+    # Qt calls these methods by its own names.
     class Console(QWebEnginePage):
         def javaScriptConsoleMessage(self, level: Any, message: str, line: int, _: str) -> None:  # noqa: N802
             if level != self.JavaScriptConsoleMessageLevel.InfoMessageLevel:
@@ -81,7 +81,7 @@ def _browse(page: str, screenshot: str, width: int, script: str) -> dict[str, An
     network = Network()
     shown.setUrlRequestInterceptor(network)
     settings, attributes = shown.settings(), QWebEngineSettings.WebAttribute
-    # Or the browser would hold back what the page asks of the network before it is noted.
+    # Otherwise the browser blocks the page's requests to the network before Network records them.
     settings.setAttribute(attributes.LocalContentCanAccessRemoteUrls, True)
     settings.setAttribute(attributes.ShowScrollBars, False)
     view.setPage(shown)
@@ -95,9 +95,9 @@ def _browse(page: str, screenshot: str, width: int, script: str) -> dict[str, An
     evaluate("requestAnimationFrame(() => requestAnimationFrame(() => window.drawn = 1)) && 0")
     while not evaluate("window.drawn"):
         wait(50)
-    wait(1000)  # for what starts late, such as an image's onerror
+    wait(1000)  # for late events, such as an image's onerror
     before, picture = None, view.grab().toImage()
-    while picture != before:  # a tall page is drawn a piece at a time
+    while picture != before:  # a tall page is drawn in pieces
         wait(500)
         before, picture = picture, view.grab().toImage()
     picture.save(screenshot)

@@ -1,4 +1,4 @@
-"""Where the operator tests' tensors live: `make gpu` sets OPD_TEST_DEVICE."""
+"""The device of the operator tests' tensors; `make gpu` sets OPD_TEST_DEVICE."""
 
 import os
 

@@ -1,5 +1,6 @@
 """Installation from source: without a compiler, with a broken one, and with a broken build."""
 
+import base64
 import os
 import runpy
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.build_cache import cached, version
 from csrc.cuda import nvcc
 from opd_kernels.backends import cpu
 
@@ -88,17 +90,32 @@ def test_a_broken_compiler_fails_the_installation(source, tmp_path, no_compiler,
     assert not (tmp_path / "site" / "opd_kernels").exists()
 
 
-@pytest.mark.skipif(nvcc.find_nvcc() is None, reason="no nvcc was found")
-def test_the_cuda_backend_is_built_without_a_gpu(source):
-    """Build for one architecture, without warnings; the audit compiles for all architectures."""
-    environment = {"OPD_BUILD": "cuda", "OPD_CUDA_ARCHITECTURES": "90"}
-    without_cpu = """import runpy, setuptools
+BUILD_CUDA = """import runpy, setuptools
 setup = setuptools.setup
 setuptools.setup = lambda ext_modules, **options: setup(ext_modules=ext_modules[-1:], **options)
 runpy.run_path("setup.py")"""
-    done = run(["-c", without_cpu, "-q", "build_ext", "--inplace"], source, **environment)
+
+
+def build_cuda(source):
+    """Build the CUDA extension alone; return the messages and the library."""
+    environment = {"OPD_BUILD": "cuda", "OPD_CUDA_ARCHITECTURES": "90"}
+    done = run(["-c", BUILD_CUDA, "-q", "build_ext", "--inplace"], source, **environment)
     assert done.returncode == 0, done.stdout
-    assert "warning" not in done.stdout
+    (library,) = source.glob("opd_kernels/_cuda*.so")
+    content = base64.b64encode(library.read_bytes()).decode()
+    return {"messages": done.stdout, "name": library.name, "library": content}
+
+
+@pytest.mark.skipif(nvcc.find_nvcc() is None, reason="no nvcc was found")
+def test_the_cuda_backend_is_built_without_a_gpu(source):
+    """Build for one architecture, without warnings; the audit compiles for all architectures."""
+    sources = [path for path in sorted((source / "csrc").rglob("*")) if path.is_file()]
+    tools = [version(nvcc.find_nvcc()), version(os.environ.get("CXX", "c++")), sys.version]
+    inputs = [BUILD_CUDA, source / "setup.py", *sources, *tools, torch.__version__]
+    built = cached(inputs, lambda: build_cuda(source))
+    assert "warning" not in built["messages"]
+    library = source / "opd_kernels" / built["name"]
+    library.write_bytes(base64.b64decode(built["library"]))
     code = """import sys
 sys.path.insert(0, ".")
 sys.meta_path = [f for f in sys.meta_path if "Editable" not in repr(f)]

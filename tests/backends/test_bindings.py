@@ -177,7 +177,7 @@ def test_a_weight_of_a_wider_dtype_is_refused(name):
         run(*operands, 1)
 
 
-def test_more_columns_than_a_kernel_counts_are_refused():
+def test_more_columns_than_a_cuda_kernel_counts_are_refused():
     run, _ = _binding("sparse_product", True)
     ids, none = torch.empty(0, 0, dtype=torch.int64), torch.empty(0, 0)
     for columns in (1 << 28) + 1, (1 << 22) + 1:

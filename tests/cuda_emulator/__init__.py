@@ -1,9 +1,10 @@
-"""The CUDA kernels compiled by g++ against a header that stands in for CUDA, and run on the CPU."""
+"""The CUDA kernels, compiled by g++ against headers that stand in for CUDA's, run on the CPU."""
 
 import fcntl
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -30,28 +31,31 @@ SANITIZED = [
     "-fsanitize-sections=opd_shared", "-fno-omit-frame-pointer",
 ]  # fmt: skip
 
-Edit = Callable[[str, str], str]  # a source's name and text to its new text
+Edit = Callable[[str, str], str]  # maps the name and the text of a source to its new text
 
 
 def is_available() -> bool:
-    """Whether there is a compiler for it."""
+    """Whether the C++ compiler is installed."""
     return shutil.which(COMPILER) is not None
 
 
 def build(sanitize: bool = False, edit: Edit | None = None) -> Path:
-    """The extension, from the sources as they are or edited; built once for the same sources."""
-    sources = {p.name: p.read_text() for p in sorted((CSRC / "cuda").glob("*.*h*"))}
+    """Build the extension from the sources, as they are or edited, and return its path.
+
+    Objects and libraries are kept in build/cuda_emulator by a hash of their inputs.
+    """
+    headers = {p.name: p.read_text() for p in sorted((CSRC / "cuda").glob("*.*h*"))}
     kernels = {p.name: p.read_text() for p in sorted((CSRC / "cuda").glob("*.cu"))}
     flags = [*FLAGS, *(SANITIZED if sanitize else [])]
     if edit is not None:
-        sources, kernels = (
-            {name: edit(name, text) for name, text in texts.items()} for texts in (sources, kernels)
+        headers, kernels = (
+            {name: edit(name, text) for name, text in texts.items()} for texts in (headers, kernels)
         )
-        flags += ["-Wno-unused", "-O0"]  # compiled more often than run
+        flags += ["-Wno-unused", "-O0"]  # an edited extension runs once, so compile it fast
     kernels["emulator.cpp"] = (HERE / "emulator.cpp").read_text()
-    sources |= {p.name: p.read_text() for p in sorted(HERE.glob("*.h"))}
+    headers |= {p.name: p.read_text() for p in sorted(HERE.glob("*.h"))}
     with ThreadPoolExecutor() as pool:
-        tasks = [pool.submit(_object, name, text, sources, flags) for name, text in kernels.items()]
+        tasks = [pool.submit(_object, name, text, headers, flags) for name, text in kernels.items()]
         bindings = _bindings()
         objects = [*(task.result() for task in tasks), bindings]
     folder = BUILDS / _hash(*map(str, objects))
@@ -68,7 +72,7 @@ def build(sanitize: bool = False, edit: Edit | None = None) -> Path:
 
 
 def load(library: Path) -> Any:
-    """The module of a library that `build` made; one in a process."""
+    """Load a library that `build` made; a process can load one only."""
     spec = importlib.util.spec_from_file_location(NAME, library)
     assert spec is not None
     assert spec.loader is not None
@@ -79,14 +83,14 @@ def load(library: Path) -> Any:
 
 @cache
 def emulated() -> CudaEpilogues:
-    """The backend. Rows of 100 columns are long ones, so that small problems have both kinds."""
-    # `make sanitize` loads the sanitizer's runtime first; without it a watched library cannot be.
+    """Return the backend. Rows of 100 columns count as long, so small problems have both kinds."""
+    # A sanitized library loads only where `make sanitize` has loaded the sanitizer's runtime first.
     library = build(sanitize=os.environ.get("OPD_SANITIZE") == "1")
     return CudaEpilogues(load(library), long_row=100)
 
 
 def _bindings() -> Path:
-    """Compiled apart: PyTorch's headers take most of the time, and edits leave it alone."""
+    """Compile the bindings, without edits: PyTorch's headers take most of the compile time."""
     sources = [CSRC / "cuda/bindings.cpp", CSRC / "cuda/epilogue.h", CSRC / "checks.h"]
     python = sysconfig.get_paths()["include"]
     flags = [f for path in (*include_paths(), python) for f in ("-isystem", path)]
@@ -99,8 +103,9 @@ def _bindings() -> Path:
 
 
 def _object(name: str, text: str, headers: dict[str, str], flags: list[str]) -> Path:
-    """A source compiled beside its headers; once for the same texts."""
-    folder = BUILDS / _hash(name, text, *headers.values(), *flags)
+    """Compile a source beside the headers that it includes."""
+    headers = _included(text, headers)
+    folder = BUILDS / _hash(name, text, *headers, *headers.values(), *flags)
     output = folder / f"{Path(name).stem}.o"
     with _lock(folder):
         if output.exists():
@@ -108,6 +113,21 @@ def _object(name: str, text: str, headers: dict[str, str], flags: list[str]) -> 
         for file, content in {**headers, name: text}.items():
             (folder / file).write_text(content)
         return _compile(folder / name, output, ["-I", str(folder), *flags])
+
+
+def _included(text: str, headers: dict[str, str]) -> dict[str, str]:
+    """Return the headers that a source includes, directly or through others.
+
+    An edit of one header then recompiles the sources that include it, and no others.
+    """
+    found: dict[str, str] = {}
+    texts = [text]
+    while texts:
+        for name in re.findall(r'^#include [<"](.+)[>"]', texts.pop(), re.MULTILINE):
+            if name in headers and name not in found:
+                found[name] = headers[name]
+                texts.append(headers[name])
+    return {name: found[name] for name in sorted(found)}
 
 
 def _compile(source: Path, output: Path, flags: list[str]) -> Path:
@@ -123,13 +143,19 @@ def _run(*arguments: object) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[:4000]}")
 
 
+@cache
+def _compiler_version() -> str:
+    return subprocess.check_output([COMPILER, "--version"], text=True)
+
+
 def _hash(*texts: str) -> str:
-    return hashlib.sha256("\0".join((COMPILER, *texts)).encode()).hexdigest()[:16]
+    inputs = "\0".join((COMPILER, _compiler_version(), *texts))
+    return hashlib.sha256(inputs.encode()).hexdigest()[:16]
 
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Only one of several test processes builds a folder; the others wait for it."""
+    """Let one of several test processes build a folder while the others wait."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
