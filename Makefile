@@ -82,7 +82,7 @@ sanitize: $(VENV)/installed
 		tests/linear/test_operators.py tests/linear/test_operators_numbers.py \
 		tests/loss/test_distill.py tests/loss/test_distill_numbers.py tests/loss/test_gradient_filter.py tests/backends/test_bindings.py
 
-# Tests the properties of tests/loss/test_properties.py on 2,400 random problems, and the bindings on 6,600 random calls.
+# Tests the properties of tests/loss/test_properties.py on 2,400 random problems, and the bindings on 3,300 random calls.
 fuzz: $(VENV)/installed
 	$(TEST_IN_PARALLEL) tests/loss/test_properties.py tests/backends/test_bindings.py --hypothesis-profile fuzz
 
