@@ -82,7 +82,7 @@ class Arguments {
     return k;
   }
 
-  // The tensors of opd_kernels/backends/state.py, except ids.
+  // The tensors of RowState in opd_kernels/backends/records.py, except ids.
   void add_state(const Tensor& chunk, int64_t k, const Tensor& values, const Tensor& max,
                  const Tensor& sum, const OptionalTensor& moment) {
     const auto dtype = accumulator_of(chunk);
@@ -93,7 +93,7 @@ class Arguments {
     if (moment) add(*moment, "moment", dtype, {rows});
   }
 
-  // The gradients of every row's values and tail, and the tail.
+  // The tensors of RowGradient: dvalues [rows, k], tail [rows] and dtail [rows].
   void add_row_gradient(const Tensor& chunk, int64_t k, const Tensor& dvalues, const Tensor& tail,
                         const Tensor& dtail) {
     const auto dtype = accumulator_of(chunk);

@@ -126,6 +126,18 @@ class SparseLogits:
         shared = (self._matches(other) >= 0) & live
         return shared.sum(-1) / live.sum(-1).clamp_min(1)
 
+    def topk(self, k: int) -> "SparseLogits":
+        """The same rows on their k largest slots, all of them if there are fewer; the other slots
+        join the tail.
+
+        Raises:
+            TypeError, ValueError: k is not an int of at least 1.
+        """
+        check_int("k", k, 1)
+        if k >= self.ids.shape[-1]:
+            return self
+        return self.at(self.ids.gather(-1, self.values.topk(k, dim=-1).indices))
+
     def at(self, ids: Tensor) -> "SparseLogits":
         """The same rows on other ids [..., K']; every other logit joins the tail.
 

@@ -213,6 +213,9 @@ DOORS = {
                   ints(2, 3, 4, device="meta").bool())},
     ),
     "SparseLogits.detach": Door(lambda: sparse().detach(), dict),
+    "SparseLogits.topk": Door(
+        lambda k: sparse().topk(k), lambda: {"k": 1}, {"k": (*INT, 0, -1)},
+    ),
     "SparseLogits.map": Door(
         lambda function: sparse().map(function), lambda: {"function": lambda x: x[0]},
         {"function": (None, "x", Told("values", lambda x: 3), Told("values", lambda x: x.bool()))},

@@ -64,6 +64,18 @@ def test_at_looks_ids_up():
     assert_close(found.tail, outside_lse(z, live), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("k", [1, 3, 7, 20])
+def test_topk_of_sparse_logits(k):
+    logits = make_logits(requires_grad=False)
+    given = logits.gather(logits.topk(7).ids.flip(-1))
+    best = given.topk(k)
+    expected = logits.topk(min(k, 7))
+    order = best.values.argsort(-1, descending=True)
+    assert torch.equal(best.ids.gather(-1, order), expected.ids)
+    assert torch.equal(best.values.gather(-1, order), expected.values)
+    assert_close(best.tail, expected.tail, rtol=1e-12, atol=1e-13)
+
+
 def test_keep_everything_of_a_whole_row_has_a_finite_gradient():
     logits = make_logits(tokens=2, vocab=6)
     s = logits.topk(6)

@@ -15,7 +15,7 @@ class SavingError(RunStoppedError):
 
 
 class TeacherError(RunStoppedError):
-    """A teacher does not answer, or not as it should."""
+    """A teacher gave no answer, or an invalid one."""
 
 
 @contextmanager

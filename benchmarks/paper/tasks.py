@@ -90,7 +90,7 @@ def _is_right(letters: str, step: int) -> Iterator[bool]:
 
 
 def counts_on(text: str, row: Row) -> float:
-    """Score the share of the completion that counts on by one, with the end in place."""
+    """Score the share of letters that are one step further; the end counts as one letter."""
     return share_of_steps(text, 1, row["prompt"])
 
 

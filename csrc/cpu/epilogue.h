@@ -15,7 +15,7 @@ struct Chunk {
   int64_t first_id;  // the token id of column 0
 };
 
-// The row state of opd_kernels/backends/state.py. The arrays are contiguous; moment may be null.
+// RowState of opd_kernels/backends/records.py. The arrays are contiguous; moment may be null.
 template <typename T>
 struct State {
   T* values;     // [rows, k]

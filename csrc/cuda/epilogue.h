@@ -36,7 +36,7 @@ struct OpdHead {
   double inner, outer;
 };
 
-// The row state of opd_kernels/backends/state.py in the accumulator dtype; moments may be null.
+// RowState of opd_kernels/backends/records.py in the accumulator dtype; moments may be null.
 struct OpdState {
   void* values;  // [n, k]
   int64_t* ids;  // [n, k]

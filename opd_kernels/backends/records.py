@@ -1,4 +1,4 @@
-"""Records that travel between the walks and the epilogues: Head, Chunk, RowState, RowGradient."""
+"""Records that travel between walks and epilogues: operands, chunks, row states, row gradients."""
 
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar

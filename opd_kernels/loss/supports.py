@@ -41,13 +41,9 @@ class Served:
     answer: SparseLogits
 
     def reduce(self, wanted: int | Tensor) -> SparseLogits:
-        answer = self.answer
         if isinstance(wanted, Tensor):
-            return answer.at(wanted)
-        if wanted >= answer.ids.shape[-1]:
-            return answer
-        best = answer.values.topk(wanted, dim=-1).indices
-        return answer.at(answer.ids.gather(-1, best))
+            return self.answer.at(wanted)
+        return self.answer.topk(wanted)
 
 
 def source_of(logits: FlatLogits | SparseLogits, options: LossOptions) -> Recomputed | Served:

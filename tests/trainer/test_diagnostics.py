@@ -236,7 +236,7 @@ def test_the_preflight_tells_what_is_bad_before_training(tmp_path, capsys, monke
     (other / "chat_template.jinja").write_text(template + " ")
     trainer = make_trainer(tmp_path / "far", teacher=str(other))
     output = capsys.readouterr().out
-    assert f"chat template: that of {other} is another" in output
+    assert f"chat template: {other} has a different one" in output
     assert trainer.teachers
     make_trainer(tmp_path / "saves", save_strategy="steps")
     assert re.search(r"preflight: disk: 0\.0 GiB for a checkpoint; \d+\.\d GiB are free\n",

@@ -153,8 +153,8 @@ def test_a_run_may_be_killed_at_any_moment(tmp_path, start, case, kills):
     ("size", "message"),
     [
         (500, "File too large: .*config.json.*"),
-        (20_000, "checkpoint-4 could not be saved, what was saved before is whole: .*"),
-        (60_000, "checkpoint-4 could not be saved, what was saved before is whole: .*"),
+        (20_000, "checkpoint-4 could not be saved; earlier checkpoints are intact: .*"),
+        (60_000, "checkpoint-4 could not be saved; earlier checkpoints are intact: .*"),
     ],
     ids=["recipe", "weights", "optimizer"],
 )

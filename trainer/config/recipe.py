@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
         names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         duplicates = [name for name in names if names.count(name) > 1]
         if duplicates:
-            raise ValueError(f"{duplicates[0]} is there twice, last{node.end_mark}")
+            raise ValueError(f"{duplicates[0]} is given twice, last{node.end_mark}")
         return super().construct_mapping(node, deep)
 
 

@@ -20,18 +20,20 @@ class DistillationConfig(TeacherConfig):
     # reverse_kl, forward_kl, jsd, policy_gradient, or a function(student, teacher) of SparseLogits
     # that returns a loss per token, given as file.py:function or module:function.
     objective: str = "reverse_kl"
-    stop_gradient: bool = True  # of reverse_kl
+    stop_gradient: bool = True  # detach log p inside reverse_kl
     tail: Literal["drop", "bucket", "renormalize"] = "drop"
-    beta: Share = 0.5  # of jsd
+    beta: Share = 0.5  # the teacher's weight in the mixture of jsd
     # Token ids that the loss compares: the top-K of one model, or a combination of both top-Ks;
     # "sampled", the sampled token alone, is for a function.
     support: Literal["student", "teacher", "union", "intersection", "full", "sampled"] = "student"
     missing: Literal["error", "drop"] = "error"  # if a server leaves out ids of the support
-    forward_kl_coef: NotNegative = 0.0  # of forward KL, which is added to reverse_kl ...
-    forward_kl_min_entropy: float = 0.0  # ... on tokens whose teacher entropy (nats) is above this
-    sft_coef: NotNegative = 0.0  # of the cross-entropy on the rows' own completions
+    forward_kl_coef: NotNegative = 0.0  # coefficient of a forward KL that is added to reverse_kl
+    # The forward KL is added only on tokens where the teacher's entropy (nats) is above this.
+    forward_kl_min_entropy: float = 0.0
+    # Coefficient of the cross-entropy on the rows' own completions.
+    sft_coef: NotNegative = 0.0
     max_token_loss: Positive | None = None  # nats; above it a token has no gradient
-    max_loss_tokens: Count | None = None  # of each completion, from its start
+    max_loss_tokens: Count | None = None  # only the first tokens of a completion have a loss
     # Weights tokens of reused completions by p(now) / p(when sampled), at most by this.
     max_importance_weight: Positive | None = None
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from opd_kernels import LazyLogits, SparseLogits
-from opd_kernels.loss.supports import Served
 from trainer.config import DistillationConfig, StageConfig
 from trainer.models.rollout import Completion
 
@@ -100,7 +99,7 @@ class Sums(dict[str, float]):
             top = teacher.topk(k, entropy=True)
             nll = top.lse - teacher.gather(ids[:, None], tail=False).values[:, 0]
         else:  # a server returns its top-K and the sampled token
-            top, nll = Served(teacher).reduce(k), -teacher.at(ids[:, None]).log_probs[:, 0]
+            top, nll = teacher.topk(k), -teacher.at(ids[:, None]).log_probs[:, 0]
         metrics = {
             "overlap": student_top.overlap(top),
             "outside_teacher_top_k": (top.ids != ids[:, None]).all(-1).float(),

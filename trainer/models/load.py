@@ -187,7 +187,7 @@ def compare_tokenizers(
         )
     if tokenizer.chat_template != student.chat_template:
         findings.append(
-            f"chat template: that of {teacher} is another; it gets prompts in the student's "
+            f"chat template: {teacher} has a different one, but gets prompts in the student's "
             "template, which it may not know: compare them, or set chat_template_kwargs"
         )
     if tokenizer.eos_token_id != student.eos_token_id:

@@ -63,7 +63,7 @@ class DurableTrainer(Trainer):
                 publish(run / SAVING / name, run / name)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk raises any of these
             shutil.rmtree(run / SAVING, ignore_errors=True)
-            problem = "could not be saved, what was saved before is whole"
+            problem = "could not be saved; earlier checkpoints are intact"
             raise SavingError(f"{run}/{name} {problem}: {error}") from error
 
     def save_more(self, checkpoint: Path) -> None:
@@ -107,7 +107,7 @@ class _Interruption(TrainerCallback):
 
     def _request(self, number: int, frame: Any) -> None:
         self.requested = True
-        print("\nfinishing this step, then saving; once more to stop at once", flush=True)
+        print("\nfinishing this step, then saving; press Ctrl-C again to stop at once", flush=True)
         signal.signal(number, self.previous[number])
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""The directory of a run: used by one process at a time, and whole even when that is killed."""
+"""The directory of a run: one process at a time uses it, and it stays intact if that is killed."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ def _steps(run: Path) -> list[int]:
 def _newest_whole(run: Path, rename: bool) -> str | None:
     """Return the newest whole checkpoint.
 
-    Newer ones are damaged; they are renamed, or transformers would still count them as the newest.
+    Newer ones are damaged. They are renamed, since transformers would take one as the newest.
     """
     damaged: list[Path] = []
     for step in _steps(run):
