@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from opd_kernels import LazyLogits
 from opd_kernels.integrations import labels, liger, transformers
-from tests.bad_arguments import FLAG, INT, NUMBER, Door, floats, ids, ints, lazy, tensors
+from tests.bad_arguments import FLAG, INT, NUMBER, Case, floats, ids, ints, lazy, tensors
 from tests.tiny_models import tiny_model
 
 
@@ -52,15 +52,15 @@ def module(cls: type, forward: Callable[[], dict[str, Any]]) -> Callable[..., An
     return lambda **options: cls(**options)(**forward())
 
 
-DOORS = {
-    "integrations.transformers.lazy_logits": Door(
+CASES = {
+    "integrations.transformers.lazy_logits": Case(
         lambda **o: transformers.lazy_logits(**tokens() | o), dict, TOKENS, ANY_KEYWORD
     ),
-    "integrations.transformers.call_with_lazy_logits": Door(
+    "integrations.transformers.call_with_lazy_logits": Case(
         lambda **o: transformers.call_with_lazy_logits(**{"function": len_of} | tokens() | o), dict,
         TOKENS | {"function": (None, "x", 3)}, ANY_KEYWORD,
     ),
-    "integrations.transformers.pad_completions": Door(
+    "integrations.transformers.pad_completions": Case(
         lambda **o: transformers.pad_completions(
             **{"prompts": [[1, 2], [3]], "completions": [[4], [5, 6]], "device": "cpu"} | o
         ), dict,
@@ -70,31 +70,31 @@ DOORS = {
             "device": (1.5, "nowhere"),
         },
     ),
-    "integrations.labels.patch": Door(
+    "integrations.labels.patch": Case(
         labels.patch, lambda: {"model": tiny_model("llama")}, {"model": TOKENS["model"]}
     ),
-    "integrations.trl.distil_with": Door(
+    "integrations.trl.distil_with": Case(
         lambda trainer: distil(trainer), lambda: {"trainer": trainer()},
         {"trainer": (None, "x", nn.Linear(2, 2))}, {"options": "distillation_loss's own"},
     ),
-    "integrations.liger.LigerFusedLinearJSDLoss": Door(
+    "integrations.liger.LigerFusedLinearJSDLoss": Case(
         module(liger.LigerFusedLinearJSDLoss, partial(liger_operands, "true_labels")), dict,
         LIGER_NUMBERS | {"weight_hard_loss": NUMBER, "weight_soft_loss": NUMBER,
                          "beta": (*NUMBER, -0.1, 1.1), "return_soft_hard_loss": FLAG},
         {"compiled": "not used", "chunk_size": "not used", "options": "distillation_loss's own"},
     ),
-    "integrations.liger.LigerFusedLinearJSDLoss.forward": Door(
+    "integrations.liger.LigerFusedLinearJSDLoss.forward": Case(
         lambda **o: liger.LigerFusedLinearJSDLoss()(**liger_operands("true_labels") | o), dict,
         LIGER_TENSORS
         | {"true_labels": (*LIGER_LABELS, None, ints(5)), "student_bias": (*tensors(20)[1:],
            floats(19)), "teacher_bias": (*tensors(20)[1:], floats(19))},
     ),
-    "integrations.liger.LigerFusedLinearJSD": Door(
+    "integrations.liger.LigerFusedLinearJSD": Case(
         module(liger.LigerFusedLinearJSD, partial(liger_operands, "shift_labels")), dict,
         LIGER_NUMBERS | {"jsd_beta": (*NUMBER, -0.1, 1.1)},
         {"accum_dtype": "not used", "options": "distillation_loss's own"},
     ),
-    "integrations.liger.LigerFusedLinearJSD.forward": Door(
+    "integrations.liger.LigerFusedLinearJSD.forward": Case(
         lambda **o: liger.LigerFusedLinearJSD()(**liger_operands("shift_labels") | o), dict,
         LIGER_TENSORS | {"shift_labels": (*LIGER_LABELS, ints(5))},
     ),

@@ -11,9 +11,9 @@ import pytest
 from torch import distributed
 
 from tests import bad_arguments, bad_integration_arguments
-from tests.bad_arguments import Told
+from tests.bad_arguments import Reported
 
-DOORS = bad_arguments.DOORS | bad_integration_arguments.DOORS
+CASES = bad_arguments.CASES | bad_integration_arguments.CASES
 DOCS = Path(__file__).parents[1] / "docs"
 FORM = re.compile(r"(\w+(?:, \w+)*): .*\bexpected\b.*\bgot\b", re.DOTALL)
 
@@ -28,30 +28,30 @@ def one_rank():
 
 
 def rows():
-    for path, door in DOORS.items():
-        for parameter, values in door.bad.items():
+    for path, case in CASES.items():
+        for parameter, values in case.bad.items():
             for number, value in enumerate(values):
                 yield pytest.param(path, parameter, value, id=f"{path}-{parameter}-{number}")
 
 
 @pytest.mark.parametrize(("path", "parameter", "value"), list(rows()))
 def test_a_wrong_value_is_refused_by_its_name(path, parameter, value):
-    door = DOORS[path]
-    by, value = (value.by, value.value) if isinstance(value, Told) else (parameter, value)
+    case = CASES[path]
+    by, value = (value.by, value.value) if isinstance(value, Reported) else (parameter, value)
     # Indexing must raise IndexError outside the leading shape, since that ends an iteration.
     errors = (
         (TypeError, ValueError, IndexError) if parameter == "index" else (TypeError, ValueError)
     )
     with pytest.raises(errors) as error:
-        door.call(**door.good() | {parameter: value})
+        case.call(**case.good() | {parameter: value})
     message = FORM.match(str(error.value))
     assert message, str(error.value)
     assert by in message[1].split(", "), str(error.value)
 
 
-@pytest.mark.parametrize("path", DOORS)
+@pytest.mark.parametrize("path", CASES)
 def test_right_values_are_taken(path):
-    DOORS[path].call(**DOORS[path].good())
+    CASES[path].call(**CASES[path].good())
 
 
 def public():
@@ -76,11 +76,11 @@ def test_every_public_parameter_has_a_row():
         owner = pkgutil.resolve_name(f"opd_kernels.{path}")
         if inspect.isclass(owner) and "forward" in vars(owner):
             paths.add(f"{path}.forward")
-    assert paths == set(DOORS)
+    assert paths == set(CASES)
     for path in paths:
         function = pkgutil.resolve_name(f"opd_kernels.{path}")
         parameters = set(inspect.signature(function).parameters) - {"self"}
-        door = DOORS[path]
-        assert parameters == {*door.bad, *door.right}, path
-        assert not door.bad.keys() & door.right.keys(), path
-        assert all(door.bad.values()), path
+        case = CASES[path]
+        assert parameters == {*case.bad, *case.right}, path
+        assert not case.bad.keys() & case.right.keys(), path
+        assert all(case.bad.values()), path

@@ -183,8 +183,8 @@ def test_the_chart_shows_the_table_of_performance():
     rows = {name: numbers for name, *numbers in peers["rows"](page)}
     assert rows["opd_kernels, method=one_pass"] == [0.95, 171]
     assert len(rows) == 7
-    told = re.sub("[,*]", "", (ROOT / "README.md").read_text())
-    assert all(f"{memory:.0f} |" in told for _, memory in rows.values())
+    text = re.sub("[,*]", "", (ROOT / "README.md").read_text())
+    assert all(f"{memory:.0f} |" in text for _, memory in rows.values())
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ NAN, INF = torch.nan, torch.inf
 
 
 def clash(on_student):
-    """Two rows of unit vectors, of which the first has a logit of -inf at id 4 in one model."""
+    """Two rows of unit vectors; in one model the first row has a logit of -inf at id 4."""
     hidden = torch.eye(2, dtype=torch.float64)
     weights = [torch.randn(7, 2, dtype=torch.float64) for _ in range(2)]
     weights[0 if on_student else 1][4, 0] = -INF

@@ -65,8 +65,8 @@ def mutants_of(module: str) -> list[Mutant]:
         node, change = _changes(changed)[number]
         before = _shown(node)
         change(node)
-        told = f"{before} -> {_shown(node)}"
-        found.append(Mutant(module, node.lineno, told, ast.unparse(changed)))
+        label = f"{before} -> {_shown(node)}"
+        found.append(Mutant(module, node.lineno, label, ast.unparse(changed)))
     return found
 
 

@@ -17,7 +17,7 @@ Stage = TypeVar("Stage", bound=StageConfig)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses nodes that contain themselves and duplicate keys, of which YAML takes the last."""
+    """Refuses nodes that contain themselves and duplicate keys; YAML would take the last one."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         node = super().compose_node(parent, index)
