@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -26,8 +26,7 @@ from trainer.models.rollout import Completion
 
 KEY = "OPD_TEACHER_API_KEY"  # environment variable; with _NAME for one of several teachers
 _PROBE = "What is 6 x 7? It's 42: def f(x): return x**2  # \u00e7a va, \u65e5\u672c"
-_TRANSIENT = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)
-_TRANSIENT_STATUS = (408, 409)
+_TRANSIENT_STATUS = (408, 409, 429)  # and those from 500
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError, IndexError)
 _MAX_ANSWER_BYTES, _MAX_LOG_PROB_BYTES = 1 << 20, 256  # several times what a valid answer takes
 _Row = list[tuple[int, float]]  # token ids and log-probabilities of a position, the best first
@@ -121,13 +120,21 @@ class ServedTeacher:
         )
 
     def _limit(self, response: httpx2.Response) -> None:
-        """Bound the size and duration of a response before its body is read."""
+        """Read the body of a response, limited in bytes and seconds."""
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise httpx2.DecodingError("expected an answer without compression")
         prompt = json.loads(response.request.content or "{}").get("prompt", "")
         size = _MAX_ANSWER_BYTES + _MAX_LOG_PROB_BYTES * (self.k + 2) * len(prompt)
+        body, end = bytearray(), time.monotonic() + self.timeout
         assert isinstance(response.stream, httpx2.SyncByteStream)
-        response.stream = _LimitedStream(response.stream, size, self.timeout)
+        for part in response.stream:
+            body += part
+            if len(body) > size:
+                raise httpx2.ReadError("the answer is larger than a valid one can be")
+            if time.monotonic() > end:
+                raise httpx2.ReadTimeout(f"the answer takes longer than {self.timeout} s")
+        response.stream.close()
+        response.stream = httpx2.ByteStream(bytes(body))
 
     def _rows(self, answer: Any, prompt: Sequence[int], completion: Sequence[int]) -> list[_Row]:
         rows = _prompt_log_probs(answer)[len(prompt) :]
@@ -161,9 +168,8 @@ class ServedTeacher:
                 reason = "expected http(s)://HOST/v1 of an OpenAI-compatible server"
                 raise TeacherError(f"teacher: {self.url} has no such page; {reason}") from None
             except (openai.APIError, *_MALFORMED) as error:
-                reason = self._without_key(error)
-                is_transient = isinstance(error, (*_TRANSIENT, *_MALFORMED))
-                if not is_transient and getattr(error, "status_code", 0) not in _TRANSIENT_STATUS:
+                reason, status = self._without_key(error), getattr(error, "status_code", 500)
+                if status < 500 and status not in _TRANSIENT_STATUS:
                     raise TeacherError(
                         f"teacher: {self.url} refused the request: {reason}; if it limits "
                         f"log-probs below k: {self.k}, start it with a higher --max-logprobs"
@@ -183,26 +189,6 @@ class ServedTeacher:
         """Return the error's text without the API key."""
         causes = f" ({error.__cause__})" if error.__cause__ else ""
         return f"{type(error).__name__}: {error}{causes}".replace(self.key, "***")[:300]
-
-
-class _LimitedStream(httpx2.SyncByteStream):
-    """The body of a response, limited in bytes and seconds."""
-
-    def __init__(self, stream: httpx2.SyncByteStream, size: int, seconds: float) -> None:
-        self.stream, self.left, self.seconds = stream, size, seconds
-        self.end = time.monotonic() + seconds
-
-    def __iter__(self) -> Iterator[bytes]:
-        for part in self.stream:
-            self.left -= len(part)
-            if self.left < 0:
-                raise httpx2.ReadError("the answer is larger than a valid one can be")
-            if time.monotonic() > self.end:
-                raise httpx2.ReadTimeout(f"the answer takes longer than {self.seconds} s")
-            yield part
-
-    def close(self) -> None:
-        self.stream.close()
 
 
 def _key(completion: Completion) -> tuple[tuple[int, ...], tuple[int, ...]]:
