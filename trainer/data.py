@@ -166,7 +166,7 @@ def load_rows(source: str) -> Dataset | list[dict[str, Any]]:
     """
     name, _, query = source.partition("?")
     if source.endswith(".jsonl"):
-        return _json_lines(Path(source))
+        return read_json_lines(Path(source))
     if name.startswith("reasoning_gym:"):
         import reasoning_gym
     expected = "expected a .jsonl or .parquet file, a dataset of the hub or reasoning_gym:TASK"
@@ -181,9 +181,12 @@ def load_rows(source: str) -> Dataset | list[dict[str, Any]]:
         return load_dataset(name, **{"split": "train"} | options)
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(path.read_bytes().rstrip().splitlines(), start=1):
+def read_json_lines(path: Path, may_be_cut: bool = False) -> list[dict[str, Any]]:
+    """Return the rows of a .jsonl file; if it may be cut, without a last line that has no end."""
+    rows, content = [], path.read_bytes()
+    if may_be_cut:
+        content = content[: content.rfind(b"\n") + 1]
+    for number, line in enumerate(content.rstrip().splitlines(), start=1):
         try:
             rows.append(json.loads(line.decode("utf-8-sig")))
         except (ValueError, RecursionError) as error:

@@ -3,6 +3,7 @@ log-probabilities of the prompt, as vLLM does (`prompt_logprobs`).
 """
 
 import json
+import math
 import os
 import random
 import sys
@@ -100,14 +101,9 @@ class ServedTeacher:
         except BaseException:
             self.pool.shutdown(wait=False, cancel_futures=True)
             raise
-        ids = torch.full((len(rows), self.k + 1), -1)
-        log_probs = torch.full((len(rows), self.k + 1), -torch.inf)
-        for n, row in enumerate(rows):
-            for slot, (token, log_prob) in enumerate(row):
-                ids[n, slot], log_probs[n, slot] = token, log_prob
-        return SparseLogits.from_log_probs(
-            log_probs.to(self.device), ids.to(self.device), vocab_size=self.vocab_size
-        )
+        ids, log_probs = torch.tensor(rows, dtype=torch.float64).unbind(-1)  # each [N, K + 1]
+        log_probs, ids = log_probs.float().to(self.device), ids.long().to(self.device)
+        return SparseLogits.from_log_probs(log_probs, ids, vocab_size=self.vocab_size)
 
     def _score(self, prompt: tuple[int, ...], completion: tuple[int, ...]) -> list[_Row]:
         ids = [*prompt, *completion]
@@ -143,7 +139,10 @@ class ServedTeacher:
         return [self._row(x, token) for x, token in zip(rows, completion, strict=True)]
 
     def _row(self, raw: dict[str, Any], token: int) -> _Row:
-        """Return the top-K of a position and its own token; raise ValueError for other content."""
+        """Return K + 1 entries, the top-K of a position and its own token, filled up by id -1.
+
+        Raise ValueError for other content.
+        """
         log_probs = {int(i): float(x["logprob"]) for i, x in raw.items()}
         row = sorted(log_probs.items(), key=lambda pair: (-pair[1], pair[0]))
         if token not in log_probs or not self.k <= len(row) <= self.k + 1:
@@ -153,7 +152,7 @@ class ServedTeacher:
         mass = torch.tensor([x for _, x in row]).exp().sum()
         if not mass < 1.01:
             raise ValueError(f"expected probabilities with a sum of at most 1, got {mass:.3f}")
-        return row
+        return row + [(-1, -math.inf)] * (self.k + 1 - len(row))
 
     def _retry(self, request: Callable[[], T]) -> T:
         """Return request(); retry transient failures until the patience or the program ends."""

@@ -27,7 +27,8 @@ class Teacher(Protocol):
         """The inputs that it can take."""
 
     def prepare(self, completions: list[Completion]) -> None:
-        """Announce all completions of a step, so that scoring can begin before `logits`."""
+        """Announce all completions of a step; a teacher may score them before `logits`."""
+        return
 
     def logits(
         self, completions: list[Completion], temperature: float
@@ -36,7 +37,7 @@ class Teacher(Protocol):
 
 
 @dataclass(frozen=True)
-class LocalTeacher:
+class LocalTeacher(Teacher):
     """A separate model, the student itself, or the student's base below its LoRA adapters."""
 
     model: Model
@@ -51,9 +52,6 @@ class LocalTeacher:
         """Turn dropout off, and the adapters of a student's base, while the teacher is used."""
         with eval_mode(self.model), self.without_adapters():
             yield self.model
-
-    def prepare(self, completions: list[Completion]) -> None:
-        """Do nothing: `logits` scores the completions."""
 
     @torch.no_grad()
     def logits(self, completions: list[Completion], temperature: float) -> LazyLogits:

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from opd_kernels import DistillationOutput, LazyLogits, SparseLogits, distillation_loss
+from opd_kernels import DistillationOutput, SparseLogits, distillation_loss
 from opd_kernels.divergences import forward_kl, jsd, policy_gradient, reverse_kl
 from trainer.config import DistillationConfig, load_function
 from trainer.errors import RunStoppedError, convert_errors
@@ -41,16 +40,10 @@ def build_loss(config: DistillationConfig) -> Callable[..., DistillationOutput]:
     support = "student" if config.support == "sampled" else config.support
     loss = partial(distillation_loss, k=config.k, support=support, missing=config.missing)
     loss = partial(loss, objective=objective, entropy=True)
-    return loss if config.objective in objectives else partial(_stopping, config.objective, loss)
-
-
-def _stopping(
-    name: str, loss: Callable[..., DistillationOutput], *logits: LazyLogits, **options: Any
-) -> DistillationOutput:
-    """Return the loss of a user's function; raise RunStoppedError if it fails."""
-    expected = f"objective: expected a loss per token of (student, teacher) from {name}"
-    with convert_errors(expected, RunStoppedError):
-        return loss(*logits, **options)
+    if config.objective in objectives:
+        return loss
+    expected = f"objective: expected a loss per token of (student, teacher) from {config.objective}"
+    return convert_errors(expected, RunStoppedError)(loss)
 
 
 def add_where_uncertain(

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from trainer.config import SFTConfig
-from trainer.data import Prompt
+from trainer.data import Prompt, read_json_lines
 from trainer.measures.evaluation import Evaluation
 from trainer.models.rollout import Completion
 from trainer.models.teacher import on_completions
@@ -51,8 +51,7 @@ def generate(config: SFTConfig, prompts: list[Prompt], evaluation: Evaluation) -
     path = Path(config.output_dir) / GENERATED
     repeated = [p for p in prompts for _ in range(config.completions_per_prompt)]
     if config.resume_from_checkpoint and path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [json.loads(line) for line in lines]
+        kept = read_json_lines(path)
         if [row["prompt"] for row in kept] != [p.text for p in repeated]:
             raise ValueError(
                 f"train_data: expected the prompts of {path}, which the run began with"
