@@ -21,12 +21,10 @@ def prepare(config: StageConfig) -> tuple[CompletionTrainer, str | None]:
     config.eval_on_start &= checkpoint is None
     student, evaluation, reader = load(config)
     prompts = reader.read(config.train_data)
-    start = None
-    if isinstance(config, RLVRConfig) and config.kl_coef > 0:
-        start = self_teacher(config, student)
+    is_anchored = isinstance(config, RLVRConfig) and config.kl_coef > 0
+    start = self_teacher(config, student) if is_anchored else None
     if config.preflight and checkpoint is None:
-        others = [] if start is None else [start.model]
-        _print_findings(config, preflight(student, evaluation, prompts, *others))
+        _print_findings(config, preflight(student, evaluation, prompts, start))
     if isinstance(config, DistillationConfig):
         return OnPolicyDistillationTrainer(student, config, prompts, evaluation), checkpoint
     if isinstance(config, RLVRConfig):

@@ -1,10 +1,10 @@
 """Recipes: YAML files with the keys of a stage's config, and the functions that they name."""
 
 import difflib
-import importlib
 import runpy
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,14 +75,12 @@ def load_function(key: str, reference: str, names: Iterable[str]) -> Callable[..
     """
     source, _, name = reference.partition(":")
     expected = f"{key}: expected {', '.join(names)}, file.py:function or module:function"
+    problem, is_file = f"{expected}, got {reference!r}", source.endswith(".py")
     try:
-        with convert_errors(f"{expected}, got {reference!r}"):
-            if source.endswith(".py"):
-                functions = runpy.run_path(source)
-            else:
-                functions = vars(importlib.import_module(source))
+        with convert_errors(problem):
+            functions = runpy.run_path(source) if is_file else vars(import_module(source))
     except ModuleNotFoundError as error:
-        raise ValueError(f"{expected}, got {reference!r}; {error}") from None
+        raise ValueError(f"{problem}; {error}") from None
     if not callable(functions.get(name)):
-        raise ValueError(f"{expected}, got {reference!r}, which has no such function")
+        raise ValueError(f"{problem}, which has no such function")
     return functions[name]

@@ -1,7 +1,6 @@
 """Held-out metrics: the student's distance from its teacher, and the scores of its completions."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import comb
@@ -164,6 +163,7 @@ class Evaluation:
         which makes it a lower bound.
         """
         sums, batch = Sums(), list[Completion]()
+        size, is_quiet = self.config.per_device_eval_batch_size, self.config.disable_tqdm
 
         def add(student: LazyLogits, teacher: LazyLogits | SparseLogits) -> None:
             if isinstance(teacher, LazyLogits):
@@ -183,15 +183,11 @@ class Evaluation:
             for name, teacher in self.teachers.items():
                 scored = [c for c in completions if c.prompt.teacher == name]
                 teacher.prepare(scored)
-                for batch in self._batches(scored):
+                starts = range(0, len(scored), size)
+                for start in tqdm(starts, "held-out divergence", leave=False, disable=is_quiet):
+                    batch = scored[start : start + size]
                     side_by_side(student, teacher, batch, self.config.temperature, add)
         return sums.means()
-
-    def _batches(self, completions: list[Completion]) -> Iterator[list[Completion]]:
-        size, is_quiet = self.config.per_device_eval_batch_size, self.config.disable_tqdm
-        starts = range(0, len(completions), size)
-        for start in tqdm(starts, desc="held-out divergence", leave=False, disable=is_quiet):
-            yield completions[start : start + size]
 
     def _write_samples(self, step: int, samples: list[Completion]) -> None:
         if not self.config.should_save:  # all ranks have the same samples, and one writes them

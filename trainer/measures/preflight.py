@@ -8,18 +8,19 @@ from trainer.data import Prompt
 from trainer.measures.diagnostics import DRIFT
 from trainer.measures.evaluation import Evaluation
 from trainer.models.load import Model
+from trainer.models.teacher import LocalTeacher
 
 _GIB = 2**30
 _PROMPTS, _SEED = 8, 1 << 32
 
 
 def preflight(
-    student: Model, evaluation: Evaluation, prompts: list[Prompt], *others: Model
+    student: Model, evaluation: Evaluation, prompts: list[Prompt], start: LocalTeacher | None
 ) -> list[str]:
-    """Return one sentence per finding, with a remedy if it is bad; `others` use memory too."""
+    """Return one sentence per finding, with a remedy if it is bad; `start` uses memory too."""
     config = evaluation.config
-    teachers = [teacher.model for teacher in evaluation.local.values()]
-    parameters = {id(p): p for x in (student, *teachers, *others) for p in x.parameters()}.values()
+    models = [student, *(x.model for x in (*evaluation.local.values(), start) if x)]
+    parameters = {id(p): p for model in models for p in model.parameters()}.values()
     weights = sum(p.nbytes for p in parameters)
     # A gradient and AdamW's two moments.
     states = sum(p.nbytes + 8 * p.numel() for p in parameters if p.requires_grad)

@@ -17,24 +17,18 @@ def load_scorer(config: StageConfig) -> Scorer | None:
     if config.scorer is None:
         return None
     scorer = _VERIFIERS.get(config.scorer) or load_function("scorer", config.scorer, _VERIFIERS)
-    pattern = None if config.answer_pattern is None else _pattern(config.answer_pattern)
-    return partial(_score, scorer, pattern)
-
-
-def _pattern(text: str) -> re.Pattern[str]:
+    text = r"\A(.*)\Z" if config.answer_pattern is None else config.answer_pattern
     try:
         pattern = re.compile(text, re.S)
     except re.error as error:
         raise ValueError(f"answer_pattern: {error} in {text!r}") from None
     if pattern.groups != 1:
         raise ValueError(f"answer_pattern: expected one (group), got {pattern.groups} in {text!r}")
-    return pattern
+    return partial(_score, scorer, pattern)
 
 
-def _score(
-    scorer: Scorer, pattern: re.Pattern[str] | None, text: str, row: dict[str, Any]
-) -> float:
-    answer = ([text] if pattern is None else ["", *pattern.findall(text)])[-1]
+def _score(scorer: Scorer, pattern: re.Pattern[str], text: str, row: dict[str, Any]) -> float:
+    answer = ["", *pattern.findall(text)][-1]
     with convert_errors(f"scorer: expected a finite number of {text!r:.80}", RunStoppedError):
         score = scorer(answer, row)
         if isinstance(score, str) or not math.isfinite(score):
