@@ -7,6 +7,7 @@ from pydantic import Field
 from transformers.distributed import DistributedConfig
 
 from trainer.config.values import Count, Messages, NotNegative, Positive, Steps, StrictArguments
+from trainer.errors import convert_errors
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Conflicts = list[tuple[bool, str]]
@@ -91,11 +92,9 @@ class StageConfig(StrictArguments):
 
     def _parallelism(self) -> DistributedConfig:
         """Return the sizes by which models are split; each is 1 by default."""
-        try:
+        expected = "distributed_config: expected options such as fsdp_size and tp_size"
+        with convert_errors(f"{expected}, got {self.distributed_config}"):
             return DistributedConfig(**self.distributed_config or {})
-        except (TypeError, ValueError) as error:
-            expected = "distributed_config: expected options such as fsdp_size and tp_size"
-            raise ValueError(f"{expected}, got {self.distributed_config}: {error}") from None
 
     def _conflicts(self) -> Conflicts:
         """Return conditions on several keys that make the config invalid, with their messages."""

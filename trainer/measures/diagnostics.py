@@ -1,7 +1,11 @@
-"""Metrics that a step logs beside its loss, and alarms when they show a known way to fail."""
+"""Metrics that a step logs beside its loss, alarms when they show a known way to fail, and the effect
+of privileged contexts.
+"""
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -12,6 +16,7 @@ from opd_kernels import LazyLogits, SparseLogits
 from opd_kernels.loss.supports import Served
 from trainer.config import DistillationConfig, StageConfig
 from trainer.models.rollout import Completion
+from trainer.models.teacher import LocalTeacher
 
 POSITIONS = (0, 16, 64, 256, 1024)  # where ranges of positions in a completion begin
 BY_POSITION = ("teacher_nll", "teacher_entropy", "overlap")
@@ -108,9 +113,9 @@ class Sums(dict[str, float]):
         }
         if top.entropy is not None:
             metrics["teacher_entropy"] = top.entropy
-        self.add_tensors(**metrics)
         if student_top.entropy is not None:
-            self.add_tensors(student_entropy=student_top.entropy)
+            metrics["student_entropy"] = student_top.entropy
+        self.add_tensors(**metrics)
         self.add(scored_tokens=float(ids.shape[0]))
         position = torch.cat([torch.arange(length, device=ids.device) for length in lengths])
         for first, last in zip(POSITIONS, [*POSITIONS[1:], sys.maxsize], strict=True):
@@ -177,3 +182,43 @@ def repetition(ids: list[int]) -> float:
     """Return the share of a completion's 3-grams that occurred in it before."""
     trigrams = list(zip(ids, ids[1:], ids[2:], strict=False))
     return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
+
+
+@torch.no_grad()
+def across_contexts(
+    teacher: LocalTeacher, completions: list[Completion], k: int, temperature: float
+) -> list[tuple[Tensor, Tensor]]:
+    """Compare a teacher with itself under the several privileged contexts of a prompt:
+    self-distillation can keep only what they share.
+
+    Returns:
+        `spread` of the tokens [N] of one completion, for each prompt that has several contexts. The
+        distributions are over the union of the contexts' top-K with one bucket for the rest, which
+        makes both numbers lower bounds.
+    """
+    spreads, groups = [], defaultdict(list)
+    for c in completions:
+        groups[tuple(c.prompt.student_ids)].append(c)
+    for group in groups.values():
+        prompts = list({tuple(c.prompt.teacher_ids): c.prompt for c in group}.values())
+        if len(prompts) > 1:
+            copies = [replace(group[0], prompt=p) for p in prompts]
+            logits = teacher.logits(copies, temperature)
+            ids = logits.topk(k).ids.unflatten(0, (len(copies), -1))  # [contexts, N, K]
+            union = ids.transpose(0, 1).flatten(1).repeat(len(copies), 1)
+            on_union = logits.gather(union)
+            rows = torch.cat([on_union.log_probs, on_union.log_tail[:, None]], dim=-1)
+            spreads.append(spread(rows.unflatten(0, (len(copies), -1))))
+    return spreads
+
+
+def spread(log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two distances, each [N] in nats, of M distributions [M, N, K].
+
+    The first is their mean KL to their average. The second is -log Z of their geometric mean: the
+    reverse KL that remains for a student that cannot see which of the contexts it has.
+    """
+    average = log_probs.exp().mean(0).log()
+    live = log_probs > -torch.inf
+    kl = torch.where(live, log_probs.exp() * (log_probs - average), 0.0).sum(-1)
+    return kl.mean(0), -log_probs.mean(0).logsumexp(-1)

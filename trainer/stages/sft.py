@@ -11,7 +11,7 @@ from trainer.config import SFTConfig
 from trainer.data import Prompt, read_json_lines
 from trainer.measures.evaluation import Evaluation
 from trainer.models.rollout import Completion
-from trainer.models.teacher import on_completions
+from trainer.models.teacher import log_probs
 from trainer.run.directory import write_whole
 from trainer.stages.training import CompletionTrainer, MicroBatch, Part
 
@@ -37,13 +37,8 @@ class SFTTrainer(CompletionTrainer):
 
 def negative_log_likelihood(temperature: float, model: nn.Module, batch: MicroBatch) -> Tensor:
     """Return the cross-entropy of the completions' tokens in nats, as the loss of a Part."""
-    total = on_completions(
-        model,
-        batch.completions,
-        temperature,
-        lambda logits: -(logits.log_prob(batch.ids) * batch.weights).sum(),
-    )
-    return total / batch.denominator
+    likelihoods = log_probs(model, batch.completions, temperature)
+    return -(likelihoods * batch.weights).sum() / batch.denominator
 
 
 def generate(config: SFTConfig, prompts: list[Prompt], evaluation: Evaluation) -> list[Prompt]:

@@ -48,11 +48,6 @@ class MicroBatch:
         flat = [x for c in self.completions for x in c.log_probs or []]
         return torch.tensor(flat, device=self.weights.device)
 
-    def idle(self) -> "MicroBatch":
-        """Return a micro-batch of weight 0."""
-        first = self.completions[:1]
-        return replace(self, completions=first, weights=0.0 * self.weights[: len(first[0].ids)])
-
 
 @dataclass(frozen=True)
 class Part:
@@ -131,7 +126,8 @@ class CompletionTrainer(DurableTrainer):
         if is_fsdp(model):
             # FSDP gathers the weights from all ranks in each pass, so all need as many batches.
             missing = max(gather_object([len(batches)])) - len(batches)
-            batches += [(parts[-1], batches[-1][1].idle())] * missing
+            last = batches[-1][1]
+            batches += [(parts[-1], replace(last, weights=0.0 * last.weights))] * missing
         for number, (part, batch) in enumerate(batches, start=1):
             sync = nullcontext() if number == len(batches) else self._no_sync(model)
             with sync, name_memory_keys("micro_batch_size, micro_batch_tokens"):
