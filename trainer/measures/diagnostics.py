@@ -1,6 +1,4 @@
-"""Metrics that a step logs beside its loss, alarms when they show a known way to fail, and the effect
-of privileged contexts.
-"""
+"""Metrics beside a step's loss, alarms when they show a known failure, and privileged contexts."""
 
 import sys
 from collections import defaultdict
