@@ -24,27 +24,6 @@ DRIFT = (
     "can fall while mass drifts off it: use tail: bucket, support: full, a larger k or a lower "
     "temperature."
 )
-SKIPPED = (
-    "Not finite: a step was left out because its gradient had NaN or inf: see grad_norm before it, "
-    "and lower learning_rate or max_grad_norm."
-)
-BIAS = (
-    "Biased gradient: without stop-gradient the support's share of the student's mass fell from "
-    "{:.2f} to {:.2f}, as it does before a collapse: set stop_gradient: true or tail: bucket."
-)
-REPETITION = (
-    "Repetition: {:.0%} of 3-grams occurred before, after {:.0%} at the start, as in a collapse: "
-    "lower learning_rate, and check that nothing biases the gradient."
-)
-LENGTH = (
-    "Truncated: {:.0%} of completions do not end, after {:.0%} at the start: set skip_truncated, "
-    "lower learning_rate, or raise max_completion_length."
-)
-MISMATCH = (
-    "Mismatch: {:.0%} of the student's tokens are outside the teacher's top-K, so it scores "
-    "prefixes that it would not write: run the sft stage on its completions first, or use a "
-    "teacher closer to the student."
-)
 
 
 class Sums(dict[str, float]):
@@ -142,21 +121,21 @@ class Sums(dict[str, float]):
 def alarms(config: StageConfig, lines: list[dict[str, Any]]) -> str:
     """Return messages for the failures that the last log line is the first to show, or ""."""
     raised = " ".join(line.get("alarm", "") for line in lines)
-    return " ".join(
-        message.format(*values)
-        for message, *values in _failures(config, [x for x in lines if "loss" in x])
-        if message.partition(":")[0] not in raised
-    )
+    shown = _failures(config, [line for line in lines if "loss" in line])
+    return " ".join(message for message in shown if message.partition(":")[0] not in raised)
 
 
-def _failures(config: StageConfig, lines: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
-    """Yield messages with their values; trends compare the first lines with the last."""
+def _failures(config: StageConfig, lines: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield messages; trends compare the first lines with the last."""
     now = lines[-1]
     if now["skipped_steps"] and not config.fp16:  # the scaler of fp16 skips steps to find its scale
-        yield (SKIPPED,)
+        yield (
+            "Not finite: a step was left out because its gradient had NaN or inf: see grad_norm "
+            "before it, and lower learning_rate or max_grad_norm."
+        )
     drops = isinstance(config, DistillationConfig) and config.drops_mass
     if drops and now.get("student_mass", 1.0) < 0.95:
-        yield (DRIFT,)
+        yield DRIFT
     if len(lines) < 2 * WINDOW:
         return
 
@@ -164,16 +143,32 @@ def _failures(config: StageConfig, lines: list[dict[str, Any]]) -> Iterator[tupl
         values = [line[name] for line in lines if name in line] or [0.0]
         return fmean(values[:WINDOW]), fmean(values[-WINDOW:])
 
-    for message, name, rise in ((REPETITION, "repetition", 0.2), (LENGTH, "truncated", 0.3)):
-        start, end = trend(name)
-        if end > start + rise:
-            yield message, end, start
+    start, end = trend("repetition")
+    if end > start + 0.2:
+        yield (
+            f"Repetition: {end:.0%} of 3-grams occurred before, after {start:.0%} at the start, as "
+            "in a collapse: lower learning_rate, and check that nothing biases the gradient."
+        )
+    start, end = trend("truncated")
+    if end > start + 0.3:
+        yield (
+            f"Truncated: {end:.0%} of completions do not end, after {start:.0%} at the start: set "
+            "skip_truncated, lower learning_rate, or raise max_completion_length."
+        )
     start, end = trend("student_mass")
     if isinstance(config, DistillationConfig) and not config.stop_gradient and end < start - 0.1:
-        yield BIAS, start, end
+        yield (
+            "Biased gradient: without stop-gradient the support's share of the student's mass fell "
+            f"from {start:.2f} to {end:.2f}, as it does before a collapse: set stop_gradient: true "
+            "or tail: bucket."
+        )
     _, outside = trend("outside_teacher_top_k")
     if outside > 0.3:
-        yield MISMATCH, outside
+        yield (
+            f"Mismatch: {outside:.0%} of the student's tokens are outside the teacher's top-K, so "
+            "it scores prefixes that it would not write: run the sft stage on its completions "
+            "first, or use a teacher closer to the student."
+        )
 
 
 def repetition(ids: list[int]) -> float:

@@ -20,7 +20,7 @@ from trainer.measures.diagnostics import Sums, across_contexts
 from trainer.measures.scoring import load_scorer
 from trainer.models.load import Model, eval_mode, reshard
 from trainer.models.rollout import Completion, Sampler
-from trainer.models.teacher import LocalTeacher, Teacher, side_by_side, token_ids
+from trainer.models.teacher import LocalTeacher, Teacher, on_completions, token_ids
 from trainer.run.directory import SAMPLES, write_whole
 
 _HELD_OUT = 1 << 31  # a seed that no training step uses
@@ -161,10 +161,12 @@ class Evaluation:
         It is exact with a local teacher. A server returns its top-K, and the rest is one bucket,
         which makes it a lower bound.
         """
-        sums, batch = Sums(), list[Completion]()
+        sums, temperature = Sums(), self.config.temperature
         size, is_quiet = self.config.per_device_eval_batch_size, self.config.disable_tqdm
 
-        def add(student: LazyLogits, teacher: LazyLogits | SparseLogits) -> None:
+        def add(
+            batch: list[Completion], teacher: LazyLogits | SparseLogits, student: LazyLogits
+        ) -> None:
             if isinstance(teacher, LazyLogits):
                 loss = partial(distillation_loss, support="full")
             else:
@@ -185,7 +187,8 @@ class Evaluation:
                 starts = range(0, len(scored), size)
                 for start in tqdm(starts, "held-out divergence", leave=False, disable=is_quiet):
                     batch = scored[start : start + size]
-                    side_by_side(student, teacher, batch, self.config.temperature, add)
+                    logits = teacher.logits(batch, temperature)
+                    on_completions(student, batch, temperature, partial(add, batch, logits))
         return sums.means()
 
     def _write_samples(self, step: int, samples: list[Completion]) -> None:

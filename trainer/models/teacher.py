@@ -111,18 +111,6 @@ def on_completions(
     )
 
 
-def side_by_side(
-    student: Model,
-    teacher: Teacher,
-    completions: list[Completion],
-    temperature: float,
-    function: Callable[[LazyLogits, LazyLogits | SparseLogits], T],
-) -> T:
-    """Return function(student, teacher) of all completion tokens, see `on_completions`."""
-    scored = teacher.logits(completions, temperature)
-    return on_completions(student, completions, temperature, lambda x: function(x, scored))
-
-
 def log_probs(model: Model, completions: list[Completion], temperature: float) -> Tensor:
     """Return the log-probs [N] of the completions' tokens."""
     ids = token_ids(completions, next(model.parameters()).device)

@@ -18,7 +18,7 @@ from trainer.errors import RunStoppedError, convert_errors
 from trainer.measures.evaluation import Evaluation
 from trainer.models.load import Model, load_model
 from trainer.models.rollout import Completion
-from trainer.models.teacher import LocalTeacher, side_by_side
+from trainer.models.teacher import LocalTeacher, on_completions
 from trainer.stages.sft import negative_log_likelihood
 from trainer.stages.training import CompletionTrainer, MicroBatch, Part
 
@@ -81,12 +81,14 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
         return parts
 
     def _divergence(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        name, temperature = batch.completions[0].prompt.teacher, self.args.temperature
+        teacher = self.teachers[name].logits(batch.completions, temperature)
         ids, is_sampled = batch.ids, self.args.takes_sampled_tokens
         options = {"denominator": batch.denominator}
         if is_sampled:
             options["support"] = ids[:, None]
 
-        def loss_of(student: LazyLogits, teacher: LazyLogits | SparseLogits) -> Tensor:
+        def loss_of(student: LazyLogits) -> Tensor:
             weights = batch.weights
             if self.args.max_importance_weight is not None:
                 ratio = (student.detach().log_prob(ids) - batch.sampled_log_probs()).exp()
@@ -105,8 +107,7 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
                 self.sums.add_positions(top, teacher, ids, [len(c.ids) for c in batch.completions])
             return output.loss
 
-        teacher = self.teachers[batch.completions[0].prompt.teacher]
-        return side_by_side(model, teacher, batch.completions, self.args.temperature, loss_of)
+        return on_completions(model, batch.completions, temperature, loss_of)
 
     def save_more(self, checkpoint: Path) -> None:
         """Save a moving teacher too."""
