@@ -2,7 +2,7 @@
 
 import difflib
 import runpy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
@@ -65,16 +65,20 @@ def changed_keys(config: StageConfig) -> dict[str, Any]:
     return {key: values[key] for key in defaults if values.get(key) != defaults[key]}
 
 
-def load_function(key: str, reference: str, names: Iterable[str]) -> Callable[..., Any]:
+def load_function(
+    key: str, reference: str, named: Mapping[str, Callable[..., Any]]
+) -> Callable[..., Any]:
     """Return the function that a key refers to; raise ValueError if there is none.
 
     Args:
         key: for the error message.
-        reference: file.py:function or module:function.
-        names: the key's other values, for the error message.
+        reference: a name of `named`, file.py:function or module:function.
+        named: functions by name.
     """
+    if reference in named:
+        return named[reference]
     source, _, name = reference.partition(":")
-    expected = f"{key}: expected {', '.join(names)}, file.py:function or module:function"
+    expected = f"{key}: expected {', '.join(named)}, file.py:function or module:function"
     problem, is_file = f"{expected}, got {reference!r}", source.endswith(".py")
     try:
         with convert_errors(problem):

@@ -167,12 +167,11 @@ class Evaluation:
         def add(
             batch: list[Completion], teacher: LazyLogits | SparseLogits, student: LazyLogits
         ) -> None:
-            if isinstance(teacher, LazyLogits):
-                loss = partial(distillation_loss, support="full")
-            else:
-                loss = partial(distillation_loss, support="teacher", missing="drop")
-                loss = partial(loss, objective=partial(reverse_kl, tail="bucket"))
-            output = loss(student, teacher, k=self.k, reduction="sum")
+            options: dict[str, Any] = {"support": "full"}
+            if isinstance(teacher, SparseLogits):
+                bucket = partial(reverse_kl, tail="bucket")
+                options = {"support": "teacher", "missing": "drop", "objective": bucket}
+            output = distillation_loss(student, teacher, k=self.k, reduction="sum", **options)
             sums.add_tokens(output.student, output.teacher)
             ids = token_ids(batch, output.student.ids.device)
             top = output.student if isinstance(teacher, LazyLogits) else student.topk(self.k)

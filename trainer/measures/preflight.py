@@ -3,7 +3,7 @@
 import psutil
 import torch
 
-from trainer.config import DistillationConfig, StageConfig
+from trainer.config import DistillationConfig
 from trainer.data import Prompt
 from trainer.measures.diagnostics import DRIFT
 from trainer.measures.evaluation import Evaluation
@@ -24,34 +24,27 @@ def preflight(
     weights = sum(p.nbytes for p in parameters)
     # A gradient and AdamW's two moments.
     states = sum(p.nbytes + 8 * p.numel() for p in parameters if p.requires_grad)
-    findings = [_memory(config, weights, states)]
-    if config.save_strategy != "no":
-        trained = [p for p in student.parameters() if p.requires_grad]
-        findings.append(_disk(config, sum(p.nbytes + 8 * p.numel() for p in trained)))
-    if isinstance(config, DistillationConfig):
-        findings += _gap(config, student, evaluation, prompts)
-    return findings
-
-
-def _memory(config: StageConfig, weights: int, states: int) -> str:
     if config.device.type == "cuda":
         free = torch.cuda.mem_get_info()[0]
     else:
         free = psutil.virtual_memory().available + weights  # the weights are loaded already
-    text = (
+    memory = (
         f"memory: {weights / _GIB:.1f} GiB of weights, {states / _GIB:.1f} GiB of gradients and "
         f"AdamW's state, beside activations; {free / _GIB:.1f} GiB are free"
     )
-    bad = "; it does not fit: set lora_r, or a smaller model or teacher_dtype"
-    return text + bad * (weights + states > free)
-
-
-def _disk(config: StageConfig, checkpoint: int) -> str:
-    free = psutil.disk_usage(config.output_dir).free
-    text = f"disk: {checkpoint / _GIB:.1f} GiB for a checkpoint; {free / _GIB:.1f} GiB are free"
-    # A checkpoint is removed only after the next one is whole.
-    bad = "; that is too little for two: make room, or choose another output_dir"
-    return text + bad * (2 * checkpoint > free)
+    if weights + states > free:
+        memory += "; it does not fit: set lora_r, or a smaller model or teacher_dtype"
+    findings = [memory]
+    if config.save_strategy != "no":
+        size = sum(p.nbytes + 8 * p.numel() for p in student.parameters() if p.requires_grad)
+        free = psutil.disk_usage(config.output_dir).free
+        disk = f"disk: {size / _GIB:.1f} GiB for a checkpoint; {free / _GIB:.1f} GiB are free"
+        if 2 * size > free:  # a checkpoint is removed only after the next one is whole
+            disk += "; that is too little for two: make room, or choose another output_dir"
+        findings.append(disk)
+    if isinstance(config, DistillationConfig):
+        findings += _gap(config, student, evaluation, prompts)
+    return findings
 
 
 def _gap(

@@ -16,7 +16,7 @@ def load_scorer(config: StageConfig) -> Scorer | None:
     """Return the config's scorer, a function of a completion's text and its row."""
     if config.scorer is None:
         return None
-    scorer = _VERIFIERS.get(config.scorer) or load_function("scorer", config.scorer, _VERIFIERS)
+    scorer = load_function("scorer", config.scorer, _VERIFIERS)
     text = r"\A(.*)\Z" if config.answer_pattern is None else config.answer_pattern
     try:
         pattern = re.compile(text, re.S)
@@ -49,11 +49,11 @@ def _reference(row: dict[str, Any]) -> str:
     return str(int(answer) if is_whole else answer).strip()
 
 
-def _exact_match(answer: str, row: dict[str, Any]) -> float:
+def exact_match(answer: str, row: dict[str, Any]) -> float:
     return float(answer.strip() == _reference(row))
 
 
-def _math_verify(answer: str, row: dict[str, Any]) -> float:
+def math_verify(answer: str, row: dict[str, Any]) -> float:
     from math_verify import parse, verify
 
     reference = _reference(row)
@@ -61,15 +61,11 @@ def _math_verify(answer: str, row: dict[str, Any]) -> float:
     return float(verify(parse(f"${reference}$" if is_bare else reference), parse(answer)))
 
 
-def _reasoning_gym(answer: str, row: dict[str, Any]) -> float:
+def reasoning_gym(answer: str, row: dict[str, Any]) -> float:
     from reasoning_gym import get_score_answer_fn
 
     task = _column(row, "metadata")["source_dataset"]
     return get_score_answer_fn(task)(answer=answer, entry=row)
 
 
-_VERIFIERS: dict[str, Scorer] = {
-    "exact_match": _exact_match,
-    "math_verify": _math_verify,
-    "reasoning_gym": _reasoning_gym,
-}
+_VERIFIERS = {scorer.__name__: scorer for scorer in (exact_match, math_verify, reasoning_gym)}

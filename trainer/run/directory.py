@@ -25,7 +25,9 @@ def claim_output_directory(config: StageConfig) -> str | None:
     writes = config.should_save  # true on one rank
     if writes and run.exists():
         _lock(run)
-        _restore(run)
+        for old in (run / SAVING).glob("*.old"):  # `publish` was killed between two renames
+            if not (run / old.stem).exists():
+                os.replace(old, run / old.stem)
     checkpoints, has_ended = sort_checkpoints(str(run)), (run / MODEL).exists()
     if resumes and has_ended and not checkpoints:
         problem = f"{run} holds a run that is over and kept no checkpoint"
@@ -91,13 +93,6 @@ def publish(staged: Path, final: Path) -> None:
     os.fsync(folder)  # makes the rename durable
     os.close(folder)
     shutil.rmtree(staged.parent, ignore_errors=True)
-
-
-def _restore(run: Path) -> None:
-    """Put back a directory that `publish` had moved away when it was killed."""
-    for old in (run / SAVING).glob("*.old"):
-        if not (run / old.stem).exists():
-            os.replace(old, run / old.stem)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -134,9 +134,7 @@ def build_loss(config: DistillationConfig) -> Callable[..., DistillationOutput]:
         "jsd": partial(jsd, beta=config.beta, tail=config.tail),
         "policy_gradient": policy_gradient,
     }
-    objective = objectives.get(config.objective) or load_function(
-        "objective", config.objective, objectives
-    )
+    objective = load_function("objective", config.objective, objectives)
     if config.forward_kl_coef > 0:
         other = partial(forward_kl, tail=config.tail)
         mixture = config.forward_kl_coef, config.forward_kl_min_entropy
