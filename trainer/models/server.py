@@ -133,16 +133,16 @@ class ServedTeacher:
         response.stream = httpx2.ByteStream(bytes(body))
 
     def _rows(self, answer: Any, prompt: Sequence[int], completion: Sequence[int]) -> list[_Row]:
+        """Return the top-K of each position and its own token, filled up to K + 1 by id -1.
+
+        Raise ValueError for other content.
+        """
         rows = _prompt_log_probs(answer)[len(prompt) :]
         if len(rows) != len(completion):
             raise ValueError(f"prompt_logprobs of {len(rows)} tokens for {len(completion)}")
         return [self._row(x, token) for x, token in zip(rows, completion, strict=True)]
 
     def _row(self, raw: dict[str, Any], token: int) -> _Row:
-        """Return K + 1 entries, the top-K of a position and its own token, filled up by id -1.
-
-        Raise ValueError for other content.
-        """
         log_probs = {int(i): float(x["logprob"]) for i, x in raw.items()}
         row = sorted(log_probs.items(), key=lambda pair: (-pair[1], pair[0]))
         if token not in log_probs or not self.k <= len(row) <= self.k + 1:
