@@ -53,7 +53,7 @@ def _preflight(
     models = [student, *(x.model for x in (*evaluation.local.values(), start) if x)]
     parameters = {id(p): p for model in models for p in model.parameters()}.values()
     weights = sum(p.nbytes for p in parameters)
-    # A gradient and AdamW's two moments.
+    # AdamW's two moments with a gradient, or in a checkpoint with a weight.
     states = sum(p.nbytes + 8 * p.numel() for p in parameters if p.requires_grad)
     if config.device.type == "cuda":
         free = torch.cuda.mem_get_info()[0]
@@ -67,10 +67,9 @@ def _preflight(
         memory += "; it does not fit: set lora_r, or a smaller model or teacher_dtype"
     findings = [memory]
     if config.save_strategy != "no":
-        size = sum(p.nbytes + 8 * p.numel() for p in student.parameters() if p.requires_grad)
         free = psutil.disk_usage(config.output_dir).free
-        disk = f"disk: {size / _GIB:.1f} GiB for a checkpoint; {free / _GIB:.1f} GiB are free"
-        if 2 * size > free:  # a checkpoint is removed only after the next one is whole
+        disk = f"disk: {states / _GIB:.1f} GiB for a checkpoint; {free / _GIB:.1f} GiB are free"
+        if 2 * states > free:  # a checkpoint is removed only after the next one is whole
             disk += "; that is too little for two: make room, or choose another output_dir"
         findings.append(disk)
     if isinstance(config, DistillationConfig):
@@ -121,8 +120,7 @@ def _load_teachers(config: StageConfig, student: Model, tokenizer: Tokenizer) ->
 
             teachers[name] = ServedTeacher(model, config, tokenizer, vocab_size, name)
         elif model == "self":
-            is_distilled = isinstance(config, DistillationConfig)
-            rate = config.teacher_update_rate if is_distilled else 0.0
+            rate = config.teacher_update_rate if isinstance(config, DistillationConfig) else 0.0
             teachers[name] = self_teacher(config, student, config.teacher_dtype, rate)
         else:
             findings = compare_tokenizers(tokenizer, model, config.trust_remote_code)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from trainer.config.base import StageConfig, TeacherConfig
 from trainer.config.stages import DistillationConfig, EvaluationConfig, SFTConfig
-from trainer.config.values import Message, Messages, describe
+from trainer.config.values import Messages, describe
 from trainer.errors import convert_errors
 
 
@@ -155,9 +155,7 @@ def _rendered(context: str | Messages | None, row: dict[str, Any]) -> str | Mess
     with convert_errors(f"privileged_context: expected a template of the columns {', '.join(row)}"):
         if context is None or isinstance(context, str):
             return context and _template(context).render(row)
-        return [
-            Message(role=m["role"], content=_template(m["content"]).render(row)) for m in context
-        ]
+        return [m | {"content": _template(m["content"]).render(row)} for m in context]
 
 
 def load_rows(source: str) -> Dataset | list[dict[str, Any]]:

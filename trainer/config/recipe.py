@@ -14,6 +14,7 @@ from trainer.config.base import StageConfig
 from trainer.errors import convert_errors
 
 Stage = TypeVar("Stage", bound=StageConfig)
+Function = Callable[..., Any]
 
 
 class _Loader(yaml.SafeLoader):
@@ -65,9 +66,7 @@ def changed_keys(config: StageConfig) -> dict[str, Any]:
     return {key: values[key] for key in defaults if values.get(key) != defaults[key]}
 
 
-def load_function(
-    key: str, reference: str, named: Mapping[str, Callable[..., Any]]
-) -> Callable[..., Any]:
+def load_function(key: str, reference: str, named: Mapping[str, Function]) -> Function:
     """Return the function that a key refers to; raise ValueError if there is none.
 
     Args:

@@ -17,7 +17,7 @@ from trainer.models.rollout import Completion
 from trainer.models.teacher import LocalTeacher
 
 POSITIONS = (0, 16, 64, 256, 1024)  # where ranges of positions in a completion begin
-BY_POSITION = ("teacher_nll", "teacher_entropy", "overlap")
+BY_POSITION = ("scored_tokens", "teacher_nll", "teacher_entropy", "overlap")
 WINDOW = 5  # log lines
 DRIFT = (
     "The support holds less than 95 % of the student's mass and the rest is dropped, so the loss "
@@ -84,6 +84,7 @@ class Sums(dict[str, float]):
         else:  # a server returns its top-K and the sampled token
             top, nll = Served(teacher).reduce(k), -teacher.at(ids[:, None]).log_probs[:, 0]
         metrics = {
+            "scored_tokens": torch.ones_like(nll),
             "overlap": student_top.overlap(top),
             "outside_teacher_top_k": (top.ids != ids[:, None]).all(-1).float(),
             "teacher_nll": torch.where(nll < torch.inf, nll, 0.0),  # inf: the server left it out
@@ -93,12 +94,10 @@ class Sums(dict[str, float]):
         if student_top.entropy is not None:
             metrics["student_entropy"] = student_top.entropy
         self.add_tensors(**metrics)
-        self.add(scored_tokens=float(ids.shape[0]))
+        shown = {name: x for name, x in metrics.items() if name in BY_POSITION}
         position = torch.cat([torch.arange(length, device=ids.device) for length in lengths])
         for first, last in zip(POSITIONS, [*POSITIONS[1:], sys.maxsize], strict=True):
             inside = (position >= first) & (position < last)
-            self.add_tensors(**{f"scored_tokens_from_{first}": inside.float()})
-            shown = {name: x for name, x in metrics.items() if name in BY_POSITION}
             self.add_tensors(**{f"{name}_from_{first}": x * inside for name, x in shown.items()})
 
     def means(self) -> dict[str, float]:

@@ -95,10 +95,8 @@ class Evaluation:
         if not whole:
             return {}
         prefixes = [c.first(int(generator.integers(1, len(c.ids)))) for c in whole]
-        ends = self.complete_by_teachers(
-            [replace(c.prompt, teacher_ids=c.prompt.teacher_ids + c.ids) for c in prefixes],
-            _HELD_OUT,
-        )
+        prompts = [replace(c.prompt, teacher_ids=c.prompt.teacher_ids + c.ids) for c in prefixes]
+        ends = self.complete_by_teachers(prompts, _HELD_OUT)
         joined = [replace(e, ids=[*c.ids, *e.ids]) for c, e in zip(prefixes, ends, strict=True)]
         continued = self.scored([c.first(self.config.max_completion_length) for c in joined])
         metrics = {"eval_probe_score": _mean_reward(continued)}

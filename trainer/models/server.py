@@ -50,9 +50,8 @@ class ServedTeacher:
         self.key_name = f"{KEY}_{name.upper()}" if name else KEY
         self.key = os.environ.get(self.key_name, "").strip() or "none"
         # No compression: a small answer could then unpack to a huge one.
-        http = openai.DefaultHttpxClient(
-            headers={"Accept-Encoding": "identity"}, event_hooks={"response": [self._limit]}
-        )
+        headers = {"Accept-Encoding": "identity"}
+        http = openai.DefaultHttpxClient(headers=headers, event_hooks={"response": [self._limit]})
         self.client = openai.OpenAI(
             base_url=url, api_key=self.key, timeout=self.timeout, max_retries=0, http_client=http
         )

@@ -112,11 +112,10 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
     def save_more(self, checkpoint: Path) -> None:
         """Save a moving teacher too."""
         super().save_more(checkpoint)
+        is_main = self.args.should_save
         # Each rank holds a part of a model that is split, so all of them save.
-        if self.moving_teacher and (self.args.should_save or self.args.distributed_config):
-            self.moving_teacher.model.save_pretrained(
-                checkpoint / TEACHER, is_main_process=self.args.should_save
-            )
+        if self.moving_teacher and (is_main or self.args.distributed_config):
+            self.moving_teacher.model.save_pretrained(checkpoint / TEACHER, is_main_process=is_main)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *models: nn.Module | None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *models)

@@ -57,9 +57,8 @@ class RLVRTrainer(CompletionTrainer):
             now = logits.log_prob(batch.ids)
             is_reused = self.args.steps_per_rollout > 1
             sampled = batch.sampled_log_probs() if is_reused else now.detach()
-            loss, ratio, clipped = clipped_policy_loss(
-                now, sampled, advantages, self.args.clip_ratio, self.args.clip_ratio_high
-            )
+            clip = self.args.clip_ratio, self.args.clip_ratio_high
+            loss, ratio, clipped = clipped_policy_loss(now, sampled, advantages, *clip)
             metrics = {"scored_tokens": torch.ones_like(ratio), "ratio": ratio, "clipped": clipped}
             if start is not None:
                 metrics["kl_to_start"] = kl_estimate(now, start)

@@ -15,7 +15,6 @@ from trainer.models.teacher import log_probs
 from trainer.run.directory import write_whole
 from trainer.stages.training import CompletionTrainer, MicroBatch, Part
 
-GENERATED = "completions.jsonl"
 _TRAINING = (1 << 31) + 1  # a seed that neither steps nor held-out completions use
 
 
@@ -43,7 +42,7 @@ def negative_log_likelihood(temperature: float, model: nn.Module, batch: MicroBa
 
 def generate(config: SFTConfig, prompts: list[Prompt], evaluation: Evaluation) -> list[Prompt]:
     """Return the prompts with completions of their teachers; a resumed run reads them again."""
-    path = Path(config.output_dir) / GENERATED
+    path = Path(config.output_dir) / "completions.jsonl"
     repeated = [p for p in prompts for _ in range(config.completions_per_prompt)]
     if config.resume_from_checkpoint and path.exists():
         kept = read_json_lines(path)
