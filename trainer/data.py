@@ -141,9 +141,8 @@ class PromptReader:
             messages = [{"role": "system", "content": both}, *messages[2:]]
         options = {"add_generation_prompt": True, "return_dict": False}
         options |= self.config.chat_template_kwargs
-        with convert_errors(
-            "prompt: expected messages for the chat template, with chat_template_kwargs"
-        ):
+        expected = "prompt: expected messages for the chat template, with chat_template_kwargs"
+        with convert_errors(expected):
             return self.tokenizer.apply_chat_template(messages, **options)
 
 

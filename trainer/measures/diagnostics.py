@@ -14,7 +14,7 @@ from opd_kernels import LazyLogits, SparseLogits
 from opd_kernels.loss.supports import Served
 from trainer.config import DistillationConfig, StageConfig
 from trainer.models.rollout import Completion
-from trainer.models.teacher import LocalTeacher
+from trainer.models.teacher import LocalTeacher, Logits
 
 POSITIONS = (0, 16, 64, 256, 1024)  # where ranges of positions in a completion begin
 BY_POSITION = ("scored_tokens", "teacher_nll", "teacher_entropy", "overlap")
@@ -68,11 +68,7 @@ class Sums(dict[str, float]):
 
     @torch.no_grad()
     def add_positions(
-        self,
-        student_top: SparseLogits,
-        teacher: LazyLogits | SparseLogits,
-        ids: Tensor,
-        lengths: list[int],
+        self, student_top: SparseLogits, teacher: Logits, ids: Tensor, lengths: list[int]
     ) -> None:
         """Add the teacher's negative log-likelihood of the sampled ids [N], its entropy (both in
         nats) and the overlap of both top-K, over all tokens and by position.

@@ -20,7 +20,7 @@ from trainer.measures.diagnostics import Sums, across_contexts
 from trainer.measures.scoring import load_scorer
 from trainer.models.load import Model, eval_mode, reshard
 from trainer.models.rollout import Completion, Sampler
-from trainer.models.teacher import LocalTeacher, Teacher, on_completions, token_ids
+from trainer.models.teacher import LocalTeacher, Logits, Teacher, on_completions, token_ids
 from trainer.run.directory import SAMPLES, write_whole
 
 _HELD_OUT = 1 << 31  # a seed that no training step uses
@@ -162,9 +162,7 @@ class Evaluation:
         sums, temperature = Sums(), self.config.temperature
         size, is_quiet = self.config.per_device_eval_batch_size, self.config.disable_tqdm
 
-        def add(
-            batch: list[Completion], teacher: LazyLogits | SparseLogits, student: LazyLogits
-        ) -> None:
+        def add(batch: list[Completion], teacher: Logits, student: LazyLogits) -> None:
             options: dict[str, Any] = {"support": "full"}
             if isinstance(teacher, SparseLogits):
                 bucket = partial(reverse_kl, tail="bucket")

@@ -17,6 +17,7 @@ from trainer.models.load import Model, eval_mode, limits_of, load_model, reshard
 from trainer.models.rollout import Completion
 
 T = TypeVar("T")
+Logits = LazyLogits | SparseLogits  # of a teacher: SparseLogits if a server returns its top-K
 
 
 class Teacher(Protocol):
@@ -30,9 +31,7 @@ class Teacher(Protocol):
         """Announce all completions of a step; a teacher may score them before `logits`."""
         return
 
-    def logits(
-        self, completions: list[Completion], temperature: float
-    ) -> LazyLogits | SparseLogits:
+    def logits(self, completions: list[Completion], temperature: float) -> Logits:
         """Return the detached logits of all completion tokens [N], in their order."""
 
 
