@@ -17,7 +17,7 @@ from benchmarks.markdown import markdown_table
 from opd_kernels import LazyLogits, SparseLogits, distillation_loss, reverse_kl
 from trainer.build import prepare
 from trainer.config import DistillationConfig, load_config
-from trainer.models.teacher import side_by_side
+from trainer.models.teacher import on_completions
 
 OBJECTIVES: dict[str, Callable[[SparseLogits, SparseLogits], Tensor]] = {
     "stop-gradient": reverse_kl,
@@ -63,10 +63,8 @@ def real_logits(recipe: Path, prompts: int) -> tuple[LazyLogits, LazyLogits]:
     completions = trainer.sampler.sample(trainer.model, list(trainer.train_dataset)[:prompts], 0)
     (teacher,) = trainer.evaluation.local.values()
     with torch.no_grad():
-        student, scored = side_by_side(
-            trainer.model.eval(), teacher, completions, 1.0, lambda s, t: (s, t)
-        )
-    assert isinstance(scored, LazyLogits)  # since the teacher is a local model
+        scored = teacher.logits(completions, 1.0)
+        student = on_completions(trainer.model.eval(), completions, 1.0, lambda logits: logits)
     hidden, weight = (x.detach().clone().requires_grad_() for x in (student.hidden, student.weight))
     return LazyLogits(hidden, weight), scored
 

@@ -21,8 +21,6 @@ STAGES: dict[str, tuple[type[StageConfig], str]] = {
     "distill": (DistillationConfig, "on-policy distillation"),
     "evaluate": (EvaluationConfig, "measure a model on held-out prompts"),
 }
-
-
 EXTRAS = {  # what to install for modules that are imported only if a config needs them
     "openai": "'opd-kernels[server]'",
     "math_verify": "'opd-kernels[rewards]'",
@@ -43,25 +41,22 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--output", type=Path, default=Path("report.html"))
     arguments, overrides = parser.parse_known_args(argv)
     try:
-        if arguments.stage == "report":
-            if overrides:
-                parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-            with _exit_on(OSError, ValueError):
-                write_report(arguments.runs, arguments.output)
-            print(arguments.output)
-            return
         with _exit_on(OSError, ValueError, RunStoppedError):
+            if arguments.stage == "report":
+                if overrides:
+                    parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+                write_report(arguments.runs, arguments.output)
+                return print(arguments.output)
             config = load_config(STAGES[arguments.stage][0], arguments.recipe, overrides)
             if isinstance(config, EvaluationConfig):
                 return evaluate(config)
             trainer, checkpoint = prepare(config)
-        train(trainer, checkpoint)
+        with _exit_on(RunStoppedError):  # from the last evaluation
+            train(trainer, checkpoint)
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
         sys.exit(f"error: {error}; pip install {EXTRAS[error.name]}")
-    except RunStoppedError as error:  # from the last evaluation
-        sys.exit(f"error: {error}")
 
 
 @contextmanager

@@ -1,10 +1,13 @@
-"""Models, teachers, samplers and trainers from a config."""
+"""Models, teachers, samplers and trainers from a config, and checks before training."""
+
+import psutil
+import torch
 
 from trainer.config import DistillationConfig, RLVRConfig, SFTConfig, StageConfig, TeacherConfig
 from trainer.config.base import is_server
 from trainer.data import Prompt, PromptReader
+from trainer.measures.diagnostics import DRIFT
 from trainer.measures.evaluation import Evaluation
-from trainer.measures.preflight import preflight
 from trainer.models.load import Model, Tokenizer, compare_tokenizers, limits_of, load_student
 from trainer.models.rollout import Sampler
 from trainer.models.teacher import LocalTeacher, Teacher, load_teacher, self_teacher
@@ -14,6 +17,9 @@ from trainer.stages.rlvr import RLVRTrainer
 from trainer.stages.sft import SFTTrainer, generate
 from trainer.stages.training import CompletionTrainer
 
+_GIB = 2**30
+_PROMPTS, _SEED = 8, 1 << 32  # of the samples before training
+
 
 def prepare(config: StageConfig) -> tuple[CompletionTrainer, str | None]:
     """Return a trainer with all data checked and tokenised, and the checkpoint to resume from."""
@@ -21,12 +27,10 @@ def prepare(config: StageConfig) -> tuple[CompletionTrainer, str | None]:
     config.eval_on_start &= checkpoint is None
     student, evaluation, reader = load(config)
     prompts = reader.read(config.train_data)
-    start = None
-    if isinstance(config, RLVRConfig) and config.kl_coef > 0:
-        start = self_teacher(config, student)
+    is_anchored = isinstance(config, RLVRConfig) and config.kl_coef > 0
+    start = self_teacher(config, student) if is_anchored else None
     if config.preflight and checkpoint is None:
-        others = [] if start is None else [start.model]
-        _print_findings(config, preflight(student, evaluation, prompts, *others))
+        _print_findings(config, _preflight(student, evaluation, prompts, start))
     if isinstance(config, DistillationConfig):
         return OnPolicyDistillationTrainer(student, config, prompts, evaluation), checkpoint
     if isinstance(config, RLVRConfig):
@@ -39,6 +43,55 @@ def prepare(config: StageConfig) -> tuple[CompletionTrainer, str | None]:
     elif not all(p.reference_ids for p in prompts):
         raise ValueError(f"{config.train_data}: expected a completion in every row")
     return SFTTrainer(student, config, prompts, evaluation), checkpoint
+
+
+def _preflight(
+    student: Model, evaluation: Evaluation, prompts: list[Prompt], start: LocalTeacher | None
+) -> list[str]:
+    """Return one sentence per finding, with a remedy if it is bad; `start` uses memory too."""
+    config = evaluation.config
+    models = [student, *(x.model for x in (*evaluation.local.values(), start) if x)]
+    parameters = {id(p): p for model in models for p in model.parameters()}.values()
+    weights = sum(p.nbytes for p in parameters)
+    # AdamW's two moments with a gradient, or in a checkpoint with a weight.
+    states = sum(p.nbytes + 8 * p.numel() for p in parameters if p.requires_grad)
+    if config.device.type == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = psutil.virtual_memory().available + weights  # the weights are loaded already
+    memory = (
+        f"memory: {weights / _GIB:.1f} GiB of weights, {states / _GIB:.1f} GiB of gradients and "
+        f"AdamW's state, beside activations; {free / _GIB:.1f} GiB are free"
+    )
+    if weights + states > free:
+        memory += "; it does not fit: set lora_r, or a smaller model or teacher_dtype"
+    findings = [memory]
+    if config.save_strategy != "no":
+        free = psutil.disk_usage(config.output_dir).free
+        disk = f"disk: {states / _GIB:.1f} GiB for a checkpoint; {free / _GIB:.1f} GiB are free"
+        if 2 * states > free:  # a checkpoint is removed only after the next one is whole
+            disk += "; that is too little for two: make room, or choose another output_dir"
+        findings.append(disk)
+    if isinstance(config, DistillationConfig):
+        findings += _gap(config, student, evaluation, prompts)
+    return findings
+
+
+def _gap(
+    config: DistillationConfig, student: Model, evaluation: Evaluation, prompts: list[Prompt]
+) -> list[str]:
+    """Measure the distance to the teacher on the student's own samples, and the mass on S."""
+    few = prompts[:: max(1, len(prompts) // _PROMPTS)][:_PROMPTS]
+    sampled = evaluation.sampler.sample(student, few, config.seed, _SEED)
+    means = evaluation.divergence(student, sampled)
+    kl, mass = means["kl"], means["student_mass"]
+    gap = f"gap: reverse KL of {kl:.3g} nats per token on {len(few)} samples of the student"
+    if kl < 0.01:
+        gap += "; there is next to nothing to learn: check teacher and privileged_context"
+    elif kl > 3:
+        gap += "; that is far for on-policy learning: run the sft stage first"
+    support = f"support: the top {config.k} hold {mass:.1%} of the student's mass"
+    return [gap, f"{support}. {DRIFT}" if config.drops_mass and mass < 0.95 else support]
 
 
 def load(config: StageConfig) -> tuple[Model, Evaluation, PromptReader]:
@@ -67,8 +120,7 @@ def _load_teachers(config: StageConfig, student: Model, tokenizer: Tokenizer) ->
 
             teachers[name] = ServedTeacher(model, config, tokenizer, vocab_size, name)
         elif model == "self":
-            is_distilled = isinstance(config, DistillationConfig)
-            rate = config.teacher_update_rate if is_distilled else 0.0
+            rate = config.teacher_update_rate if isinstance(config, DistillationConfig) else 0.0
             teachers[name] = self_teacher(config, student, config.teacher_dtype, rate)
         else:
             findings = compare_tokenizers(tokenizer, model, config.trust_remote_code)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from trainer.config.base import StageConfig, TeacherConfig
 from trainer.config.stages import DistillationConfig, EvaluationConfig, SFTConfig
-from trainer.config.values import Message, Messages, describe
+from trainer.config.values import Messages, describe
 from trainer.errors import convert_errors
 
 
@@ -141,9 +141,8 @@ class PromptReader:
             messages = [{"role": "system", "content": both}, *messages[2:]]
         options = {"add_generation_prompt": True, "return_dict": False}
         options |= self.config.chat_template_kwargs
-        with convert_errors(
-            "prompt: expected messages for the chat template, with chat_template_kwargs"
-        ):
+        expected = "prompt: expected messages for the chat template, with chat_template_kwargs"
+        with convert_errors(expected):
             return self.tokenizer.apply_chat_template(messages, **options)
 
 
@@ -155,9 +154,7 @@ def _rendered(context: str | Messages | None, row: dict[str, Any]) -> str | Mess
     with convert_errors(f"privileged_context: expected a template of the columns {', '.join(row)}"):
         if context is None or isinstance(context, str):
             return context and _template(context).render(row)
-        return [
-            Message(role=m["role"], content=_template(m["content"]).render(row)) for m in context
-        ]
+        return [m | {"content": _template(m["content"]).render(row)} for m in context]
 
 
 def load_rows(source: str) -> Dataset | list[dict[str, Any]]:
@@ -166,7 +163,7 @@ def load_rows(source: str) -> Dataset | list[dict[str, Any]]:
     """
     name, _, query = source.partition("?")
     if source.endswith(".jsonl"):
-        return _json_lines(Path(source))
+        return read_json_lines(Path(source))
     if name.startswith("reasoning_gym:"):
         import reasoning_gym
     expected = "expected a .jsonl or .parquet file, a dataset of the hub or reasoning_gym:TASK"
@@ -181,9 +178,12 @@ def load_rows(source: str) -> Dataset | list[dict[str, Any]]:
         return load_dataset(name, **{"split": "train"} | options)
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(path.read_bytes().rstrip().splitlines(), start=1):
+def read_json_lines(path: Path, may_be_cut: bool = False) -> list[dict[str, Any]]:
+    """Return the rows of a .jsonl file; if it may be cut, without a last line that has no end."""
+    rows, content = [], path.read_bytes()
+    if may_be_cut:
+        content = content[: content.rfind(b"\n") + 1]
+    for number, line in enumerate(content.rstrip().splitlines(), start=1):
         try:
             rows.append(json.loads(line.decode("utf-8-sig")))
         except (ValueError, RecursionError) as error:

@@ -38,10 +38,9 @@ def convert_errors(expected: str, to: type[Exception] = ValueError) -> Iterator[
     """
     try:
         yield
-    except (RunStoppedError, ModuleNotFoundError, MemoryError):
-        raise
     except Exception as cause:
-        if isinstance(cause, RuntimeError) and should_reduce_batch_size(cause):
+        is_clear = isinstance(cause, (RunStoppedError, ModuleNotFoundError, MemoryError))
+        if is_clear or should_reduce_batch_size(cause):
             raise
         kind = "" if type(cause) is ValueError else f"{type(cause).__name__}: "
         raise to(f"{expected}; {kind}{cause}") from cause

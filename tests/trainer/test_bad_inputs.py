@@ -18,7 +18,7 @@ from trainer.config import DistillationConfig
 from trainer.data import Limits, PromptReader, load_rows
 from trainer.errors import RunStoppedError
 from trainer.measures.scoring import load_scorer
-from trainer.stages.objective import build_loss
+from trainer.stages.distillation import build_loss
 
 LIMITS = Limits(context=256, ids=97)
 

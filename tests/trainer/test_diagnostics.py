@@ -13,8 +13,7 @@ from opd_kernels import LazyLogits, SparseLogits
 from tests.tiny_run import make_trainer, read_metrics, write_model, write_recipe
 from trainer.__main__ import main
 from trainer.config import DistillationConfig, RLVRConfig, load_config
-from trainer.measures.diagnostics import Sums, alarms, repetition
-from trainer.measures.privileged import across_contexts, spread
+from trainer.measures.diagnostics import Sums, across_contexts, alarms, repetition, spread
 from trainer.models.rollout import Completion
 
 
@@ -184,7 +183,9 @@ def test_the_prefix_probe_counts_what_the_teacher_turns(tmp_path):
     trainer = make_trainer(tmp_path)
     evaluation = trainer.evaluation
     prompts = evaluation.prompts * 8
-    own = [Completion(p, [20 + i, 30, 31, 32], False) for i, p in enumerate(prompts)]
+    scores = [1.0, 0.0] * 8
+    own = [Completion(p, [20 + i, 30, 31, 32], False, reward=scores[i])
+           for i, p in enumerate(prompts)]  # fmt: skip
     seen = []
 
     def score(text, row):
@@ -192,16 +193,16 @@ def test_the_prefix_probe_counts_what_the_teacher_turns(tmp_path):
         return float(seen[-1][:1] in "opqr")
 
     evaluation.scorer = score
-    tokenizer, scores = trainer.sampler.tokenizer, [1.0, 0.0] * 8
+    tokenizer = trainer.sampler.tokenizer
     # Alone, the teacher is right on the first prompt and wrong on the second.
     alone = [tokenizer.get_vocab()[x] for x in "oa"]
     evaluation.references = [
         Completion(p, [first, 30], False)
         for p, first in zip(evaluation.prompts, alone, strict=True)
     ]
-    by_teacher = evaluation.score(evaluation.references)
+    by_teacher = evaluation.scored(evaluation.references)
     seen.clear()
-    metrics = evaluation._prefix_probe(own, scores, by_teacher)
+    metrics = evaluation._prefix_probe(own, by_teacher)
     firsts = [tokenizer.decode([20 + i]) for i in range(16)]
     assert [text[0] for text in seen] == firsts  # each continuation begins with its own prefix
     right = [f in "opqr" for f in firsts]
@@ -213,9 +214,9 @@ def test_the_prefix_probe_counts_what_the_teacher_turns(tmp_path):
     assert metrics["eval_probe_teacher_wrong_to_right"] == sum(right[1::2]) > 0
     assert metrics["eval_probe_score"] == pytest.approx(sum(right) / 16)
     ended = [Completion(p, [2], False) for p in prompts]
-    assert evaluation._prefix_probe(ended, scores, by_teacher) == {}
+    assert evaluation._prefix_probe(ended, by_teacher) == {}
     seen.clear()
-    evaluation._prefix_probe([ended[0], *own[1:]], scores, by_teacher)
+    evaluation._prefix_probe([ended[0], *own[1:]], by_teacher)
     assert len(seen) == 15
 
 

@@ -16,7 +16,7 @@ from tests.trainer_steps import assert_same_step, completions, gradient_of
 from trainer.__main__ import train
 from trainer.build import prepare
 from trainer.config import DistillationConfig, load_config
-from trainer.stages.objective import add_where_uncertain, clamp
+from trainer.stages.distillation import add_where_uncertain, clamp
 
 
 def test_the_policy_gradient_is_of_the_sampled_tokens(tmp_path):

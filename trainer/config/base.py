@@ -7,6 +7,7 @@ from pydantic import Field
 from transformers.distributed import DistributedConfig
 
 from trainer.config.values import Count, Messages, NotNegative, Positive, Steps, StrictArguments
+from trainer.errors import convert_errors
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Conflicts = list[tuple[bool, str]]
@@ -89,17 +90,12 @@ class StageConfig(StrictArguments):
         """Whether samples come from another distribution than the loss is computed for."""
         return self.top_p < 1 or self.sampling_temperature not in (None, self.temperature)
 
-    def _parallelism(self) -> DistributedConfig:
-        """Return the sizes by which models are split; each is 1 by default."""
-        try:
-            return DistributedConfig(**self.distributed_config or {})
-        except (TypeError, ValueError) as error:
-            expected = "distributed_config: expected options such as fsdp_size and tp_size"
-            raise ValueError(f"{expected}, got {self.distributed_config}: {error}") from None
-
     def _conflicts(self) -> Conflicts:
         """Return conditions on several keys that make the config invalid, with their messages."""
-        sizes, is_split = self._parallelism(), bool(self.distributed_config)
+        is_split = bool(self.distributed_config)
+        expected = "distributed_config: expected options such as fsdp_size and tp_size"
+        with convert_errors(f"{expected}, got {self.distributed_config}"):
+            sizes = DistributedConfig(**self.distributed_config or {})  # each is 1 by default
         ranks = sizes.tp_size * sizes.dp_size * sizes.pp_size
         reserved = ", ".join(_TOKENIZER_OPTIONS & self.chat_template_kwargs.keys())
         return [

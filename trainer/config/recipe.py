@@ -1,10 +1,10 @@
 """Recipes: YAML files with the keys of a stage's config, and the functions that they name."""
 
 import difflib
-import importlib
 import runpy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from trainer.config.base import StageConfig
 from trainer.errors import convert_errors
 
 Stage = TypeVar("Stage", bound=StageConfig)
+Function = Callable[..., Any]
 
 
 class _Loader(yaml.SafeLoader):
@@ -65,24 +66,24 @@ def changed_keys(config: StageConfig) -> dict[str, Any]:
     return {key: values[key] for key in defaults if values.get(key) != defaults[key]}
 
 
-def load_function(key: str, reference: str, names: Iterable[str]) -> Callable[..., Any]:
+def load_function(key: str, reference: str, named: Mapping[str, Function]) -> Function:
     """Return the function that a key refers to; raise ValueError if there is none.
 
     Args:
         key: for the error message.
-        reference: file.py:function or module:function.
-        names: the key's other values, for the error message.
+        reference: a name of `named`, file.py:function or module:function.
+        named: functions by name.
     """
+    if reference in named:
+        return named[reference]
     source, _, name = reference.partition(":")
-    expected = f"{key}: expected {', '.join(names)}, file.py:function or module:function"
+    expected = f"{key}: expected {', '.join(named)}, file.py:function or module:function"
+    problem, is_file = f"{expected}, got {reference!r}", source.endswith(".py")
     try:
-        with convert_errors(f"{expected}, got {reference!r}"):
-            if source.endswith(".py"):
-                functions = runpy.run_path(source)
-            else:
-                functions = vars(importlib.import_module(source))
+        with convert_errors(problem):
+            functions = runpy.run_path(source) if is_file else vars(import_module(source))
     except ModuleNotFoundError as error:
-        raise ValueError(f"{expected}, got {reference!r}; {error}") from None
+        raise ValueError(f"{problem}; {error}") from None
     if not callable(functions.get(name)):
-        raise ValueError(f"{expected}, got {reference!r}, which has no such function")
+        raise ValueError(f"{problem}, which has no such function")
     return functions[name]

@@ -6,15 +6,7 @@ from functools import cache, reduce
 from operator import or_
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    with_config,
-)  # fmt: skip
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from transformers import TrainingArguments
 from transformers.debug_utils import DebugOption
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -53,7 +45,7 @@ def _refused(remedy: str) -> Any:
             raise ValueError(f"not supported; {remedy}")
         return value
 
-    return Annotated[Any, AfterValidator(refuse)]
+    return Annotated[Any, BeforeValidator(refuse)]
 
 
 def _one_of(choices: Any) -> Any:

@@ -1,7 +1,9 @@
-"""Metrics that a step logs beside its loss, and alarms when they show a known way to fail."""
+"""Metrics beside a step's loss, alarms when they show a known failure, and privileged contexts."""
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -11,35 +13,15 @@ from torch import Tensor
 from opd_kernels import LazyLogits, SparseLogits
 from trainer.config import DistillationConfig, StageConfig
 from trainer.models.rollout import Completion
+from trainer.models.teacher import LocalTeacher, Logits
 
 POSITIONS = (0, 16, 64, 256, 1024)  # where ranges of positions in a completion begin
-BY_POSITION = ("teacher_nll", "teacher_entropy", "overlap")
+BY_POSITION = ("scored_tokens", "teacher_nll", "teacher_entropy", "overlap")
 WINDOW = 5  # log lines
 DRIFT = (
     "The support holds less than 95 % of the student's mass and the rest is dropped, so the loss "
     "can fall while mass drifts off it: use tail: bucket, support: full, a larger k or a lower "
     "temperature."
-)
-SKIPPED = (
-    "Not finite: a step was left out because its gradient had NaN or inf: see grad_norm before it, "
-    "and lower learning_rate or max_grad_norm."
-)
-BIAS = (
-    "Biased gradient: without stop-gradient the support's share of the student's mass fell from "
-    "{:.2f} to {:.2f}, as it does before a collapse: set stop_gradient: true or tail: bucket."
-)
-REPETITION = (
-    "Repetition: {:.0%} of 3-grams occurred before, after {:.0%} at the start, as in a collapse: "
-    "lower learning_rate, and check that nothing biases the gradient."
-)
-LENGTH = (
-    "Truncated: {:.0%} of completions do not end, after {:.0%} at the start: set skip_truncated, "
-    "lower learning_rate, or raise max_completion_length."
-)
-MISMATCH = (
-    "Mismatch: {:.0%} of the student's tokens are outside the teacher's top-K, so it scores "
-    "prefixes that it would not write: run the sft stage on its completions first, or use a "
-    "teacher closer to the student."
 )
 
 
@@ -85,11 +67,7 @@ class Sums(dict[str, float]):
 
     @torch.no_grad()
     def add_positions(
-        self,
-        student_top: SparseLogits,
-        teacher: LazyLogits | SparseLogits,
-        ids: Tensor,
-        lengths: list[int],
+        self, student_top: SparseLogits, teacher: Logits, ids: Tensor, lengths: list[int]
     ) -> None:
         """Add the teacher's negative log-likelihood of the sampled ids [N], its entropy (both in
         nats) and the overlap of both top-K, over all tokens and by position.
@@ -101,21 +79,20 @@ class Sums(dict[str, float]):
         else:  # a server returns its top-K and the sampled token
             top, nll = teacher.topk(k), -teacher.at(ids[:, None]).log_probs[:, 0]
         metrics = {
+            "scored_tokens": torch.ones_like(nll),
             "overlap": student_top.overlap(top),
             "outside_teacher_top_k": (top.ids != ids[:, None]).all(-1).float(),
             "teacher_nll": torch.where(nll < torch.inf, nll, 0.0),  # inf: the server left it out
         }
         if top.entropy is not None:
             metrics["teacher_entropy"] = top.entropy
-        self.add_tensors(**metrics)
         if student_top.entropy is not None:
-            self.add_tensors(student_entropy=student_top.entropy)
-        self.add(scored_tokens=float(ids.shape[0]))
+            metrics["student_entropy"] = student_top.entropy
+        self.add_tensors(**metrics)
+        shown = {name: x for name, x in metrics.items() if name in BY_POSITION}
         position = torch.cat([torch.arange(length, device=ids.device) for length in lengths])
         for first, last in zip(POSITIONS, [*POSITIONS[1:], sys.maxsize], strict=True):
             inside = (position >= first) & (position < last)
-            self.add_tensors(**{f"scored_tokens_from_{first}": inside.float()})
-            shown = {name: x for name, x in metrics.items() if name in BY_POSITION}
             self.add_tensors(**{f"{name}_from_{first}": x * inside for name, x in shown.items()})
 
     def means(self) -> dict[str, float]:
@@ -138,21 +115,21 @@ class Sums(dict[str, float]):
 def alarms(config: StageConfig, lines: list[dict[str, Any]]) -> str:
     """Return messages for the failures that the last log line is the first to show, or ""."""
     raised = " ".join(line.get("alarm", "") for line in lines)
-    return " ".join(
-        message.format(*values)
-        for message, *values in _failures(config, [x for x in lines if "loss" in x])
-        if message.partition(":")[0] not in raised
-    )
+    shown = _failures(config, [line for line in lines if "loss" in line])
+    return " ".join(message for message in shown if message.partition(":")[0] not in raised)
 
 
-def _failures(config: StageConfig, lines: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
-    """Yield messages with their values; trends compare the first lines with the last."""
+def _failures(config: StageConfig, lines: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield messages; trends compare the first lines with the last."""
     now = lines[-1]
     if now["skipped_steps"] and not config.fp16:  # the scaler of fp16 skips steps to find its scale
-        yield (SKIPPED,)
+        yield (
+            "Not finite: a step was left out because its gradient had NaN or inf: see grad_norm "
+            "before it, and lower learning_rate or max_grad_norm."
+        )
     drops = isinstance(config, DistillationConfig) and config.drops_mass
     if drops and now.get("student_mass", 1.0) < 0.95:
-        yield (DRIFT,)
+        yield DRIFT
     if len(lines) < 2 * WINDOW:
         return
 
@@ -160,19 +137,75 @@ def _failures(config: StageConfig, lines: list[dict[str, Any]]) -> Iterator[tupl
         values = [line[name] for line in lines if name in line] or [0.0]
         return fmean(values[:WINDOW]), fmean(values[-WINDOW:])
 
-    for message, name, rise in ((REPETITION, "repetition", 0.2), (LENGTH, "truncated", 0.3)):
-        start, end = trend(name)
-        if end > start + rise:
-            yield message, end, start
+    start, end = trend("repetition")
+    if end > start + 0.2:
+        yield (
+            f"Repetition: {end:.0%} of 3-grams occurred before, after {start:.0%} at the start, as "
+            "in a collapse: lower learning_rate, and check that nothing biases the gradient."
+        )
+    start, end = trend("truncated")
+    if end > start + 0.3:
+        yield (
+            f"Truncated: {end:.0%} of completions do not end, after {start:.0%} at the start: set "
+            "skip_truncated, lower learning_rate, or raise max_completion_length."
+        )
     start, end = trend("student_mass")
     if isinstance(config, DistillationConfig) and not config.stop_gradient and end < start - 0.1:
-        yield BIAS, start, end
+        yield (
+            "Biased gradient: without stop-gradient the support's share of the student's mass fell "
+            f"from {start:.2f} to {end:.2f}, as it does before a collapse: set stop_gradient: true "
+            "or tail: bucket."
+        )
     _, outside = trend("outside_teacher_top_k")
     if outside > 0.3:
-        yield MISMATCH, outside
+        yield (
+            f"Mismatch: {outside:.0%} of the student's tokens are outside the teacher's top-K, so "
+            "it scores prefixes that it would not write: run the sft stage on its completions "
+            "first, or use a teacher closer to the student."
+        )
 
 
 def repetition(ids: list[int]) -> float:
     """Return the share of a completion's 3-grams that occurred in it before."""
     trigrams = list(zip(ids, ids[1:], ids[2:], strict=False))
     return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
+
+
+@torch.no_grad()
+def across_contexts(
+    teacher: LocalTeacher, completions: list[Completion], k: int, temperature: float
+) -> list[tuple[Tensor, Tensor]]:
+    """Compare a teacher with itself under the several privileged contexts of a prompt:
+    self-distillation can keep only what they share.
+
+    Returns:
+        `spread` of the tokens [N] of one completion, for each prompt that has several contexts. The
+        distributions are over the union of the contexts' top-K with one bucket for the rest, which
+        makes both numbers lower bounds.
+    """
+    spreads, groups = [], defaultdict(list)
+    for c in completions:
+        groups[tuple(c.prompt.student_ids)].append(c)
+    for group in groups.values():
+        prompts = list({tuple(c.prompt.teacher_ids): c.prompt for c in group}.values())
+        if len(prompts) > 1:
+            copies = [replace(group[0], prompt=p) for p in prompts]
+            logits = teacher.logits(copies, temperature)
+            ids = logits.topk(k).ids.unflatten(0, (len(copies), -1))  # [contexts, N, K]
+            union = ids.transpose(0, 1).flatten(1).repeat(len(copies), 1)
+            on_union = logits.gather(union)
+            rows = torch.cat([on_union.log_probs, on_union.log_tail[:, None]], dim=-1)
+            spreads.append(spread(rows.unflatten(0, (len(copies), -1))))
+    return spreads
+
+
+def spread(log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two distances, each [N] in nats, of M distributions [M, N, K].
+
+    The first is their mean KL to their average. The second is -log Z of their geometric mean: the
+    reverse KL that remains for a student that cannot see which of the contexts it has.
+    """
+    average = log_probs.exp().mean(0).log()
+    live = log_probs > -torch.inf
+    kl = torch.where(live, log_probs.exp() * (log_probs - average), 0.0).sum(-1)
+    return kl.mean(0), -log_probs.mean(0).logsumexp(-1)

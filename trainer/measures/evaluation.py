@@ -1,11 +1,11 @@
 """Held-out metrics: the student's distance from its teacher, and the scores of its completions."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import comb
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,11 @@ from tqdm.auto import tqdm
 from opd_kernels import LazyLogits, SparseLogits, distillation_loss, reverse_kl
 from trainer.config import EvaluationConfig, StageConfig, TeacherConfig
 from trainer.data import Prompt
-from trainer.measures.diagnostics import Sums
-from trainer.measures.privileged import across_contexts
+from trainer.measures.diagnostics import Sums, across_contexts
 from trainer.measures.scoring import load_scorer
 from trainer.models.load import Model, eval_mode, reshard
 from trainer.models.rollout import Completion, Sampler
-from trainer.models.teacher import LocalTeacher, Teacher, side_by_side, token_ids
+from trainer.models.teacher import LocalTeacher, Logits, Teacher, on_completions, token_ids
 from trainer.run.directory import SAMPLES, write_whole
 
 _HELD_OUT = 1 << 31  # a seed that no training step uses
@@ -59,55 +58,52 @@ class Evaluation:
         if step == 0 and self.references:
             metrics |= self._contexts()
         if self.scorer:
+            samples = self.scored(samples)
             metrics |= self._scores(samples)
         reshard(student)
         self._write_samples(step, samples)
         return metrics
 
-    def score(self, completions: list[Completion]) -> list[float]:
-        """Return the scorer's number for each completion."""
+    def scored(self, completions: list[Completion]) -> list[Completion]:
+        """Return the completions with the scorer's numbers as rewards."""
         assert self.scorer is not None
-        return [self.scorer(self.sampler.text(c), c.prompt.row) for c in completions]
+        score, text = self.scorer, self.sampler.text
+        return [replace(c, reward=score(text(c), c.prompt.row)) for c in completions]
 
     def _scores(self, samples: list[Completion]) -> dict[str, float]:
-        count, scores = self.config.eval_completions_per_prompt, self.score(samples)
-        metrics = {"eval_score": sum(scores) / len(scores)}
-        right = (np.array(scores).reshape(-1, count) >= 1).sum(1).tolist()
+        count = self.config.eval_completions_per_prompt
+        metrics = {"eval_score": _mean_reward(samples)}
+        right = (np.array([c.reward for c in samples]).reshape(-1, count) >= 1).sum(1).tolist()
         for k in [2**i for i in range(count.bit_length()) if count > 1]:
-            metrics[f"eval_pass_at_{k}"] = sum(pass_at_k(count, c, k) for c in right) / len(right)
-        teacher_scores = self.score(self.references)
-        if teacher_scores:
-            metrics["eval_teacher_score"] = sum(teacher_scores) / len(teacher_scores)
+            metrics[f"eval_pass_at_{k}"] = fmean(pass_at_k(count, c, k) for c in right)
+        references = self.scored(self.references)
+        if references:
+            metrics["eval_teacher_score"] = _mean_reward(references)
         if isinstance(self.config, EvaluationConfig) and self.config.prefix_probe:
-            metrics |= self._prefix_probe(samples, scores, teacher_scores)
+            metrics |= self._prefix_probe(samples, references)
         return metrics
 
     def _prefix_probe(
-        self, samples: list[Completion], scores: list[float], teacher_scores: list[float]
+        self, samples: list[Completion], references: list[Completion]
     ) -> dict[str, float]:
         """Let the teacher continue the student's prefixes, and count the answers that change.
 
         The counts compare with the student's own continuation and with the teacher alone.
         """
         generator = np.random.default_rng([self.config.seed, _HELD_OUT])
-        pairs = [(c, s) for c, s in zip(samples, scores, strict=True) if len(c.ids) > 1]
-        if not pairs:  # a completion of one token has no prefix
+        whole = [c for c in samples if len(c.ids) > 1]  # a single token has no prefix
+        if not whole:
             return {}
-        prefixes = [c.ids[: int(generator.integers(1, len(c.ids)))] for c, _ in pairs]
-        prompts = [
-            replace(c.prompt, teacher_ids=c.prompt.teacher_ids + prefix)
-            for (c, _), prefix in zip(pairs, prefixes, strict=True)
-        ]
-        length = self.config.max_completion_length
+        prefixes = [c.first(int(generator.integers(1, len(c.ids)))) for c in whole]
+        prompts = [replace(c.prompt, teacher_ids=c.prompt.teacher_ids + c.ids) for c in prefixes]
         ends = self.complete_by_teachers(prompts, _HELD_OUT)
-        continued = self.score(
-            [replace(c, ids=[*p, *c.ids][:length]) for c, p in zip(ends, prefixes, strict=True)]
-        )
-        metrics = {"eval_probe_score": sum(continued) / len(continued)}
-        by_prompt = dict(zip(map(id, self.prompts), teacher_scores, strict=True))
-        alone = [by_prompt[id(c.prompt)] for c, _ in pairs]
-        for whose, before in (("", [s for _, s in pairs]), ("teacher_", alone)):
-            turns = [(old >= 1, new >= 1) for old, new in zip(before, continued, strict=True)]
+        joined = [replace(e, ids=[*c.ids, *e.ids]) for c, e in zip(prefixes, ends, strict=True)]
+        continued = self.scored([c.first(self.config.max_completion_length) for c in joined])
+        metrics = {"eval_probe_score": _mean_reward(continued)}
+        alone = {id(c.prompt): c for c in references}
+        for whose, before in (("", whole), ("teacher_", [alone[id(c.prompt)] for c in whole])):
+            pairs = zip(before, continued, strict=True)
+            turns = [(old.reward >= 1, new.reward >= 1) for old, new in pairs]
             metrics[f"eval_probe_{whose}right_to_wrong"] = float(turns.count((True, False)))
             metrics[f"eval_probe_{whose}wrong_to_right"] = float(turns.count((False, True)))
         return metrics
@@ -138,7 +134,7 @@ class Evaluation:
         return metrics
 
     def _contexts(self) -> dict[str, float]:
-        """Return the effect of the teachers' privileged contexts, see privileged.py."""
+        """Return the effect of the teachers' privileged contexts, see `across_contexts`."""
         sums, spreads = Sums(), []
         for name, teacher in self.local.items():
             references = [c for c in self.references if c.prompt.teacher == name]
@@ -163,15 +159,15 @@ class Evaluation:
         It is exact with a local teacher. A server returns its top-K, and the rest is one bucket,
         which makes it a lower bound.
         """
-        sums, batch = Sums(), list[Completion]()
+        sums, temperature = Sums(), self.config.temperature
+        size, is_quiet = self.config.per_device_eval_batch_size, self.config.disable_tqdm
 
-        def add(student: LazyLogits, teacher: LazyLogits | SparseLogits) -> None:
-            if isinstance(teacher, LazyLogits):
-                loss = partial(distillation_loss, support="full")
-            else:
-                loss = partial(distillation_loss, support="teacher", missing="drop")
-                loss = partial(loss, objective=partial(reverse_kl, tail="bucket"))
-            output = loss(student, teacher, k=self.k, reduction="sum")
+        def add(batch: list[Completion], teacher: Logits, student: LazyLogits) -> None:
+            options: dict[str, Any] = {"support": "full"}
+            if isinstance(teacher, SparseLogits):
+                bucket = partial(reverse_kl, tail="bucket")
+                options = {"support": "teacher", "missing": "drop", "objective": bucket}
+            output = distillation_loss(student, teacher, k=self.k, reduction="sum", **options)
             sums.add_tokens(output.student, output.teacher)
             ids = token_ids(batch, output.student.ids.device)
             top = output.student if isinstance(teacher, LazyLogits) else student.topk(self.k)
@@ -183,15 +179,12 @@ class Evaluation:
             for name, teacher in self.teachers.items():
                 scored = [c for c in completions if c.prompt.teacher == name]
                 teacher.prepare(scored)
-                for batch in self._batches(scored):
-                    side_by_side(student, teacher, batch, self.config.temperature, add)
+                starts = range(0, len(scored), size)
+                for start in tqdm(starts, "held-out divergence", leave=False, disable=is_quiet):
+                    batch = scored[start : start + size]
+                    logits = teacher.logits(batch, temperature)
+                    on_completions(student, batch, temperature, partial(add, batch, logits))
         return sums.means()
-
-    def _batches(self, completions: list[Completion]) -> Iterator[list[Completion]]:
-        size, is_quiet = self.config.per_device_eval_batch_size, self.config.disable_tqdm
-        starts = range(0, len(completions), size)
-        for start in tqdm(starts, desc="held-out divergence", leave=False, disable=is_quiet):
-            yield completions[start : start + size]
 
     def _write_samples(self, step: int, samples: list[Completion]) -> None:
         if not self.config.should_save:  # all ranks have the same samples, and one writes them
@@ -202,7 +195,7 @@ class Evaluation:
         if self.references:
             columns["teacher"] = [self.sampler.text(c) for c in self.references]
         if self.scorer:
-            columns["score"] = self.score(first)
+            columns["score"] = [c.reward for c in first]
         path = Path(self.config.output_dir) / SAMPLES.format(step)
         path.parent.mkdir(exist_ok=True, parents=True)
         write_whole(path, pandas.DataFrame(columns).to_json(orient="records", lines=True))
@@ -222,6 +215,10 @@ class Evaluation:
         if [saved.pop("context") for saved in kept] == [p.teacher_ids for p in self.prompts]:
             pairs = zip(self.prompts, kept, strict=True)
             self.references = [Completion(prompt, **saved) for prompt, saved in pairs]
+
+
+def _mean_reward(completions: list[Completion]) -> float:
+    return fmean(c.reward for c in completions)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

@@ -16,25 +16,19 @@ def load_scorer(config: StageConfig) -> Scorer | None:
     """Return the config's scorer, a function of a completion's text and its row."""
     if config.scorer is None:
         return None
-    scorer = _VERIFIERS.get(config.scorer) or load_function("scorer", config.scorer, _VERIFIERS)
-    pattern = None if config.answer_pattern is None else _pattern(config.answer_pattern)
-    return partial(_score, scorer, pattern)
-
-
-def _pattern(text: str) -> re.Pattern[str]:
+    scorer = load_function("scorer", config.scorer, _VERIFIERS)
+    text = r"\A(.*)\Z" if config.answer_pattern is None else config.answer_pattern
     try:
         pattern = re.compile(text, re.S)
     except re.error as error:
         raise ValueError(f"answer_pattern: {error} in {text!r}") from None
     if pattern.groups != 1:
         raise ValueError(f"answer_pattern: expected one (group), got {pattern.groups} in {text!r}")
-    return pattern
+    return partial(_score, scorer, pattern)
 
 
-def _score(
-    scorer: Scorer, pattern: re.Pattern[str] | None, text: str, row: dict[str, Any]
-) -> float:
-    answer = ([text] if pattern is None else ["", *pattern.findall(text)])[-1]
+def _score(scorer: Scorer, pattern: re.Pattern[str], text: str, row: dict[str, Any]) -> float:
+    answer = ["", *pattern.findall(text)][-1]
     with convert_errors(f"scorer: expected a finite number of {text!r:.80}", RunStoppedError):
         score = scorer(answer, row)
         if isinstance(score, str) or not math.isfinite(score):
@@ -55,11 +49,11 @@ def _reference(row: dict[str, Any]) -> str:
     return str(int(answer) if is_whole else answer).strip()
 
 
-def _exact_match(answer: str, row: dict[str, Any]) -> float:
+def exact_match(answer: str, row: dict[str, Any]) -> float:
     return float(answer.strip() == _reference(row))
 
 
-def _math_verify(answer: str, row: dict[str, Any]) -> float:
+def math_verify(answer: str, row: dict[str, Any]) -> float:
     from math_verify import parse, verify
 
     reference = _reference(row)
@@ -67,15 +61,11 @@ def _math_verify(answer: str, row: dict[str, Any]) -> float:
     return float(verify(parse(f"${reference}$" if is_bare else reference), parse(answer)))
 
 
-def _reasoning_gym(answer: str, row: dict[str, Any]) -> float:
+def reasoning_gym(answer: str, row: dict[str, Any]) -> float:
     from reasoning_gym import get_score_answer_fn
 
     task = _column(row, "metadata")["source_dataset"]
     return get_score_answer_fn(task)(answer=answer, entry=row)
 
 
-_VERIFIERS: dict[str, Scorer] = {
-    "exact_match": _exact_match,
-    "math_verify": _math_verify,
-    "reasoning_gym": _reasoning_gym,
-}
+_VERIFIERS = {scorer.__name__: scorer for scorer in (exact_match, math_verify, reasoning_gym)}

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -42,17 +41,15 @@ def load_model(
             f"distributed_config: expected the directory or hub name of a model, got {name}; "
             "save GGUF or adapters, which cannot be split as they load, as a whole model first"
         )
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    options["dtype"] = getattr(torch, dtype)
-    if _is_adapter(source):
-        with convert_errors(_EXPECTED.format(name)):
-            adapted = AutoPeftModelForCausalLM.from_pretrained(source, **options)
-        return adapted.merge_and_unload().requires_grad_()  # PEFT freezes the base
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": dtype}
     if gguf:
         options |= gguf | {"quantization_config": GgufConfig(dequantize=True)}
     if split:
         options["distributed_config"] = DistributedConfig(**split)
     with convert_errors(_EXPECTED.format(name)):
+        if _is_adapter(source):
+            adapted = AutoPeftModelForCausalLM.from_pretrained(source, **options)
+            return adapted.merge_and_unload().requires_grad_()  # PEFT freezes the base
         model, info = AutoModelForCausalLM.from_pretrained(
             source, output_loading_info=True, **options
         )
@@ -66,7 +63,14 @@ def load_student(config: StageConfig) -> tuple[Model, Tokenizer]:
     split, is_trusted = config.distributed_config, config.trust_remote_code
     tokenizer = load_tokenizer(config.model, is_trusted)
     model = load_model(config.model, config.dtype, split, is_trusted)
-    _check_special_tokens(tokenizer, model)
+    token, known = tokenizer.eos_token, limits_of(model).ids
+    if tokenizer.eos_token_id >= known:
+        raise ValueError(
+            f"model: expected an EOS token with an id below {known}, the rows of its weights, "
+            f"got {token!r} of id {tokenizer.eos_token_id}; save it with resized embeddings first"
+        )
+    if tokenizer.pad_token_id >= known:
+        tokenizer.pad_token = token
     model = _with_lora(model, config)
     return model if split else model.to(config.device), tokenizer
 
@@ -104,18 +108,6 @@ def _with_lora(model: Model, config: StageConfig) -> Model:
 def _is_adapter(source: str) -> bool:
     """Return whether a directory holds LoRA adapters, not a whole model."""
     return (Path(source) / "adapter_config.json").exists()
-
-
-def _check_special_tokens(tokenizer: Tokenizer, model: Model) -> None:
-    """Raise ValueError if the model has no weights for EOS; pad by EOS if it has none for pad."""
-    token, known = tokenizer.eos_token, limits_of(model).ids
-    if tokenizer.eos_token_id >= known:
-        raise ValueError(
-            f"model: expected an EOS token with an id below {known}, the rows of its weights, "
-            f"got {token!r} of id {tokenizer.eos_token_id}; save it with resized embeddings first"
-        )
-    if tokenizer.pad_token_id >= known:
-        tokenizer.pad_token = token
 
 
 @contextmanager

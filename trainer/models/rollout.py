@@ -1,6 +1,7 @@
 """Rollouts: completions sampled from a model."""
 
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -92,20 +93,15 @@ class Sampler:
         model = causal_lm_of(model)
         inputs = BatchEncoding({"input_ids": contexts})
         inputs = self.tokenizer.pad(inputs, padding_side="left", return_tensors="pt")
-        model_options, is_gpu = model.generation_config, model.device.type != "cpu"
+        is_gpu = model.device.type != "cpu"
         # generate() takes unset options from the model's: a repetition penalty would be off-policy.
-        model.generation_config = GenerationConfig()
-        try:
-            with eval_mode(model), torch.random.fork_rng([model.device] * is_gpu):
-                torch.manual_seed(seed)
-                inputs = inputs.to(model.device)
-                # FSDP gathers the weights from all ranks for each token, so all ranks generate
-                # until the last one has ended.
-                output = model.generate(
-                    **inputs, generation_config=options, synced_gpus=is_fsdp(model)
-                )
-        finally:
-            model.generation_config = model_options
+        no_options = patch.object(model, "generation_config", GenerationConfig())
+        with no_options, eval_mode(model), torch.random.fork_rng([model.device] * is_gpu):
+            torch.manual_seed(seed)
+            inputs = inputs.to(model.device)
+            # FSDP gathers the weights from all ranks for each token, so all ranks generate until
+            # the last one has ended.
+            output = model.generate(**inputs, generation_config=options, synced_gpus=is_fsdp(model))
         return output[:, inputs["input_ids"].shape[1] :].tolist()
 
     def cut_after_eos(self, prompt: Prompt, ids: list[int]) -> Completion:

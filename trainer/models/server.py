@@ -3,13 +3,14 @@ log-probabilities of the prompt, as vLLM does (`prompt_logprobs`).
 """
 
 import json
+import math
 import os
 import random
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -26,8 +27,7 @@ from trainer.models.rollout import Completion
 
 KEY = "OPD_TEACHER_API_KEY"  # environment variable; with _NAME for one of several teachers
 _PROBE = "What is 6 x 7? It's 42: def f(x): return x**2  # \u00e7a va, \u65e5\u672c"
-_TRANSIENT = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)
-_TRANSIENT_STATUS = (408, 409)
+_TRANSIENT_STATUS = (408, 409, 429)  # and those from 500
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError, IndexError)
 _MAX_ANSWER_BYTES, _MAX_LOG_PROB_BYTES = 1 << 20, 256  # several times what a valid answer takes
 _Row = list[tuple[int, float]]  # token ids and log-probabilities of a position, the best first
@@ -50,9 +50,8 @@ class ServedTeacher:
         self.key_name = f"{KEY}_{name.upper()}" if name else KEY
         self.key = os.environ.get(self.key_name, "").strip() or "none"
         # No compression: a small answer could then unpack to a huge one.
-        http = openai.DefaultHttpxClient(
-            headers={"Accept-Encoding": "identity"}, event_hooks={"response": [self._limit]}
-        )
+        headers = {"Accept-Encoding": "identity"}
+        http = openai.DefaultHttpxClient(headers=headers, event_hooks={"response": [self._limit]})
         self.client = openai.OpenAI(
             base_url=url, api_key=self.key, timeout=self.timeout, max_retries=0, http_client=http
         )
@@ -101,14 +100,9 @@ class ServedTeacher:
         except BaseException:
             self.pool.shutdown(wait=False, cancel_futures=True)
             raise
-        ids = torch.full((len(rows), self.k + 1), -1)
-        log_probs = torch.full((len(rows), self.k + 1), -torch.inf)
-        for n, row in enumerate(rows):
-            for slot, (token, log_prob) in enumerate(row):
-                ids[n, slot], log_probs[n, slot] = token, log_prob
-        return SparseLogits.from_log_probs(
-            log_probs.to(self.device), ids.to(self.device), vocab_size=self.vocab_size
-        )
+        ids, log_probs = torch.tensor(rows, dtype=torch.float64).unbind(-1)  # each [N, K + 1]
+        log_probs, ids = log_probs.float().to(self.device), ids.long().to(self.device)
+        return SparseLogits.from_log_probs(log_probs, ids, vocab_size=self.vocab_size)
 
     def _score(self, prompt: tuple[int, ...], completion: tuple[int, ...]) -> list[_Row]:
         ids = [*prompt, *completion]
@@ -121,22 +115,33 @@ class ServedTeacher:
         )
 
     def _limit(self, response: httpx2.Response) -> None:
-        """Bound the size and duration of a response before its body is read."""
+        """Read the body of a response, limited in bytes and seconds."""
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise httpx2.DecodingError("expected an answer without compression")
         prompt = json.loads(response.request.content or "{}").get("prompt", "")
         size = _MAX_ANSWER_BYTES + _MAX_LOG_PROB_BYTES * (self.k + 2) * len(prompt)
+        body, end = bytearray(), time.monotonic() + self.timeout
         assert isinstance(response.stream, httpx2.SyncByteStream)
-        response.stream = _LimitedStream(response.stream, size, self.timeout)
+        for part in response.stream:
+            body += part
+            if len(body) > size:
+                raise httpx2.ReadError("the answer is larger than a valid one can be")
+            if time.monotonic() > end:
+                raise httpx2.ReadTimeout(f"the answer takes longer than {self.timeout} s")
+        response.stream.close()
+        response.stream = httpx2.ByteStream(bytes(body))
 
     def _rows(self, answer: Any, prompt: Sequence[int], completion: Sequence[int]) -> list[_Row]:
+        """Return the top-K of each position and its own token, filled up to K + 1 by id -1.
+
+        Raise ValueError for other content.
+        """
         rows = _prompt_log_probs(answer)[len(prompt) :]
         if len(rows) != len(completion):
             raise ValueError(f"prompt_logprobs of {len(rows)} tokens for {len(completion)}")
         return [self._row(x, token) for x, token in zip(rows, completion, strict=True)]
 
     def _row(self, raw: dict[str, Any], token: int) -> _Row:
-        """Return the top-K of a position and its own token; raise ValueError for other content."""
         log_probs = {int(i): float(x["logprob"]) for i, x in raw.items()}
         row = sorted(log_probs.items(), key=lambda pair: (-pair[1], pair[0]))
         if token not in log_probs or not self.k <= len(row) <= self.k + 1:
@@ -146,7 +151,7 @@ class ServedTeacher:
         mass = torch.tensor([x for _, x in row]).exp().sum()
         if not mass < 1.01:
             raise ValueError(f"expected probabilities with a sum of at most 1, got {mass:.3f}")
-        return row
+        return row + [(-1, -math.inf)] * (self.k + 1 - len(row))
 
     def _retry(self, request: Callable[[], T]) -> T:
         """Return request(); retry transient failures until the patience or the program ends."""
@@ -161,9 +166,8 @@ class ServedTeacher:
                 reason = "expected http(s)://HOST/v1 of an OpenAI-compatible server"
                 raise TeacherError(f"teacher: {self.url} has no such page; {reason}") from None
             except (openai.APIError, *_MALFORMED) as error:
-                reason = self._without_key(error)
-                is_transient = isinstance(error, (*_TRANSIENT, *_MALFORMED))
-                if not is_transient and getattr(error, "status_code", 0) not in _TRANSIENT_STATUS:
+                reason, status = self._without_key(error), getattr(error, "status_code", 500)
+                if status < 500 and status not in _TRANSIENT_STATUS:
                     raise TeacherError(
                         f"teacher: {self.url} refused the request: {reason}; if it limits "
                         f"log-probs below k: {self.k}, start it with a higher --max-logprobs"
@@ -183,26 +187,6 @@ class ServedTeacher:
         """Return the error's text without the API key."""
         causes = f" ({error.__cause__})" if error.__cause__ else ""
         return f"{type(error).__name__}: {error}{causes}".replace(self.key, "***")[:300]
-
-
-class _LimitedStream(httpx2.SyncByteStream):
-    """The body of a response, limited in bytes and seconds."""
-
-    def __init__(self, stream: httpx2.SyncByteStream, size: int, seconds: float) -> None:
-        self.stream, self.left, self.seconds = stream, size, seconds
-        self.end = time.monotonic() + seconds
-
-    def __iter__(self) -> Iterator[bytes]:
-        for part in self.stream:
-            self.left -= len(part)
-            if self.left < 0:
-                raise httpx2.ReadError("the answer is larger than a valid one can be")
-            if time.monotonic() > self.end:
-                raise httpx2.ReadTimeout(f"the answer takes longer than {self.seconds} s")
-            yield part
-
-    def close(self) -> None:
-        self.stream.close()
 
 
 def _key(completion: Completion) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -17,6 +17,7 @@ from trainer.models.load import Model, eval_mode, limits_of, load_model, reshard
 from trainer.models.rollout import Completion
 
 T = TypeVar("T")
+Logits = LazyLogits | SparseLogits  # of a teacher: SparseLogits if a server returns its top-K
 
 
 class Teacher(Protocol):
@@ -27,16 +28,15 @@ class Teacher(Protocol):
         """The inputs that it can take."""
 
     def prepare(self, completions: list[Completion]) -> None:
-        """Announce all completions of a step, so that scoring can begin before `logits`."""
+        """Announce all completions of a step; a teacher may score them before `logits`."""
+        return
 
-    def logits(
-        self, completions: list[Completion], temperature: float
-    ) -> LazyLogits | SparseLogits:
+    def logits(self, completions: list[Completion], temperature: float) -> Logits:
         """Return the detached logits of all completion tokens [N], in their order."""
 
 
 @dataclass(frozen=True)
-class LocalTeacher:
+class LocalTeacher(Teacher):
     """A separate model, the student itself, or the student's base below its LoRA adapters."""
 
     model: Model
@@ -51,9 +51,6 @@ class LocalTeacher:
         """Turn dropout off, and the adapters of a student's base, while the teacher is used."""
         with eval_mode(self.model), self.without_adapters():
             yield self.model
-
-    def prepare(self, completions: list[Completion]) -> None:
-        """Do nothing: `logits` scores the completions."""
 
     @torch.no_grad()
     def logits(self, completions: list[Completion], temperature: float) -> LazyLogits:
@@ -111,18 +108,6 @@ def on_completions(
     return call_with_lazy_logits(
         model, lambda x: function(x[is_completion]), ids, mask, temperature=temperature
     )
-
-
-def side_by_side(
-    student: Model,
-    teacher: Teacher,
-    completions: list[Completion],
-    temperature: float,
-    function: Callable[[LazyLogits, LazyLogits | SparseLogits], T],
-) -> T:
-    """Return function(student, teacher) of all completion tokens, see `on_completions`."""
-    scored = teacher.logits(completions, temperature)
-    return on_completions(student, completions, temperature, lambda x: function(x, scored))
 
 
 def log_probs(model: Model, completions: list[Completion], temperature: float) -> Tensor:

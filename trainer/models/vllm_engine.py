@@ -49,7 +49,11 @@ class VLLMSampler(Sampler):
     ) -> list[list[int]]:
         if causal_lm_of(model) is not self.student:
             return super()._generate(model, contexts, options, seed)
-        self._load_weights()
+        with torch.no_grad():
+            weights = merged_weights(self.student)
+            self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if not self.engine.reset_prefix_cache():  # it holds results of the old weights
+            raise RuntimeError("vLLM's prefix cache could not be reset")
         seeds = np.random.SeedSequence(seed).generate_state(len(contexts)).tolist()
         suppressed = options.suppress_tokens
         allowed = list(range(min(suppressed))) if suppressed else None
@@ -69,13 +73,6 @@ class VLLMSampler(Sampler):
         with torch.random.fork_rng():  # vLLM advances the global RNG despite the seeds
             outputs = self.engine.generate(prompts, parameters, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
-
-    @torch.no_grad()
-    def _load_weights(self) -> None:
-        weights = merged_weights(self.student)
-        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        if not self.engine.reset_prefix_cache():  # it holds results of the old weights
-            raise RuntimeError("vLLM's prefix cache could not be reset")
 
 
 def merged_weights(model: Model) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl
@@ -35,14 +34,13 @@ class DurableTrainer(Trainer):
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**options)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return f"{self.args.output_dir}/{SAVING}"  # where Trainer writes checkpoints
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         with self._saving(name):
-            self.args.output_dir = f"{run}/{SAVING}"
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self.args.output_dir = str(run)
+            super()._save_checkpoint(model, trial)
             self.save_more(run / SAVING / name)
         if self.args.should_save:
             rotate_checkpoints(str(run), self.args.save_total_limit)
@@ -102,11 +100,11 @@ class _Interruption(TrainerCallback):
     """
 
     def __init__(self, trainer: DurableTrainer) -> None:
-        self.trainer, self.requested, self.stopped = trainer, False, False
+        self.accelerator, self.stopped = trainer.accelerator, False
         self.previous: dict[int, Any] = {}
 
     def _request(self, number: int, frame: Any) -> None:
-        self.requested = True
+        self.accelerator.set_trigger()
         print("\nfinishing this step, then saving; press Ctrl-C again to stop at once", flush=True)
         signal.signal(number, self.previous[number])
 
@@ -116,8 +114,7 @@ class _Interruption(TrainerCallback):
                 self.previous[number] = signal.signal(number, self._request)
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
-        flag = torch.tensor(float(self.requested), device=args.device)
-        self.stopped = bool(self.trainer.accelerator.reduce(flag, "sum") > 0)
+        self.stopped = self.accelerator.check_trigger()
         if self.stopped:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False

@@ -1,14 +1,14 @@
 """The directory of a run: one process at a time uses it, and it stays intact if that is killed."""
 
-import hashlib
 import json
 import os
 import shutil
 import warnings
 from pathlib import Path
-from typing import BinaryIO
 
 from filelock import FileLock, Timeout
+from huggingface_hub.utils.sha import sha_fileobj
+from transformers.trainer_utils import sort_checkpoints
 
 from trainer.config import StageConfig, changed_keys
 
@@ -16,7 +16,6 @@ METRICS, CONFIG, MANIFEST = "metrics.jsonl", "config.json", "manifest.json"
 SAMPLES = "samples/step-{}.jsonl"
 MODEL = "model"  # the student at the end of the run
 SAVING = ".saving"  # where a checkpoint is written before it is published
-_CHECKPOINT = "checkpoint-"
 _locks: dict[Path, FileLock] = {}  # held until the process ends
 
 
@@ -26,13 +25,15 @@ def claim_output_directory(config: StageConfig) -> str | None:
     writes = config.should_save  # true on one rank
     if writes and run.exists():
         _lock(run)
-        _restore(run)
-    steps, has_ended = _steps(run), (run / MODEL).exists()
-    if resumes and has_ended and not steps:
+        for old in (run / SAVING).glob("*.old"):  # `publish` was killed between two renames
+            if not (run / old.stem).exists():
+                os.replace(old, run / old.stem)
+    checkpoints, has_ended = sort_checkpoints(str(run)), (run / MODEL).exists()
+    if resumes and has_ended and not checkpoints:
         problem = f"{run} holds a run that is over and kept no checkpoint"
         raise ValueError(f"resume_from_checkpoint: {problem}; choose another output_dir")
-    if not resumes and (steps or (run / METRICS).exists()):
-        remedy = "" if has_ended and not steps else ", or --resume_from_checkpoint auto"
+    if not resumes and (checkpoints or (run / METRICS).exists()):
+        remedy = "" if has_ended and not checkpoints else ", or --resume_from_checkpoint auto"
         raise ValueError(f"output_dir: {run} holds another run; choose another one{remedy}")
     run.mkdir(parents=True, exist_ok=True)
     if writes:
@@ -43,33 +44,25 @@ def claim_output_directory(config: StageConfig) -> str | None:
     return checkpoint
 
 
-def _steps(run: Path) -> list[int]:
-    names = (path.name.removeprefix(_CHECKPOINT) for path in run.glob(f"{_CHECKPOINT}*"))
-    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
-
-
 def _newest_whole(run: Path, rename: bool) -> str | None:
     """Return the newest whole checkpoint.
 
     Newer ones are damaged. They are renamed, since transformers would take one as the newest.
     """
     damaged: list[Path] = []
-    for step in _steps(run):
-        checkpoint = run / f"{_CHECKPOINT}{step}"
+    for checkpoint in map(Path, reversed(sort_checkpoints(str(run)))):
         if (reason := damage(checkpoint)) is None:
-            break
+            for path in damaged if rename else []:
+                aside = run / f"damaged-{path.name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(path, aside)
+            return str(checkpoint)
         warnings.warn(f"{checkpoint} is passed over: {reason}", stacklevel=3)
         damaged.append(checkpoint)
-    else:
-        if damaged:
-            problem = f"{run} has no whole checkpoint, only damaged ones"
-            raise ValueError(f"resume_from_checkpoint: {problem}; choose another output_dir")
-        return None
-    for path in damaged if rename else []:
-        aside = run / f"damaged-{path.name}"
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(path, aside)
-    return str(checkpoint)
+    if damaged:
+        problem = f"{run} has no whole checkpoint, only damaged ones"
+        raise ValueError(f"resume_from_checkpoint: {problem}; choose another output_dir")
+    return None
 
 
 def _lock(run: Path) -> None:
@@ -87,7 +80,7 @@ def publish(staged: Path, final: Path) -> None:
     manifest = {}
     for path in sorted(filter(Path.is_file, staged.rglob("*"))):
         with path.open("rb") as file:
-            manifest[str(path.relative_to(staged))] = _digest(file)
+            manifest[str(path.relative_to(staged))] = sha_fileobj(file).hex()
             os.fsync(file.fileno())
     with (staged / MANIFEST).open("w") as file:
         json.dump(manifest, file, indent=1)
@@ -100,13 +93,6 @@ def publish(staged: Path, final: Path) -> None:
     os.fsync(folder)  # makes the rename durable
     os.close(folder)
     shutil.rmtree(staged.parent, ignore_errors=True)
-
-
-def _restore(run: Path) -> None:
-    """Put back a directory that `publish` had moved away when it was killed."""
-    for old in (run / SAVING).glob("*.old"):
-        if not (run / old.stem).exists():
-            os.replace(old, run / old.stem)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -127,15 +113,8 @@ def damage(checkpoint: Path) -> str | None:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         for name, expected in manifest.items():
             with (checkpoint / name).open("rb") as file:
-                if _digest(file) != expected:
+                if sha_fileobj(file).hex() != expected:
                     return f"{name} has changed"
     except (OSError, ValueError) as error:
         return str(error)
     return None
-
-
-def _digest(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()

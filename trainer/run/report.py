@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from io import StringIO
 from itertools import chain, count, cycle
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -17,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 
+from trainer.data import read_json_lines
 from trainer.errors import convert_errors
 from trainer.run.directory import CONFIG, METRICS, SAMPLES
 
@@ -49,7 +49,7 @@ class Run:
         self.config = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
         self.metrics: dict[str, list[tuple[int, float]]] = defaultdict(list)  # steps and values
         self.alarms: dict[str, list[int]] = defaultdict(list)  # steps by message
-        for line in _read(self.path / METRICS):
+        for line in read_json_lines(self.path / METRICS, may_be_cut=True):
             if line.get("alarm"):
                 self.alarms[str(line["alarm"])].append(line["step"])
             for name, value in line.items():
@@ -61,8 +61,9 @@ class Run:
     def samples(self) -> dict[str, list[Sample]]:
         """Return the first and last held-out completions and the teacher's, by prompt."""
         steps = {step for points in self.metrics.values() for step, _ in points}
-        kept = [s for s in sorted(steps) if (self.path / SAMPLES.format(s)).exists()]
-        ends = [(s, _read(self.path / SAMPLES.format(s))) for s in kept[:1] + kept[1:][-1:]]
+        paths = {step: self.path / SAMPLES.format(step) for step in sorted(steps)}
+        kept = [(step, path) for step, path in paths.items() if path.exists()]
+        ends = [(s, read_json_lines(x, may_be_cut=True)) for s, x in kept[:1] + kept[1:][-1:]]
         samples: dict[str, list[Sample]] = defaultdict(list)
         for title, (step, rows) in zip(("before", "after"), ends, strict=False):
             for row in rows:
@@ -178,15 +179,3 @@ def _svg(runs: list[Run], names: list[str]) -> Markup:
 
 def _label(name: str) -> str:
     return re.sub("^eval_", "held-out ", name).replace("_kl", " KL").replace("_", " ")
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a JSON file, without a last line that is not written to its end."""
-    lines, rows = path.read_bytes().split(b"\n"), []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows += [json.loads(line.decode())] if line else []
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: malformed JSON: {error}") from None
-    return rows

@@ -1,25 +1,34 @@
 """On-policy distillation: sample, score with the teacher, minimise a divergence."""
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from opd_kernels import LazyLogits, SparseLogits
-from trainer.config import DistillationConfig
+from opd_kernels import DistillationOutput, LazyLogits, SparseLogits, distillation_loss
+from opd_kernels.divergences import forward_kl, jsd, policy_gradient, reverse_kl
+from trainer.config import DistillationConfig, load_function
 from trainer.data import Prompt
+from trainer.errors import RunStoppedError, convert_errors
 from trainer.measures.evaluation import Evaluation
 from trainer.models.load import Model, load_model
 from trainer.models.rollout import Completion
-from trainer.models.teacher import LocalTeacher, side_by_side
-from trainer.stages.objective import OFF_POLICY, build_loss
+from trainer.models.teacher import LocalTeacher, on_completions
 from trainer.stages.sft import negative_log_likelihood
 from trainer.stages.training import CompletionTrainer, MicroBatch, Part
 
 TEACHER = "teacher"  # folder in a checkpoint
+Objective = Callable[[SparseLogits, SparseLogits], Tensor]  # a loss per token
+OFF_POLICY = (
+    "Completions are sampled at another temperature than the loss's, or with top_p below 1, so the "
+    "loss is not computed for the distribution that they come from: leave out sampling_temperature "
+    "and top_p to be on-policy."
+)
 
 
 class _TeacherUpdate(TrainerCallback):
@@ -72,12 +81,14 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
         return parts
 
     def _divergence(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        name, temperature = batch.completions[0].prompt.teacher, self.args.temperature
+        teacher = self.teachers[name].logits(batch.completions, temperature)
         ids, is_sampled = batch.ids, self.args.takes_sampled_tokens
         options = {"denominator": batch.denominator}
         if is_sampled:
             options["support"] = ids[:, None]
 
-        def loss_of(student: LazyLogits, teacher: LazyLogits | SparseLogits) -> Tensor:
+        def loss_of(student: LazyLogits) -> Tensor:
             weights = batch.weights
             if self.args.max_importance_weight is not None:
                 ratio = (student.detach().log_prob(ids) - batch.sampled_log_probs()).exp()
@@ -89,27 +100,22 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
                 top = student.detach().topk(self.args.k, entropy=True)
             if is_sampled:  # report the mass on the top-K, not the sampled token's probability
                 s = top
-                t = (
-                    teacher.at(s.ids)
-                    if isinstance(teacher, SparseLogits)
-                    else teacher.gather(s.ids)
-                )
+                read = teacher.at if isinstance(teacher, SparseLogits) else teacher.gather
+                t = read(s.ids)
             if batch.weights.any():
                 self.sums.add_tokens(s, t)
                 self.sums.add_positions(top, teacher, ids, [len(c.ids) for c in batch.completions])
             return output.loss
 
-        teacher = self.teachers[batch.completions[0].prompt.teacher]
-        return side_by_side(model, teacher, batch.completions, self.args.temperature, loss_of)
+        return on_completions(model, batch.completions, temperature, loss_of)
 
     def save_more(self, checkpoint: Path) -> None:
         """Save a moving teacher too."""
         super().save_more(checkpoint)
+        is_main = self.args.should_save
         # Each rank holds a part of a model that is split, so all of them save.
-        if self.moving_teacher and (self.args.should_save or self.args.distributed_config):
-            self.moving_teacher.model.save_pretrained(
-                checkpoint / TEACHER, is_main_process=self.args.should_save
-            )
+        if self.moving_teacher and (is_main or self.args.distributed_config):
+            self.moving_teacher.model.save_pretrained(checkpoint / TEACHER, is_main_process=is_main)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *models: nn.Module | None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *models)
@@ -117,3 +123,52 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
             path = f"{resume_from_checkpoint}/{TEACHER}"
             saved = load_model(path, "float32", trust_remote_code=self.args.trust_remote_code)
             self.moving_teacher.model.load_state_dict(saved.state_dict())
+
+
+def build_loss(config: DistillationConfig) -> Callable[..., DistillationOutput]:
+    """Return distillation_loss with the config's objective and support; it computes entropies."""
+    objectives: dict[str, Objective] = {
+        "reverse_kl": partial(reverse_kl, stop_gradient=config.stop_gradient, tail=config.tail),
+        "forward_kl": partial(forward_kl, tail=config.tail),
+        "jsd": partial(jsd, beta=config.beta, tail=config.tail),
+        "policy_gradient": policy_gradient,
+    }
+    objective = load_function("objective", config.objective, objectives)
+    if config.forward_kl_coef > 0:
+        other = partial(forward_kl, tail=config.tail)
+        mixture = config.forward_kl_coef, config.forward_kl_min_entropy
+        objective = partial(add_where_uncertain, objective, other, *mixture)
+    if config.max_token_loss is not None:
+        objective = partial(clamp, objective, config.max_token_loss)
+    # For "sampled", each step passes its own support.
+    support = "student" if config.support == "sampled" else config.support
+    loss = partial(distillation_loss, k=config.k, support=support, missing=config.missing)
+    loss = partial(loss, objective=objective, entropy=True)
+    if config.objective in objectives:
+        return loss
+    expected = f"objective: expected a loss per token of (student, teacher) from {config.objective}"
+    return convert_errors(expected, RunStoppedError)(loss)
+
+
+def add_where_uncertain(
+    objective: Objective,
+    other: Objective,
+    coefficient: float,
+    min_entropy: float,
+    student: SparseLogits,
+    teacher: SparseLogits,
+) -> Tensor:
+    """Return objective + coefficient * other where the teacher's entropy exceeds min_entropy nats.
+
+    Where the teacher has several answers, forward KL keeps the student from choosing one.
+    """
+    assert teacher.entropy is not None
+    added = torch.where(teacher.entropy > min_entropy, other(student, teacher), 0.0)
+    return objective(student, teacher) + coefficient * added
+
+
+def clamp(
+    objective: Objective, maximum: float, student: SparseLogits, teacher: SparseLogits
+) -> Tensor:
+    """Return the objective, at most `maximum` nats per token; above it there is no gradient."""
+    return objective(student, teacher).clamp_max(maximum)

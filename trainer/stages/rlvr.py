@@ -31,13 +31,14 @@ class RLVRTrainer(CompletionTrainer):
         completions = super().complete(prompts)
         if self.args.steps_per_rollout > 1:
             completions = self.with_log_probs(completions)
-        rewards = self.evaluation.score(completions)
-        groups = torch.tensor(rewards).view(-1, self.args.completions_per_prompt)
+        completions = self.evaluation.scored(completions)
+        rewards = torch.tensor([c.reward for c in completions])
+        groups = rewards.view(-1, self.args.completions_per_prompt)
         advantages = groups - groups.mean(-1, keepdim=True)
         if self.args.scale_advantages:
             advantages /= groups.std(-1, keepdim=True).clamp_min(_MIN_DEVIATION)
-        rows = zip(completions, rewards, advantages.flatten().tolist(), strict=True)
-        return [replace(c, reward=reward, advantage=advantage) for c, reward, advantage in rows]
+        pairs = zip(completions, advantages.flatten().tolist(), strict=True)
+        return [replace(c, advantage=advantage) for c, advantage in pairs]
 
     def parts(self, completions: list[Completion]) -> list[Part]:
         """Return the policy gradient, with the KL to the initial weights."""
@@ -56,9 +57,8 @@ class RLVRTrainer(CompletionTrainer):
             now = logits.log_prob(batch.ids)
             is_reused = self.args.steps_per_rollout > 1
             sampled = batch.sampled_log_probs() if is_reused else now.detach()
-            loss, ratio, clipped = clipped_policy_loss(
-                now, sampled, advantages, self.args.clip_ratio, self.args.clip_ratio_high
-            )
+            clip = self.args.clip_ratio, self.args.clip_ratio_high
+            loss, ratio, clipped = clipped_policy_loss(now, sampled, advantages, *clip)
             metrics = {"scored_tokens": torch.ones_like(ratio), "ratio": ratio, "clipped": clipped}
             if start is not None:
                 metrics["kl_to_start"] = kl_estimate(now, start)

@@ -8,14 +8,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from trainer.config import SFTConfig
-from trainer.data import Prompt
+from trainer.data import Prompt, read_json_lines
 from trainer.measures.evaluation import Evaluation
 from trainer.models.rollout import Completion
-from trainer.models.teacher import on_completions
+from trainer.models.teacher import log_probs
 from trainer.run.directory import write_whole
 from trainer.stages.training import CompletionTrainer, MicroBatch, Part
 
-GENERATED = "completions.jsonl"
 _TRAINING = (1 << 31) + 1  # a seed that neither steps nor held-out completions use
 
 
@@ -37,22 +36,16 @@ class SFTTrainer(CompletionTrainer):
 
 def negative_log_likelihood(temperature: float, model: nn.Module, batch: MicroBatch) -> Tensor:
     """Return the cross-entropy of the completions' tokens in nats, as the loss of a Part."""
-    total = on_completions(
-        model,
-        batch.completions,
-        temperature,
-        lambda logits: -(logits.log_prob(batch.ids) * batch.weights).sum(),
-    )
-    return total / batch.denominator
+    likelihoods = log_probs(model, batch.completions, temperature)
+    return -(likelihoods * batch.weights).sum() / batch.denominator
 
 
 def generate(config: SFTConfig, prompts: list[Prompt], evaluation: Evaluation) -> list[Prompt]:
     """Return the prompts with completions of their teachers; a resumed run reads them again."""
-    path = Path(config.output_dir) / GENERATED
+    path = Path(config.output_dir) / "completions.jsonl"
     repeated = [p for p in prompts for _ in range(config.completions_per_prompt)]
     if config.resume_from_checkpoint and path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [json.loads(line) for line in lines]
+        kept = read_json_lines(path)
         if [row["prompt"] for row in kept] != [p.text for p in repeated]:
             raise ValueError(
                 f"train_data: expected the prompts of {path}, which the run began with"

@@ -48,11 +48,6 @@ class MicroBatch:
         flat = [x for c in self.completions for x in c.log_probs or []]
         return torch.tensor(flat, device=self.weights.device)
 
-    def idle(self) -> "MicroBatch":
-        """Return a micro-batch of weight 0."""
-        first = self.completions[:1]
-        return replace(self, completions=first, weights=0.0 * self.weights[: len(first[0].ids)])
-
 
 @dataclass(frozen=True)
 class Part:
@@ -131,7 +126,8 @@ class CompletionTrainer(DurableTrainer):
         if is_fsdp(model):
             # FSDP gathers the weights from all ranks in each pass, so all need as many batches.
             missing = max(gather_object([len(batches)])) - len(batches)
-            batches += [(parts[-1], batches[-1][1].idle())] * missing
+            last = batches[-1][1]
+            batches += [(parts[-1], replace(last, weights=0.0 * last.weights))] * missing
         for number, (part, batch) in enumerate(batches, start=1):
             sync = nullcontext() if number == len(batches) else self._no_sync(model)
             with sync, name_memory_keys("micro_batch_size, micro_batch_tokens"):
@@ -168,13 +164,11 @@ class CompletionTrainer(DurableTrainer):
         used = kept or part.completions[:1]
         ordered = sorted(used, key=lambda c: (c.prompt.teacher, -c.context_length))
         max_tokens = self.args.micro_batch_tokens or sys.maxsize
-        start = 0
-        while start < len(ordered):
-            longest = ordered[start]
+        while ordered:
+            longest = ordered[0]
             size = max(1, min(self.args.micro_batch_size, max_tokens // longest.context_length))
-            batch = ordered[start : start + size]
-            batch = [c for c in batch if c.prompt.teacher == longest.prompt.teacher]
-            start += len(batch)
+            batch = [c for c in ordered[:size] if c.prompt.teacher == longest.prompt.teacher]
+            ordered = ordered[len(batch) :]
             weights = [1.0 if per_token else 1.0 / len(c.ids) for c in batch for _ in c.ids]
             tensor = torch.tensor(weights, device=self.args.device)
             yield MicroBatch(batch, tensor * bool(kept), denominator)
@@ -222,11 +216,10 @@ class CompletionTrainer(DurableTrainer):
             # The seconds of all ranks are added up, but each token counts once per rank of a
             # tensor-parallel group.
             logs["tokens_per_second"] = total["tokens"] * self.replicas / total["seconds"]
-            if self.is_world_process_zero():
-                alarm = alarms(self.args, [*self.state.log_history, logs])
-                if alarm:
-                    warnings.warn(alarm, stacklevel=2)
-                    logs |= {"alarm": alarm}
+            history = [*self.state.log_history, logs]
+            if self.is_world_process_zero() and (alarm := alarms(self.args, history)):
+                warnings.warn(alarm, stacklevel=2)
+                logs |= {"alarm": alarm}
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
