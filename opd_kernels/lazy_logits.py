@@ -22,7 +22,7 @@ from opd_kernels.checks import (
 )
 from opd_kernels.linear.operators import FlatLogits
 from opd_kernels.parallel import VocabShard, is_dtensor, plain, shard_of_dtensor
-from opd_kernels.sparse_logits import SparseLogits, map_rows
+from opd_kernels.sparse_logits import SparseLogits, derived, map_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,9 @@ class LazyLogits:
     vocab_size: int | None = None
     shard: VocabShard | None = None
     check_finite: InitVar[bool] = False
-    head: Head = field(init=False, repr=False)  # the operands without hidden
+    # The operands without hidden. With a shard, weight has this rank's rows, but vocab_size
+    # counts the tokens of all ranks.
+    head: Head = field(init=False, repr=False)
 
     def __post_init__(self, check_finite: bool) -> None:
         check_flags(check_finite=check_finite)
@@ -182,7 +184,7 @@ class LazyLogits:
         flat_ids = ids.reshape(-1, ids.shape[-1])
         rows = self.flat().gather(flat_ids, entropy, chunk_bytes, backend, tail)
         # The caller's own tensor: `teacher.gather(s.ids).ids is s.ids` proves the supports equal.
-        return replace(self._unflatten(rows), ids=ids)
+        return derived(self._unflatten(rows), ids=ids)
 
     def log_prob(
         self,
@@ -224,7 +226,8 @@ class LazyLogits:
 
     def flat(self) -> FlatLogits:
         """The same logits with hidden as [N, D] and the operands in autocast's dtype."""
-        return FlatLogits.flatten(self.hidden, self.head, self.shard)
+        flat = FlatLogits.flatten(self.hidden, self.head)
+        return flat if self.shard is None else flat.split(self.shard, whole=False)
 
     @property
     def _vocab_size(self) -> int:

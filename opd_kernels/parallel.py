@@ -9,7 +9,7 @@ part of it: the operators f and g of Megatron-LM (arXiv 1909.08053, section 3).
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from opd_kernels.checks import check_int, got
-from opd_kernels.sparse_logits import SparseLogits
+from opd_kernels.sparse_logits import SparseLogits, derived
 
 T = TypeVar("T")
 
@@ -138,7 +138,7 @@ class VocabShard:
         ids = ids.transpose(0, 1).flatten(1).gather(-1, order[:, :k])
         tail = _logsumexp(torch.cat([candidates[:, k:], tails], dim=-1))
         entropy = self._entropy(local)
-        return replace(
+        return derived(
             local,
             values=candidates[:, :k],
             ids=ids,
@@ -163,7 +163,7 @@ class VocabShard:
             values = values.masked_fill(tails.detach().isnan().any(-1, keepdim=True), torch.nan)
         tail = None if tails is None else _logsumexp(tails)
         entropy = self._entropy(local)
-        return replace(
+        return derived(
             local, values=values, ids=ids, tail=tail, vocab_size=vocab_size, entropy=entropy
         )
 

@@ -146,12 +146,12 @@ class SparseLogits:
         check_token_ids("ids", ids)
         self._check_rows("ids", ids)
         blank = torch.zeros_like(ids, dtype=self.values.dtype)
-        wanted = self._derive(values=blank, ids=canonical_ids(ids, self.vocab_size))
+        wanted = derived(self, values=blank, ids=canonical_ids(ids, self.vocab_size))
         slot = wanted._matches(self)
         absent = torch.where(self.lse_outside.isnan(), torch.nan, -torch.inf)[..., None]
         values = torch.where(slot < 0, absent, self.values.gather(-1, slot.clamp_min(0)))
         not_wanted = self.values.masked_fill(self._matches(wanted) >= 0, -torch.inf)
-        return self._derive(values=values, ids=ids, tail=_logsumexp(not_wanted, self.lse_outside))
+        return derived(self, values=values, ids=ids, tail=_logsumexp(not_wanted, self.lse_outside))
 
     def keep(self, mask: Tensor) -> "SparseLogits":
         """The same rows with the slots where mask [..., K] is False moved into the tail.
@@ -169,13 +169,13 @@ class SparseLogits:
         mask = mask | self.values.isnan()
         dropped = self.values.masked_fill(mask, -torch.inf)
         kept = self.values.masked_fill(~mask, -torch.inf)
-        return self._derive(values=kept, tail=_logsumexp(dropped, self.lse_outside))
+        return derived(self, values=kept, tail=_logsumexp(dropped, self.lse_outside))
 
     def detach(self) -> "SparseLogits":
         """The same rows without gradient; `ids` stays the same object (divergences._check_pair)."""
         entropy = None if self.entropy is None else self.entropy.detach()
         tail = None if self.tail is None else self.tail.detach()
-        return self._derive(values=self.values.detach(), tail=tail, entropy=entropy)
+        return derived(self, values=self.values.detach(), tail=tail, entropy=entropy)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "SparseLogits":
         """Apply a function of the leading dimensions, such as an index, to every tensor."""
@@ -197,10 +197,6 @@ class SparseLogits:
                 "gather with tail=True, or use an objective that renormalises on S"
             )
         return self.tail
-
-    def _derive(self, **changes: Any) -> "SparseLogits":
-        """A copy with some tensors replaced by others that fit; it skips the checks."""
-        return TrustedSparseLogits(**{name: getattr(self, name) for name in _FIELDS} | changes)
 
     def _check_rows(self, name: str, ids: Tensor) -> None:
         """Raise unless ids [..., K'] have the same leading shape, and K' >= 1."""
@@ -232,16 +228,33 @@ class SparseLogits:
         return order.gather(-1, position).masked_fill(~found, -1)
 
 
-class TrustedSparseLogits(SparseLogits):
-    """SparseLogits that the package made of tensors that fit: construction skips the checks."""
+def trusted(
+    values: Tensor,
+    ids: Tensor,
+    tail: Tensor | None,
+    vocab_size: int,
+    temperature: float,
+    entropy: Tensor | None,
+) -> SparseLogits:
+    """Make SparseLogits of tensors that the package knows to fit, without the checks."""
+    sparse = object.__new__(SparseLogits)
+    object.__setattr__(sparse, "values", values)
+    object.__setattr__(sparse, "ids", ids)
+    object.__setattr__(sparse, "tail", tail)
+    object.__setattr__(sparse, "vocab_size", vocab_size)
+    object.__setattr__(sparse, "temperature", temperature)
+    object.__setattr__(sparse, "entropy", entropy)
+    return sparse
 
-    def __post_init__(self) -> None:
-        pass
+
+def derived(sparse: SparseLogits, **changes: Any) -> SparseLogits:
+    """A copy with some tensors replaced by others that fit, without the checks."""
+    return trusted(**{name: getattr(sparse, name) for name in _FIELDS} | changes)
 
 
-def map_rows(sparse: SparseLogits, function: Callable[[Tensor], Tensor]) -> TrustedSparseLogits:
+def map_rows(sparse: SparseLogits, function: Callable[[Tensor], Tensor]) -> SparseLogits:
     """SparseLogits.map for a function of the package, without the checks."""
-    return TrustedSparseLogits(
+    return trusted(
         function(sparse.values),
         function(sparse.ids),
         None if sparse.tail is None else function(sparse.tail),
@@ -260,17 +273,15 @@ def concatenate_rows(pieces: Sequence[SparseLogits]) -> SparseLogits:
         for name in ("values", "ids", "tail", "entropy")
         if getattr(pieces[0], name) is not None
     }
-    return pieces[0]._derive(**tensors)
+    return derived(pieces[0], **tensors)
 
 
-def scatter_rows(
-    sparse: SparseLogits, rows: Tensor | None, leading: torch.Size
-) -> TrustedSparseLogits:
+def scatter_rows(sparse: SparseLogits, rows: Tensor | None, leading: torch.Size) -> SparseLogits:
     """Put the rows [n, ...] at indices `rows` of the leading shape; the other rows are empty.
 
     Without indices the rows are all rows of the leading shape.
     """
-    return TrustedSparseLogits(
+    return trusted(
         scatter(sparse.values, rows, leading, -torch.inf),
         scatter(sparse.ids, rows, leading, -1),
         None if sparse.tail is None else scatter(sparse.tail, rows, leading, 0.0),

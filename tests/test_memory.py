@@ -50,12 +50,13 @@ def test_eager_peaks_are_those_that_are_measured():
 def _counting_worker(rank, folder, ranks, full):
     torch.manual_seed(0)
     tokens, dim, vocab, k = 32, 12, 60, 7
-    hidden, weight = torch.randn(tokens, dim, requires_grad=True), torch.randn(vocab, dim)
+    weights = torch.cat([torch.ones(tokens), torch.zeros(9)])  # only the kept tokens are exchanged
+    hidden, weight = torch.randn(len(weights), dim, requires_grad=True), torch.randn(vocab, dim)
     rows = slice(rank * vocab // ranks, (rank + 1) * vocab // ranks)
     local = weight[rows].clone().requires_grad_()
     shard = VocabShard.from_weight(local)
-    teacher = LazyLogits(torch.randn(tokens, dim), weight[rows].clone(), shard=shard)
-    options = {"k": k, "support": "full" if full else "student"}
+    teacher = LazyLogits(torch.randn(len(weights), dim), weight[rows].clone(), shard=shard)
+    options = {"k": k, "support": "full" if full else "student", "token_weights": weights}
     with SentBytes(ranks) as counted:
         student = LazyLogits(hidden, local, shard=shard)
         distillation_loss(student, teacher, **options).loss.backward()

@@ -1,5 +1,7 @@
 """Properties and methods of SparseLogits, compared with full logits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -141,3 +143,14 @@ def test_without_a_tail_what_needs_it_says_so():
         with pytest.raises(ValueError, match="gather with tail=True"):
             getattr(s, name)
     assert reverse_kl(s, s.detach(), tail="renormalize").abs().max() == 0
+
+
+def test_derived_sparse_logits_are_checked_like_others():
+    """The package skips the checks for what it derives; a caller's changes are checked."""
+    derived = make_logits(requires_grad=False).topk(3)
+    for sparse in (derived, derived.detach(), derived.at(derived.ids), derived.topk(2)):
+        assert type(sparse) is SparseLogits
+        with pytest.raises(ValueError, match="ids: expected the shape of the values"):
+            replace(sparse, values=torch.zeros(2, 9))
+        with pytest.raises(ValueError, match="temperature: expected a positive number"):
+            replace(sparse, temperature=-1.0)

@@ -179,7 +179,7 @@ class Epilogues:
         """
         log_p, log_q = _log_probs(values, tail), _log_probs(teacher_values, teacher_tail)
         p = log_p.exp()
-        nothing = p == 0  # such a slot costs nothing, whatever its logarithms are
+        nothing = (p == 0) & ~log_q.isnan()  # no mass, no cost; but NaN of the teacher stays NaN
         c = (log_p - log_q).masked_fill_(nothing, 0.0)
         if not bucket:
             c[:, -1] = 0.0

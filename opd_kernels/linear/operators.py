@@ -8,11 +8,12 @@ operators through LazyLogits.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.nn import functional
 
 from opd_kernels.backends import select_backend
@@ -22,7 +23,7 @@ from opd_kernels.linear.products import operand_dtype
 from opd_kernels.linear.sparse import add_sparse_gradients, gather_logits
 from opd_kernels.linear.vocabulary_walk import backpropagate, reduce_logits
 from opd_kernels.parallel import VocabShard
-from opd_kernels.sparse_logits import SparseLogits, TrustedSparseLogits, canonical_ids
+from opd_kernels.sparse_logits import SparseLogits, canonical_ids, derived, trusted
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,11 @@ class FlatLogits(Operands):
     shard: VocabShard | None = None
 
     @classmethod
-    def flatten(
-        cls, hidden: Tensor, head: Head, shard: VocabShard | None, whole: bool = False
-    ) -> "FlatLogits":
-        """Flatten hidden to [N, D]; under autocast cast all operands to its dtype.
+    def flatten(cls, hidden: Tensor, head: Head) -> "FlatLogits":
+        """Flatten hidden [..., D] to [N, D]; under autocast cast all operands to its dtype.
 
-        Args:
-            hidden: [..., D], the same on every rank of a vocabulary-parallel head.
-            head: its vocab_size counts the tokens of all ranks.
-            shard: which rows of the head each rank has; None without ranks.
-            whole: whether the head has the rows of all ranks and is to be cut to this rank's.
+        The vocab_size of the head counts the tokens of all ranks. Call `split` next if there are
+        ranks.
         """
         hidden = hidden.reshape(-1, hidden.shape[-1])
         device_type = hidden.device.type
@@ -58,14 +54,16 @@ class FlatLogits(Operands):
                     hidden.to(dtype),
                     replace(head, weight=head.weight.to(dtype), bias=bias),
                 )
-        if shard is None:
-            return cls(hidden, head, head.vocab_size)
-        return cls._split(hidden, head, shard, whole)
+        return cls(hidden, head, head.vocab_size)
 
-    @classmethod
-    def _split(cls, hidden: Tensor, head: Head, shard: VocabShard, whole: bool) -> "FlatLogits":
-        """The logits of a vocabulary-parallel head; dhidden is summed over the ranks."""
-        vocab_size, rows = head.vocab_size, shard.rows(head.vocab_size)
+    def split(self, shard: VocabShard, whole: bool) -> "FlatLogits":
+        """The logits of this rank of a vocabulary-parallel head; dhidden is summed over the ranks.
+
+        Args:
+            shard: which rows of the head each rank has.
+            whole: whether the head has the rows of all ranks and is to be cut to this rank's.
+        """
+        head, rows = self.head, shard.rows(self.vocab_size)
         weight, bias, size = head.weight, head.bias, rows.stop - rows.start
         if whole:
             weight, bias = weight[rows], None if bias is None else bias[rows]
@@ -77,7 +75,7 @@ class FlatLogits(Operands):
             weight = functional.pad(weight[:0], (0, 0, 0, 1))
             head, size = replace(head, softcap=None, scale=1.0), 1
         head = replace(head, weight=weight, bias=bias, vocab_size=size)
-        return cls(shard.sum_gradient(hidden), head, vocab_size, shard)
+        return FlatLogits(shard.sum_gradient(self.hidden), head, self.vocab_size, shard)
 
     @property
     def requires_grad(self) -> bool:
@@ -121,7 +119,7 @@ class FlatLogits(Operands):
         """SparseLogits of this rank's rows; entropy gets no gradient."""
         entropy = None if entropy is None else entropy.detach()
         temperature = self.head.temperature
-        return TrustedSparseLogits(values, ids, tail, self.vocab_size, temperature, entropy)
+        return trusted(values, ids, tail, self.vocab_size, temperature, entropy)
 
     def local_ids(self, ids: Tensor) -> Tensor:
         """Ids of the vocabulary as rows of this rank's head."""
@@ -141,44 +139,10 @@ class FlatLogits(Operands):
         if isinstance(wanted, Tensor):
             if self.shard is not None:
                 return self.shard.merge_given(rows, wanted, self.vocab_size)
-            return rows if rows.ids is wanted else replace(rows, ids=wanted)
+            return rows if rows.ids is wanted else derived(rows, ids=wanted)
         return rows if self.shard is None else self.shard.merge_topk(rows, wanted, self.vocab_size)
 
 
-# The schema of each operator is written once: the head's part comes from Head.
-_OPTIONS = "bool entropy, SymInt? chunk_bytes, str backend"
-_FORWARD = f"Tensor hidden, {Head.SCHEMA}"
-
-
-def _operator(
-    name: str, schema: str, hidden: int = 0
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as an operator of this package for every device, without autocast.
-
-    Args:
-        name: of the operator.
-        schema: of the operator.
-        hidden: the position of the hidden states among its arguments.
-    """
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
-        def implementation(*arguments: Any) -> Any:
-            device_type = arguments[hidden].device.type
-            if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-                return function(*arguments)
-            with torch.autocast(device_type, enabled=False):
-                return function(*arguments)
-
-        qualified = f"opd_kernels::{name}"
-        torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(qualified, "CompositeExplicitAutograd", implementation)
-        return function
-
-    return register
-
-
-@_operator("linear_topk", f"({_FORWARD}, SymInt k, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)")
 def _linear_topk(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """values [N, K], ids [N, K], tail [N] and entropy [N] (or [0]) of hidden [N, D]."""
     head, (k, entropy, chunk_bytes, backend) = Head.unpack(arguments)
@@ -188,9 +152,6 @@ def _linear_topk(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
     return state.values, state.ids, state.tail(), state.entropy() if entropy else like
 
 
-@_operator(
-    "linear_gather", f"({_FORWARD}, Tensor ids, bool tail, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
-)
 def _linear_gather(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """values [N, K], tail [N] (or [0]) and entropy [N] (or [0]) of hidden [N, D] at ids [N, K]."""
     head, (ids, tail, entropy, chunk_bytes, backend) = Head.unpack(arguments)
@@ -210,12 +171,6 @@ def _reduce(
     reduce_logits(operands, state, select_backend(backend, hidden.device), chunk_bytes)
 
 
-@_operator(
-    "linear_backward",
-    f"(Tensor? dvalues, Tensor? dtail, {_FORWARD}, Tensor ids, Tensor values, Tensor tail, "
-    "bool[] needs, SymInt? chunk_bytes, str backend) -> (Tensor, Tensor, Tensor)",
-    hidden=2,
-)
 def _linear_backward(
     dvalues: Tensor | None, dtail: Tensor | None, hidden: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,7 +207,6 @@ def _linear_backward(
     )
 
 
-@torch.library.register_fake("opd_kernels::linear_topk")
 def _fake_topk(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     head, (k, entropy, _, _) = Head.unpack(arguments)
     tokens, dtype = hidden.shape[0], accumulator_dtype(hidden, head.weight)
@@ -262,7 +216,6 @@ def _fake_topk(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor,
     return values, ids, rows, hidden.new_empty(tokens if entropy else 0, dtype=dtype)
 
 
-@torch.library.register_fake("opd_kernels::linear_gather")
 def _fake_gather(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     head, (ids, tail, entropy, _, _) = Head.unpack(arguments)
     tokens, dtype = hidden.shape[0], accumulator_dtype(hidden, head.weight)
@@ -271,7 +224,6 @@ def _fake_gather(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
     return values, rows, hidden.new_empty(tokens if tail and entropy else 0, dtype=dtype)
 
 
-@torch.library.register_fake("opd_kernels::linear_backward")
 def _fake_backward(
     dvalues: Tensor | None, dtail: Tensor | None, hidden: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -307,7 +259,7 @@ def _backward(ctx: Any, dvalues: Tensor | None, *others: Tensor | None) -> tuple
     dtail = others[-2]
     hidden, ids, values, tail, *tensors = ctx.saved_tensors
     if tail.numel() == 0:
-        dtail = None  # gather(tail=False) has no tail, and neither have no rows
+        dtail = None  # gather(tail=False) has no tail, nor has an empty batch
     needs = list(ctx.needs_input_grad[:3])
     gradients = linear_backward(
         dvalues, dtail, hidden, *tensors, *ctx.scalars, ids, values, tail, needs, *ctx.execution
@@ -323,9 +275,57 @@ def _no_second_backward(ctx: Any, *gradients: Any) -> None:
     )
 
 
-torch.library.register_autograd("opd_kernels::linear_backward", _no_second_backward)
-torch.library.register_autograd("opd_kernels::linear_topk", _backward, setup_context=_save_topk)
-torch.library.register_autograd("opd_kernels::linear_gather", _backward, setup_context=_save_gather)
+def _register(
+    name: str,
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None] | None,
+) -> None:
+    """Define an operator of this package for every device, without autocast."""
+    hidden = schema.split("Tensor hidden")[0].count(",")  # its position among the arguments
+    disabled = cache(lambda: torch._dynamo.disable(implementation))
+
+    @wraps(implementation)
+    def run(*arguments: Any) -> Any:
+        # A compiler that has skipped the caller would trace into the implementation: a loop of
+        # operators took 12 graphs and 11 s to compile instead of 4 graphs and 6 s.
+        is_traced = get_eval_frame_callback() is not None
+        function = disabled() if is_traced else implementation
+        device_type = arguments[hidden].device.type
+        if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+            return function(*arguments)
+        with torch.autocast(device_type, enabled=False):
+            return function(*arguments)
+
+    qualified = f"opd_kernels::{name}"
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(qualified, "CompositeExplicitAutograd", run)
+    torch.library.register_fake(qualified, fake)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+
+
+_FORWARD = f"(Tensor hidden, {Head.SCHEMA}"
+_OPTIONS = "bool entropy, SymInt? chunk_bytes, str backend)"
+if not hasattr(torch.ops.opd_kernels, "linear_topk"):  # a second import keeps the first operators
+    _register(
+        "linear_topk",
+        f"{_FORWARD}, SymInt k, {_OPTIONS} -> (Tensor, Tensor, Tensor, Tensor)",
+        _linear_topk, _fake_topk, _backward, _save_topk,
+    )  # fmt: skip
+    _register(
+        "linear_gather",
+        f"{_FORWARD}, Tensor ids, bool tail, {_OPTIONS} -> (Tensor, Tensor, Tensor)",
+        _linear_gather, _fake_gather, _backward, _save_gather,
+    )  # fmt: skip
+    _register(
+        "linear_backward",
+        f"(Tensor? dvalues, Tensor? dtail, Tensor hidden, {Head.SCHEMA}, Tensor ids, "
+        "Tensor values, Tensor tail, bool[] needs, SymInt? chunk_bytes, str backend) "
+        "-> (Tensor, Tensor, Tensor)",
+        _linear_backward, _fake_backward, _no_second_backward, None,
+    )  # fmt: skip
 linear_topk = torch.ops.opd_kernels.linear_topk.default
 linear_gather = torch.ops.opd_kernels.linear_gather.default
 linear_backward = torch.ops.opd_kernels.linear_backward.default

@@ -110,19 +110,17 @@ def _batch_of(
     if options.full and isinstance(options.k, int):
         options = replace(options, k=min(options.k, vocab_size))  # the ids that are reported
     check_support(student, options, vocab_size)
-    flat = FlatLogits.flatten(student.hidden, head, student.shard)
+    flat = FlatLogits.flatten(student.hidden, head)
     support, weights, kept = options.support, None, None
     answer: FlatLogits | SparseLogits
     if isinstance(teacher, SparseLogits):
         dims = len(leading)
         answer = map_rows(teacher.detach(), lambda t: t.reshape((-1, *t.shape[dims:])))
     else:
-        # With a full support, chunks of both models lie side by side. So a teacher's head that is
-        # not split is split as the student's is.
-        shard = teacher.shard or (flat.shard if options.full else None)
-        head = replace(teacher.head, vocab_size=vocab_size)
-        whole = teacher.shard is None
-        answer = FlatLogits.flatten(teacher.hidden, head, shard, whole).detach()
+        head = teacher.head
+        if vocab_size < head.vocab_size:
+            head = replace(head, vocab_size=vocab_size)
+        answer = FlatLogits.flatten(teacher.hidden, head).detach()
     if isinstance(support, Tensor):
         support = support.reshape(-1, support.shape[-1])
     if token_weights is not None:
@@ -141,6 +139,15 @@ def _batch_of(
         else:
             answer = map_rows(answer, lambda tensor: tensor[kept])
         support = support[kept] if isinstance(support, Tensor) else support
+    # Last, so that ranks exchange the gradients of the kept tokens only.
+    if student.shard is not None:
+        flat = flat.split(student.shard, whole=False)
+    if isinstance(teacher, LazyLogits) and isinstance(answer, FlatLogits):
+        # With a full support, chunks of both models lie side by side. So a teacher's head that is
+        # not split is split as the student's is.
+        shard = teacher.shard or (student.shard if options.full else None)
+        if shard is not None:
+            answer = answer.split(shard, whole=teacher.shard is None)
     return TokenBatch(flat, answer, support, weights, options), kept
 
 

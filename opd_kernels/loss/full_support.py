@@ -13,7 +13,7 @@ from opd_kernels.backends.epilogues import Epilogues, pair_gradient, pair_sums, 
 from opd_kernels.backends.records import Chunk
 from opd_kernels.loss.objective import Objective, jsd_beta, per_token_loss
 from opd_kernels.parallel import VocabShard
-from opd_kernels.sparse_logits import SparseLogits, TrustedSparseLogits, have_same_temperature
+from opd_kernels.sparse_logits import SparseLogits, have_same_temperature, trusted
 
 # A user's objective has temporaries of about a dozen tensors [rows, V]; this bounds one of them.
 _BLOCK_BYTES = 2 << 20
@@ -53,7 +53,7 @@ class ChunkPair:
         PyTorch, and the ranks add them.
         """
         beta = jsd_beta(objective)
-        assert beta is not None  # refusals.check_shards refuses other objectives
+        assert beta is not None  # refusals._check_shards refuses other objectives
         blocks = list(row_blocks(self.student.raw)) or [slice(0, 0)]
         sums = [torch.stack(pair_sums(*self._log_probs(rows)[1:], beta)[:2]) for rows in blocks]
         loss, mean = shard.sum(torch.cat(sums, dim=1))
@@ -99,4 +99,4 @@ def _whole_rows(chunk: Chunk, rows: slice, entropy: Tensor | None) -> SparseLogi
     ids = torch.arange(head.vocab_size, device=logits.device).expand(logits.shape)
     nothing = logits.new_full(logits.shape[:-1], -torch.inf)
     entropy = None if entropy is None else entropy[rows]
-    return TrustedSparseLogits(logits, ids, nothing, head.vocab_size, head.temperature, entropy)
+    return trusted(logits, ids, nothing, head.vocab_size, head.temperature, entropy)

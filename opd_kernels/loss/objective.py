@@ -1,7 +1,6 @@
 """The objective: any function of two SparseLogits, its checks, and the fast path for our own."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from opd_kernels.backends.epilogues import Epilogues
 from opd_kernels.divergences import forward_kl, jsd, reverse_kl
-from opd_kernels.sparse_logits import SparseLogits, check_same_distribution
+from opd_kernels.sparse_logits import SparseLogits, check_same_distribution, derived
 
 Objective = Callable[[SparseLogits, SparseLogits], Tensor]
 
@@ -81,7 +80,7 @@ def _freeze_rows(sparse: SparseLogits, frozen: Tensor) -> SparseLogits:
         return torch.where(mask, tensor.detach(), tensor)
 
     tail = None if sparse.tail is None else freeze(sparse.tail)
-    return replace(sparse, values=freeze(sparse.values), tail=tail)
+    return derived(sparse, values=freeze(sparse.values), tail=tail)
 
 
 def per_token_loss(objective: Objective, student: SparseLogits, teacher: SparseLogits) -> Tensor:

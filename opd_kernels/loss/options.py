@@ -15,7 +15,7 @@ Missing = Literal["error", "drop"]
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The options of distillation_loss by name, as the caller gave them."""
+    """The options of distillation_loss by name, checked; the backend is resolved."""
 
     k: int
     support: Support | Tensor

@@ -133,3 +133,14 @@ def test_distillation_loss_uses_it(monkeypatch, kernels, options, support, metho
     torch.testing.assert_close(ours.per_token, theirs.per_token)
     for a, b in zip(gradients(ours.loss, student), gradients(theirs.loss, student), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_nan_of_the_teacher_stays_nan_where_the_student_has_no_mass(kernels):
+    values, tail, teacher, teacher_tail = make_rows(3, 4)
+    values[0], tail[0] = -1e4, 0.0  # all mass is outside S
+    teacher[0], teacher_tail[0] = torch.nan, torch.nan
+    for bucket in (False, True):
+        models = (values, tail, teacher, teacher_tail)
+        loss, _, _ = kernels.reverse_kl(*models, stop_gradient=True, bucket=bucket)
+        assert loss[0].isnan()
+        assert loss[1:].isfinite().all()

@@ -1,5 +1,8 @@
 """The two operators, compared with full logits on every backend."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -290,3 +293,16 @@ def test_a_loss_without_tail_makes_no_pass_over_the_vocabulary(backend, monkeypa
             exact(actual, e)
     monkeypatch.setattr("opd_kernels.linear.operators.reduce_logits", refuse)
     assert logits.gather(s.ids, tail=False, backend=backend).tail is None
+
+
+def test_the_package_can_be_imported_a_second_time():
+    """As after a notebook has dropped its modules: the operators are registered once."""
+    code = """import sys, torch
+import opd_kernels
+first = opd_kernels.LazyLogits(torch.eye(3), torch.eye(3)).topk(2).values
+for name in [n for n in sys.modules if n.startswith("opd_kernels")]:
+    del sys.modules[name]
+import opd_kernels
+second = opd_kernels.LazyLogits(torch.eye(3), torch.eye(3)).topk(2).values
+assert torch.equal(first, second)"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -53,12 +53,14 @@ def reverse_kl_kernel(
         tl.load(teacher_tails + row, mask=live_rows, other=empty),
     )
     p, p_tail = tl.exp(log_p), tl.exp(log_p_tail)
-    # A slot without mass adds 0 to the loss, even if its log-ratio is infinite or NaN.
-    c = tl.where(p == 0.0, 0.0, log_p - log_q)
+    # A slot without mass adds 0 to the loss, even if its log-ratio is infinite. NaN of the teacher
+    # stays NaN.
+    c = tl.where((p == 0.0) & (log_q == log_q), 0.0, log_p - log_q)
     loss = tl.sum(p * c, axis=1)
     c_tail = tl.zeros_like(p_tail)
     if BUCKET:
-        c_tail = tl.where(p_tail == 0.0, 0.0, log_p_tail - log_q_tail)
+        is_number = log_q_tail == log_q_tail
+        c_tail = tl.where((p_tail == 0.0) & is_number, 0.0, log_p_tail - log_q_tail)
         loss += p_tail * c_tail
     mean = loss
     if not STOP_GRADIENT and not BUCKET:
