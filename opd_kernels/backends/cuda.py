@@ -33,8 +33,6 @@ def runs_on(device: torch.device) -> bool:
 class CudaEpilogues(Epilogues):
     """Epilogues that an extension with the interface of csrc/cuda/bindings.cpp computes."""
 
-    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
     # filtered_gradient is PyTorch's: the number of entries that are kept depends on the data.
 
     def __init__(self, extension: Any, long_row: int = _LONG_ROW) -> None:

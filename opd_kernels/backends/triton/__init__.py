@@ -19,7 +19,6 @@ from opd_kernels.backends.triton.rows import gradient_kernel, update_kernel
 class TritonEpilogues(Epilogues):
     """Epilogues that Triton's kernels compute."""
 
-    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     max_selected, max_given = configs.MAX_SELECTED, configs.MAX_GIVEN
 
     # filtered_gradient is PyTorch's: the number of entries that are kept depends on the data.
