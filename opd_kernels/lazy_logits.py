@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_kernels.backends.records import Head, accumulator_dtype
+from opd_kernels.backends.records import Head, Operands, accumulator_dtype
 from opd_kernels.checks import (
     check_execution,
     check_flags,
@@ -105,8 +105,7 @@ class LazyLogits:
     @property
     def requires_grad(self) -> bool:
         """Whether a loss of these logits has a gradient."""
-        operands = (self.hidden, self.weight, self.bias)
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+        return Operands(self.hidden, self.head).requires_grad
 
     def __getitem__(self, index: Any) -> "LazyLogits":
         """Select rows by an index of the leading dimensions, such as a mask of tokens."""

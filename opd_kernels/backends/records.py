@@ -112,6 +112,14 @@ class Operands:
     hidden: Tensor  # [N, D]
     head: Head
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a loss of these logits has a gradient."""
+        bias = self.head.bias
+        trained = self.hidden.requires_grad or self.head.weight.requires_grad
+        trained = trained or (bias is not None and bias.requires_grad)
+        return trained and torch.is_grad_enabled()
+
     def __getitem__(self, rows: Any) -> "Operands":
         """Select rows by an index of the first dimension."""
         return Operands(self.hidden[rows], self.head)

@@ -77,14 +77,6 @@ class FlatLogits(Operands):
         head = replace(head, weight=weight, bias=bias, vocab_size=size)
         return FlatLogits(shard.sum_gradient(self.hidden), head, self.vocab_size, shard)
 
-    @property
-    def requires_grad(self) -> bool:
-        """Whether a loss of these logits has a gradient."""
-        bias = self.head.bias
-        trained = self.hidden.requires_grad or self.head.weight.requires_grad
-        trained = trained or (bias is not None and bias.requires_grad)
-        return trained and torch.is_grad_enabled()
-
     def __getitem__(self, rows: Any) -> "FlatLogits":
         part = super().__getitem__(rows)
         return FlatLogits(part.hidden, part.head, self.vocab_size, self.shard)

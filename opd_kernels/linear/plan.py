@@ -46,7 +46,6 @@ def budget_of(device: torch.device, chunk_bytes: int | None) -> int:
     return chunk_bytes
 
 
-@lru_cache(maxsize=1024)
 def recompute_sizes(
     tokens: int, vocab: int, bytes_per_logit: int, device: torch.device, chunk_bytes: int | None
 ) -> tuple[int, int]:
