@@ -27,7 +27,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h c
 
 demo: $(VENV)/installed
 	rm -rf runs/demo
-	$(BIN)/python -m trainer distill recipes/demo.yaml
+	$(BIN)/python -m opd_trainer distill recipes/demo.yaml
 
 # Tests the paper's claims on tiny models and writes docs/paper.md with its figures. Finished runs are kept in runs/paper, so that an
 # interrupted command continues where it stopped.

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from benchmarks.markdown import markdown_table
 from opd_kernels import LazyLogits, SparseLogits, distillation_loss, reverse_kl
-from trainer.build import prepare
-from trainer.config import DistillationConfig, load_config
-from trainer.models.teacher import on_completions
+from opd_trainer.build import prepare
+from opd_trainer.config import DistillationConfig, load_config
+from opd_trainer.models.teacher import on_completions
 
 OBJECTIVES: dict[str, Callable[[SparseLogits, SparseLogits], Tensor]] = {
     "stop-gradient": reverse_kl,

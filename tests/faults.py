@@ -10,8 +10,8 @@ import time
 
 import torch
 
-from trainer.__main__ import main
-from trainer.models.rollout import Sampler
+from opd_trainer.__main__ import main
+from opd_trainer.models.rollout import Sampler
 
 SECONDS = 120  # limit per run
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -19,7 +19,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 class Run:
-    """A process that calls fault() and then runs `python -m trainer` with arguments."""
+    """A process that calls fault() and then runs `python -m opd_trainer` with arguments."""
 
     def __init__(self, output, arguments, fault=None):
         self.output = output

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def source(tmp_path):
     """Copy the sources without compiled files."""
-    for name in ("opd_kernels", "trainer", "csrc"):
+    for name in ("opd_kernels", "opd_trainer", "csrc"):
         skip = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=skip)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):

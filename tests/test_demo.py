@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from trainer.__main__ import main
+from opd_trainer.__main__ import main
 
 
 @pytest.mark.slow

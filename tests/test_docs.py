@@ -308,7 +308,7 @@ def test_formulas_are_mathml(site):
 
 
 def test_every_key_of_a_recipe_is_on_its_page(site):
-    config = pytest.importorskip("trainer.config")
+    config = pytest.importorskip("opd_trainer.config")
     text = (site[0] / "recipe_keys.html").read_text()
     for stage in ("StageConfig", "TeacherConfig", "DistillationConfig", "SFTConfig", "RLVRConfig",
                   "EvaluationConfig"):  # fmt: skip

@@ -12,10 +12,10 @@ import torch
 from torch.testing import assert_close
 
 from opd_kernels import distillation_loss, forward_kl
+from opd_trainer.models.load import load_model
 from tests.reference import make_logits
 from tests.tiny_run import write_model
 from tests.trainer.test_server import KEY, FakeServer
-from trainer.models.load import load_model
 
 FOLDER = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))

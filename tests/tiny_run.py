@@ -10,10 +10,10 @@ import yaml
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from opd_trainer.__main__ import main
+from opd_trainer.build import prepare
+from opd_trainer.config import DistillationConfig, load_config
 from tests.tiny_models import tiny_model
-from trainer.__main__ import main
-from trainer.build import prepare
-from trainer.config import DistillationConfig, load_config
 
 # Changes of the recipe below for a stage without a teacher.
 NO_TEACHER = {"teacher": None, "privileged_context": None, "tail": None, "k": None}

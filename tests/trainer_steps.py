@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from trainer.data import Prompt
-from trainer.models.rollout import Completion
+from opd_trainer.data import Prompt
+from opd_trainer.models.rollout import Completion
 
 
 def completions(count=6):

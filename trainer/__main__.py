@@ -1,4 +1,4 @@
-"""python -m trainer STAGE RECIPE.yaml [--key value ...], or opd-train: run a recipe."""
+"""python -m opd_trainer STAGE RECIPE.yaml [--key value ...], or opd-train: run a recipe."""
 
 import argparse
 import json
@@ -7,13 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainer.build import load, prepare
-from trainer.config import DistillationConfig, EvaluationConfig, RLVRConfig, SFTConfig, StageConfig
-from trainer.config.recipe import load_config
-from trainer.errors import RunStoppedError, SavingError
-from trainer.run.directory import METRICS, claim_output_directory, write_whole
-from trainer.run.report import before_after, plot_curves, write_report
-from trainer.stages.training import CompletionTrainer
+from opd_trainer.build import load, prepare
+from opd_trainer.config import (
+    DistillationConfig,
+    EvaluationConfig,
+    RLVRConfig,
+    SFTConfig,
+    StageConfig,
+)
+from opd_trainer.config.recipe import load_config
+from opd_trainer.errors import RunStoppedError, SavingError
+from opd_trainer.run.directory import METRICS, claim_output_directory, write_whole
+from opd_trainer.run.report import before_after, plot_curves, write_report
+from opd_trainer.stages.training import CompletionTrainer
 
 STAGES: dict[str, tuple[type[StageConfig], str]] = {
     "sft": (SFTConfig, "supervised fine-tuning, on the data's completions or a teacher's"),

@@ -3,19 +3,19 @@
 import psutil
 import torch
 
-from trainer.config import DistillationConfig, RLVRConfig, SFTConfig, StageConfig, TeacherConfig
-from trainer.config.base import is_server
-from trainer.data import Prompt, PromptReader
-from trainer.measures.diagnostics import DRIFT
-from trainer.measures.evaluation import Evaluation
-from trainer.models.load import Model, Tokenizer, compare_tokenizers, limits_of, load_student
-from trainer.models.rollout import Sampler
-from trainer.models.teacher import LocalTeacher, Teacher, load_teacher, self_teacher
-from trainer.run.directory import claim_output_directory
-from trainer.stages.distillation import OnPolicyDistillationTrainer
-from trainer.stages.rlvr import RLVRTrainer
-from trainer.stages.sft import SFTTrainer, generate
-from trainer.stages.training import CompletionTrainer
+from opd_trainer.config import DistillationConfig, RLVRConfig, SFTConfig, StageConfig, TeacherConfig
+from opd_trainer.config.base import is_server
+from opd_trainer.data import Prompt, PromptReader
+from opd_trainer.measures.diagnostics import DRIFT
+from opd_trainer.measures.evaluation import Evaluation
+from opd_trainer.models.load import Model, Tokenizer, compare_tokenizers, limits_of, load_student
+from opd_trainer.models.rollout import Sampler
+from opd_trainer.models.teacher import LocalTeacher, Teacher, load_teacher, self_teacher
+from opd_trainer.run.directory import claim_output_directory
+from opd_trainer.stages.distillation import OnPolicyDistillationTrainer
+from opd_trainer.stages.rlvr import RLVRTrainer
+from opd_trainer.stages.sft import SFTTrainer, generate
+from opd_trainer.stages.training import CompletionTrainer
 
 _GIB = 2**30
 _PROMPTS, _SEED = 8, 1 << 32  # of the samples before training
@@ -116,7 +116,7 @@ def _load_teachers(config: StageConfig, student: Model, tokenizer: Tokenizer) ->
     teachers: dict[str, Teacher] = {}
     for name, model in config.teachers.items():
         if is_server(model):
-            from trainer.models.server import ServedTeacher
+            from opd_trainer.models.server import ServedTeacher
 
             teachers[name] = ServedTeacher(model, config, tokenizer, vocab_size, name)
         elif model == "self":
@@ -138,6 +138,6 @@ def _print_findings(config: StageConfig, findings: list[str]) -> None:
 def _sampler(config: StageConfig) -> type[Sampler]:
     if config.rollout_engine == "transformers":
         return Sampler
-    from trainer.models.vllm_engine import VLLMSampler
+    from opd_trainer.models.vllm_engine import VLLMSampler
 
     return VLLMSampler

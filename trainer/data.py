@@ -13,10 +13,10 @@ from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, Field, ValidationError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from trainer.config.base import StageConfig, TeacherConfig
-from trainer.config.stages import DistillationConfig, EvaluationConfig, SFTConfig
-from trainer.config.values import Messages, describe
-from trainer.errors import convert_errors
+from opd_trainer.config.base import StageConfig, TeacherConfig
+from opd_trainer.config.stages import DistillationConfig, EvaluationConfig, SFTConfig
+from opd_trainer.config.values import Messages, describe
+from opd_trainer.errors import convert_errors
 
 
 class Row(BaseModel):

@@ -13,9 +13,9 @@ from benchmarks.paper.figures import band, level, panels, save
 from benchmarks.paper.page import Claim, Finding, falls, rises, spread
 from benchmarks.paper.runs import Laboratory, Line, Run, by_seed, first, last
 from benchmarks.paper.sums import DIGITS
-from trainer.build import load
-from trainer.models.load import eval_mode, load_model
-from trainer.models.teacher import on_completions, token_ids
+from opd_trainer.build import load
+from opd_trainer.models.load import eval_mode, load_model
+from opd_trainer.models.teacher import on_completions, token_ids
 
 STUDENT_STEPS = 60  # of the student's own SFT, in the other format
 SFT_STEPS, STEPS = 20, 60  # of the SFT on the teacher's completions, and in total

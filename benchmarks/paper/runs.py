@@ -56,8 +56,8 @@ class Run:
 
     def config(self) -> Any:
         """Return the stage's config, read by the trainer's own loader."""
-        from trainer.__main__ import STAGES
-        from trainer.config import load_config
+        from opd_trainer.__main__ import STAGES
+        from opd_trainer.config import load_config
 
         changes = self.changes | {"output_dir": str(self.folder)}
         pairs = [x for key, value in changes.items() for x in (f"--{key}", json.dumps(value))]
@@ -65,9 +65,9 @@ class Run:
 
     def execute(self) -> list[Line]:
         """Run in this process and return the log lines; output is written to log.txt."""
-        from trainer.__main__ import evaluate
-        from trainer.build import prepare
-        from trainer.config import EvaluationConfig
+        from opd_trainer.__main__ import evaluate
+        from opd_trainer.build import prepare
+        from opd_trainer.config import EvaluationConfig
 
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)

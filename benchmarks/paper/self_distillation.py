@@ -21,9 +21,9 @@ from benchmarks.paper.models import write_random_model
 from benchmarks.paper.page import Claim, Finding, falls, is_below, rises, spread
 from benchmarks.paper.runs import Laboratory, Line, Run, by_seed, first, last
 from benchmarks.paper.tasks import RULES, instructed, with_rules
-from trainer.build import load
-from trainer.models.load import eval_mode, load_model
-from trainer.models.teacher import on_completions
+from opd_trainer.build import load
+from opd_trainer.models.load import eval_mode, load_model
+from opd_trainer.models.teacher import on_completions
 
 SHARED_RULE = 3
 DEMO = "shared rule, SmolLM2-135M, one seed"

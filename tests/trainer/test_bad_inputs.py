@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from opd_kernels import LazyLogits
+from opd_trainer.__main__ import main
+from opd_trainer.config import DistillationConfig
+from opd_trainer.data import Limits, PromptReader, load_rows
+from opd_trainer.errors import RunStoppedError
+from opd_trainer.measures.scoring import load_scorer
+from opd_trainer.stages.distillation import build_loss
 from tests.tiny_run import error_line, tiny_tokenizer, write_recipe
-from trainer.__main__ import main
-from trainer.config import DistillationConfig
-from trainer.data import Limits, PromptReader, load_rows
-from trainer.errors import RunStoppedError
-from trainer.measures.scoring import load_scorer
-from trainer.stages.distillation import build_loss
 
 LIMITS = Limits(context=256, ids=97)
 

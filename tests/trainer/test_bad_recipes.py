@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hin
 
 import pytest
 
-from trainer.__main__ import STAGES, main
+from opd_trainer.__main__ import STAGES, main
 
 FREE_TEXT = {
     **dict.fromkeys(("model", "teacher", "train_data", "eval_data"), "checked when it is loaded"),

@@ -8,8 +8,8 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
+from opd_trainer.__main__ import main
 from tests.tiny_run import error_line, write_model, write_recipe
-from trainer.__main__ import main
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from opd_trainer.__main__ import main, train
+from opd_trainer.build import prepare
+from opd_trainer.config import DistillationConfig, load_config
+from opd_trainer.run.directory import damage
 from tests.faults import Run
 from tests.tiny_run import NO_TEACHER, read_metrics, write_recipe
-from trainer.__main__ import main, train
-from trainer.build import prepare
-from trainer.config import DistillationConfig, load_config
-from trainer.run.directory import damage
 
 RLVR = NO_TEACHER | {"completions_per_prompt": 3, "per_device_train_batch_size": 2}
 

@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
+from opd_trainer.__main__ import main
+from opd_trainer.config import DistillationConfig, load_config
 from tests.tiny_run import write_recipe
-from trainer.__main__ import main
-from trainer.config import DistillationConfig, load_config
 
 
 def test_values_come_from_the_file_and_the_command_line(tmp_path):
@@ -119,7 +119,7 @@ def test_the_command_line_ends_with_one_line(tmp_path):
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    monkeypatch.delitem(sys.modules, "trainer.models.server", raising=False)
+    monkeypatch.delitem(sys.modules, "opd_trainer.models.server", raising=False)
     recipe = write_recipe(tmp_path, teacher="http://127.0.0.1:9/v1", support="teacher")
     with pytest.raises(SystemExit, match=r"openai.*; pip install 'opd-kernels\[server\]'"):
         main(["distill", str(recipe)])

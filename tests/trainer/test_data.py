@@ -5,10 +5,10 @@ import json
 import pandas
 import pytest
 
+from opd_trainer.config import DistillationConfig, load_config
+from opd_trainer.data import Limits, PromptReader, load_rows
+from opd_trainer.models.load import compare_tokenizers, load_model, load_tokenizer
 from tests.tiny_run import tiny_tokenizer, write_model, write_recipe
-from trainer.config import DistillationConfig, load_config
-from trainer.data import Limits, PromptReader, load_rows
-from trainer.models.load import compare_tokenizers, load_model, load_tokenizer
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_parquet(load):
 
 def test_a_split_of_a_dataset_on_the_hub(monkeypatch):
     asked = []
-    monkeypatch.setattr("trainer.data.load_dataset", lambda *a, **k: asked.append((a, k)))
+    monkeypatch.setattr("opd_trainer.data.load_dataset", lambda *a, **k: asked.append((a, k)))
     load_rows("openai/gsm8k?split=test&name=main")
     load_rows("openai/gsm8k")
     assert asked == [

@@ -10,11 +10,11 @@ import torch
 from torch.testing import assert_close
 
 from opd_kernels import LazyLogits, SparseLogits
+from opd_trainer.__main__ import main
+from opd_trainer.config import DistillationConfig, RLVRConfig, load_config
+from opd_trainer.measures.diagnostics import Sums, across_contexts, alarms, repetition, spread
+from opd_trainer.models.rollout import Completion
 from tests.tiny_run import make_trainer, read_metrics, write_model, write_recipe
-from trainer.__main__ import main
-from trainer.config import DistillationConfig, RLVRConfig, load_config
-from trainer.measures.diagnostics import Sums, across_contexts, alarms, repetition, spread
-from trainer.models.rollout import Completion
 
 
 def _pair(tokens=7, vocab=23, k=5):

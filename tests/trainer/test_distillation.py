@@ -11,15 +11,15 @@ from transformers import TrainerCallback
 
 from opd_kernels import reverse_kl
 from opd_kernels.integrations.transformers import lazy_logits
+from opd_trainer.__main__ import train
+from opd_trainer.build import prepare
+from opd_trainer.config import DistillationConfig, load_config
+from opd_trainer.data import Prompt
+from opd_trainer.models.load import load_model
+from opd_trainer.models.rollout import Completion
 from tests.ranks import run_ranks
 from tests.tiny_run import make_trainer, read_metrics, write_recipe
 from tests.trainer_steps import assert_same_gradients, assert_same_step, completions, gradient_of
-from trainer.__main__ import train
-from trainer.build import prepare
-from trainer.config import DistillationConfig, load_config
-from trainer.data import Prompt
-from trainer.models.load import load_model
-from trainer.models.rollout import Completion
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])

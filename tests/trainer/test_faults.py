@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from opd_trainer.__main__ import main
+from opd_trainer.run.directory import damage
 from tests.faults import Run, exhaust_memory, kill_at_file_event, limit_file_size, make_clock_jump
 from tests.tiny_run import NO_TEACHER, read_metrics, write_model, write_recipe
-from trainer.__main__ import main
-from trainer.run.directory import damage
 
 AUTO = ["--resume_from_checkpoint", "auto"]
 SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "eval_strategy": "steps",

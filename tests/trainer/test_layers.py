@@ -16,15 +16,17 @@ MODULES = {
 
 
 def imported_modules(name):
-    """Return the names, without "trainer.", of the trainer's modules that a module imports."""
+    """Return the names, without "opd_trainer.", of the trainer's modules that a module imports."""
     found = set()
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trainer"):
-            assert node.module != "trainer", f"{name}: import from a module, not from the package"
-            found.add(node.module.removeprefix("trainer."))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("opd_trainer"):
+            assert node.module != "opd_trainer", (
+                f"{name}: import from a module, not from the package"
+            )
+            found.add(node.module.removeprefix("opd_trainer."))
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-            found |= {x.removeprefix("trainer.") for x in names if x.startswith("trainer.")}
+            found |= {x.removeprefix("opd_trainer.") for x in names if x.startswith("opd_trainer.")}
     return found
 
 

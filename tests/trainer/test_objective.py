@@ -10,13 +10,13 @@ import torch
 from torch.testing import assert_close
 
 from opd_kernels import forward_kl, reverse_kl
+from opd_trainer.__main__ import train
+from opd_trainer.build import prepare
+from opd_trainer.config import DistillationConfig, load_config
+from opd_trainer.stages.distillation import add_where_uncertain, clamp
 from tests.reference import make_logits
 from tests.tiny_run import make_trainer, read_metrics, write_model, write_recipe
 from tests.trainer_steps import assert_same_step, completions, gradient_of
-from trainer.__main__ import train
-from trainer.build import prepare
-from trainer.config import DistillationConfig, load_config
-from trainer.stages.distillation import add_where_uncertain, clamp
 
 
 def test_the_policy_gradient_is_of_the_sampled_tokens(tmp_path):

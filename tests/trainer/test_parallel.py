@@ -14,13 +14,13 @@ from accelerate.utils import DistributedType
 from torch.testing import assert_close
 
 from opd_kernels.parallel import plain
+from opd_trainer.__main__ import train
+from opd_trainer.build import prepare
+from opd_trainer.config import DistillationConfig, load_config
+from opd_trainer.models.load import load_model
 from tests.ranks import run_ranks
 from tests.tiny_run import read_metrics, write_model, write_recipe
 from tests.trainer_steps import assert_same_gradients, completions, gradient_of
-from trainer.__main__ import train
-from trainer.build import prepare
-from trainer.config import DistillationConfig, load_config
-from trainer.models.load import load_model
 
 FSDP, TP = {"fsdp_size": 2}, {"tp_size": 2}
 HSDP = {"fsdp_size": 2, "dp_replicate_size": 2}

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from opd_trainer.__main__ import STAGES, main
+from opd_trainer.config import load_config
 from tests.tiny_run import write_model
-from trainer.__main__ import STAGES, main
-from trainer.config import load_config
 
 RECIPES = {"demo": "distill", "sft": "sft", "rlvr": "rlvr", "evaluate": "evaluate"}
 SPLIT = {"large": "distill"}  # over several ranks
@@ -56,7 +56,7 @@ def test_a_recipe_of_several_ranks_runs_by_torchrun(tmp_path, name):
                "save_steps": "1", "per_device_train_batch_size": "2",
                "eval_data": "reasoning_gym:gsm_symbolic?size=2&seed=2"}  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               "-m", "trainer", SPLIT[name], f"recipes/{name}.yaml"]  # fmt: skip
+               "-m", "opd_trainer", SPLIT[name], f"recipes/{name}.yaml"]  # fmt: skip
     command += _overrides(tmp_path, model, **changes)
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     run = tmp_path / "run"

@@ -7,10 +7,10 @@ import re
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from opd_trainer.__main__ import main
+from opd_trainer.run.report import before_after, plot_curves, write_report
 from tests.browser import needs_browser, open_page
 from tests.tiny_run import write_recipe
-from trainer.__main__ import main
-from trainer.run.report import before_after, plot_curves, write_report
 
 MARKUP = (
     "<script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\"> & $x$"

@@ -5,11 +5,11 @@ import torch
 from torch.testing import assert_close
 
 from opd_kernels.integrations.transformers import lazy_logits, pad_completions
+from opd_trainer.config import DistillationConfig, load_config
+from opd_trainer.data import Prompt
+from opd_trainer.models.rollout import Sampler
 from tests.tiny_models import tiny_model
 from tests.tiny_run import tiny_tokenizer, write_recipe
-from trainer.config import DistillationConfig, load_config
-from trainer.data import Prompt
-from trainer.models.rollout import Sampler
 
 PROMPTS = [
     Prompt("", [5, 6, 7, 8], [9, 5, 6]),

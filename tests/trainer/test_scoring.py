@@ -2,11 +2,11 @@
 
 import pytest
 
+from opd_trainer.config import RLVRConfig, load_config
+from opd_trainer.data import Limits, PromptReader, load_rows
+from opd_trainer.errors import RunStoppedError
+from opd_trainer.measures.scoring import load_scorer
 from tests.tiny_run import NO_TEACHER, tiny_tokenizer, write_recipe
-from trainer.config import RLVRConfig, load_config
-from trainer.data import Limits, PromptReader, load_rows
-from trainer.errors import RunStoppedError
-from trainer.measures.scoring import load_scorer
 
 BASE = NO_TEACHER | {"completions_per_prompt": 2}
 

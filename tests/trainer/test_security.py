@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from opd_trainer.__main__ import main
+from opd_trainer.config import DistillationConfig, load_config
+from opd_trainer.errors import TeacherError
+from opd_trainer.models.load import load_model
+from opd_trainer.models.server import ServedTeacher
+from opd_trainer.run.directory import publish
 from tests.fake_server import KEY, FakeServer
 from tests.tiny_run import tiny_tokenizer, write_model, write_recipe
 from tests.trainer_steps import completions
-from trainer.__main__ import main
-from trainer.config import DistillationConfig, load_config
-from trainer.errors import TeacherError
-from trainer.models.load import load_model
-from trainer.models.server import ServedTeacher
-from trainer.run.directory import publish
 
 
 class Bomb:

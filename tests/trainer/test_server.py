@@ -8,17 +8,17 @@ import torch
 from torch.testing import assert_close
 
 from opd_kernels.integrations.transformers import lazy_logits
+from opd_trainer.__main__ import main, train
+from opd_trainer.build import prepare
+from opd_trainer.config import DistillationConfig, load_config
+from opd_trainer.data import Prompt
+from opd_trainer.errors import TeacherError
+from opd_trainer.models.load import load_model
+from opd_trainer.models.rollout import Completion
+from opd_trainer.models.server import ServedTeacher
 from tests.fake_server import KEY, FakeServer
 from tests.tiny_run import make_trainer, read_metrics, tiny_tokenizer, write_model, write_recipe
 from tests.trainer_steps import completions, gradient_of
-from trainer.__main__ import main, train
-from trainer.build import prepare
-from trainer.config import DistillationConfig, load_config
-from trainer.data import Prompt
-from trainer.errors import TeacherError
-from trainer.models.load import load_model
-from trainer.models.rollout import Completion
-from trainer.models.server import ServedTeacher
 
 K = 8
 

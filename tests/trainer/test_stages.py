@@ -8,14 +8,14 @@ import torch
 from torch.testing import assert_close
 
 from opd_kernels.integrations.transformers import lazy_logits
+from opd_trainer.__main__ import main, train
+from opd_trainer.build import prepare
+from opd_trainer.config import EvaluationConfig, RLVRConfig, SFTConfig, load_config
+from opd_trainer.measures.evaluation import pass_at_k
+from opd_trainer.models.load import load_model
+from opd_trainer.stages.rlvr import clipped_policy_loss, kl_estimate
 from tests.tiny_run import NO_TEACHER, make_trainer, read_metrics, write_model, write_recipe
 from tests.trainer_steps import assert_same_step, completions, gradient_of
-from trainer.__main__ import main, train
-from trainer.build import prepare
-from trainer.config import EvaluationConfig, RLVRConfig, SFTConfig, load_config
-from trainer.measures.evaluation import pass_at_k
-from trainer.models.load import load_model
-from trainer.stages.rlvr import clipped_policy_loss, kl_estimate
 
 SERVED = {"teacher": "http://127.0.0.1:9/v1"}
 RLVR = NO_TEACHER | {"completions_per_prompt": 3, "per_device_train_batch_size": 2}

@@ -9,9 +9,9 @@ from torch.testing import assert_close
 
 from opd_kernels import reverse_kl
 from opd_kernels.integrations.transformers import lazy_logits
+from opd_trainer.__main__ import main
 from tests.tiny_run import make_trainer, read_metrics, write_model, write_recipe
 from tests.trainer_steps import assert_same_step, completions, gradient_of
-from trainer.__main__ import main
 
 
 def _rows(model, context, completion):

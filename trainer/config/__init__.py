@@ -1,6 +1,6 @@
 """The configs of the stages, and the recipes that hold their keys."""
 # ruff: noqa: F401
 
-from trainer.config.base import StageConfig, TeacherConfig
-from trainer.config.recipe import changed_keys, load_config, load_function
-from trainer.config.stages import DistillationConfig, EvaluationConfig, RLVRConfig, SFTConfig
+from opd_trainer.config.base import StageConfig, TeacherConfig
+from opd_trainer.config.recipe import changed_keys, load_config, load_function
+from opd_trainer.config.stages import DistillationConfig, EvaluationConfig, RLVRConfig, SFTConfig

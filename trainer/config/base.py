@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from transformers.distributed import DistributedConfig
 
-from trainer.config.values import Count, Messages, NotNegative, Positive, Steps, StrictArguments
-from trainer.errors import convert_errors
+from opd_trainer.config.values import Count, Messages, NotNegative, Positive, Steps, StrictArguments
+from opd_trainer.errors import convert_errors
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Conflicts = list[tuple[bool, str]]

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from trainer.config.base import StageConfig
-from trainer.errors import convert_errors
+from opd_trainer.config.base import StageConfig
+from opd_trainer.errors import convert_errors
 
 Stage = TypeVar("Stage", bound=StageConfig)
 Function = Callable[..., Any]

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from trainer.config.base import Conflicts, StageConfig, TeacherConfig
-from trainer.config.values import Count, NotNegative, Positive, Share
+from opd_trainer.config.base import Conflicts, StageConfig, TeacherConfig
+from opd_trainer.config.values import Count, NotNegative, Positive, Share
 
 OBJECTIVES = ("reverse_kl", "forward_kl", "jsd", "policy_gradient")
 

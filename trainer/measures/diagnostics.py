@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from opd_kernels import LazyLogits, SparseLogits
-from trainer.config import DistillationConfig, StageConfig
-from trainer.models.rollout import Completion
-from trainer.models.teacher import LocalTeacher, Logits
+from opd_trainer.config import DistillationConfig, StageConfig
+from opd_trainer.models.rollout import Completion
+from opd_trainer.models.teacher import LocalTeacher, Logits
 
 POSITIONS = (0, 16, 64, 256, 1024)  # where ranges of positions in a completion begin
 BY_POSITION = ("scored_tokens", "teacher_nll", "teacher_entropy", "overlap")

@@ -14,14 +14,14 @@ import torch
 from tqdm.auto import tqdm
 
 from opd_kernels import LazyLogits, SparseLogits, distillation_loss, reverse_kl
-from trainer.config import EvaluationConfig, StageConfig, TeacherConfig
-from trainer.data import Prompt
-from trainer.measures.diagnostics import Sums, across_contexts
-from trainer.measures.scoring import load_scorer
-from trainer.models.load import Model, eval_mode, reshard
-from trainer.models.rollout import Completion, Sampler
-from trainer.models.teacher import LocalTeacher, Logits, Teacher, on_completions, token_ids
-from trainer.run.directory import SAMPLES, write_whole
+from opd_trainer.config import EvaluationConfig, StageConfig, TeacherConfig
+from opd_trainer.data import Prompt
+from opd_trainer.measures.diagnostics import Sums, across_contexts
+from opd_trainer.measures.scoring import load_scorer
+from opd_trainer.models.load import Model, eval_mode, reshard
+from opd_trainer.models.rollout import Completion, Sampler
+from opd_trainer.models.teacher import LocalTeacher, Logits, Teacher, on_completions, token_ids
+from opd_trainer.run.directory import SAMPLES, write_whole
 
 _HELD_OUT = 1 << 31  # a seed that no training step uses
 

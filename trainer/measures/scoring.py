@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from trainer.config import StageConfig, load_function
-from trainer.errors import RunStoppedError, convert_errors
+from opd_trainer.config import StageConfig, load_function
+from opd_trainer.errors import RunStoppedError, convert_errors
 
 Scorer = Callable[[str, dict[str, Any]], float]
 

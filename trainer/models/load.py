@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.distributed import DistributedConfig
 
 from opd_kernels.integrations.transformers import causal_lm_of
-from trainer.config import StageConfig
-from trainer.data import Limits
-from trainer.errors import convert_errors
+from opd_trainer.config import StageConfig
+from opd_trainer.data import Limits
+from opd_trainer.errors import convert_errors
 
 _EXPECTED = "model {!r}: expected the directory, hub name or .gguf of a causal language model"
 BASE = "base"  # folder in output_dir for the weights below a student's adapters

@@ -9,10 +9,10 @@ from tqdm.auto import tqdm
 from transformers import BatchEncoding, GenerationConfig
 
 from opd_kernels.integrations.transformers import causal_lm_of
-from trainer.config import StageConfig
-from trainer.data import Prompt
-from trainer.errors import name_memory_keys
-from trainer.models.load import Model, Tokenizer, eval_mode, is_fsdp
+from opd_trainer.config import StageConfig
+from opd_trainer.data import Prompt
+from opd_trainer.errors import name_memory_keys
+from opd_trainer.models.load import Model, Tokenizer, eval_mode, is_fsdp
 
 
 @dataclass(frozen=True)

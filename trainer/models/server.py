@@ -19,11 +19,11 @@ import openai
 import torch
 
 from opd_kernels import SparseLogits
-from trainer.config import TeacherConfig
-from trainer.data import Limits
-from trainer.errors import TeacherError
-from trainer.models.load import Tokenizer
-from trainer.models.rollout import Completion
+from opd_trainer.config import TeacherConfig
+from opd_trainer.data import Limits
+from opd_trainer.errors import TeacherError
+from opd_trainer.models.load import Tokenizer
+from opd_trainer.models.rollout import Completion
 
 KEY = "OPD_TEACHER_API_KEY"  # environment variable; with _NAME for one of several teachers
 _PROBE = "What is 6 x 7? It's 42: def f(x): return x**2  # \u00e7a va, \u65e5\u672c"

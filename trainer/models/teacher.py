@@ -11,10 +11,10 @@ from torch import Tensor
 from opd_kernels import LazyLogits, SparseLogits
 from opd_kernels.integrations.transformers import call_with_lazy_logits, pad_completions
 from opd_kernels.parallel import is_dtensor, plain
-from trainer.config import StageConfig
-from trainer.data import Limits
-from trainer.models.load import Model, eval_mode, limits_of, load_model, reshard
-from trainer.models.rollout import Completion
+from opd_trainer.config import StageConfig
+from opd_trainer.data import Limits
+from opd_trainer.models.load import Model, eval_mode, limits_of, load_model, reshard
+from opd_trainer.models.rollout import Completion
 
 T = TypeVar("T")
 Logits = LazyLogits | SparseLogits  # of a teacher: SparseLogits if a server returns its top-K

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from opd_kernels.integrations.transformers import causal_lm_of
-from trainer.config import StageConfig
-from trainer.models.load import Model, Tokenizer, limits_of
-from trainer.models.rollout import Sampler
+from opd_trainer.config import StageConfig
+from opd_trainer.models.load import Model, Tokenizer, limits_of
+from opd_trainer.models.rollout import Sampler
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # keeps the engine in this process
 from vllm import LLM, SamplingParams

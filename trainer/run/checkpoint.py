@@ -15,8 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from trainer.errors import SavingError
-from trainer.run.directory import METRICS, MODEL, SAVING, publish, write_whole
+from opd_trainer.errors import SavingError
+from opd_trainer.run.directory import METRICS, MODEL, SAVING, publish, write_whole
 
 
 class DurableTrainer(Trainer):

@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import sha_fileobj
 from transformers.trainer_utils import sort_checkpoints
 
-from trainer.config import StageConfig, changed_keys
+from opd_trainer.config import StageConfig, changed_keys
 
 METRICS, CONFIG, MANIFEST = "metrics.jsonl", "config.json", "manifest.json"
 SAMPLES = "samples/step-{}.jsonl"

@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 
-from trainer.data import read_json_lines
-from trainer.errors import convert_errors
-from trainer.run.directory import CONFIG, METRICS, SAMPLES
+from opd_trainer.data import read_json_lines
+from opd_trainer.errors import convert_errors
+from opd_trainer.run.directory import CONFIG, METRICS, SAMPLES
 
 PANELS = {
     "loss per token (nats)": ["loss"],

@@ -12,15 +12,15 @@ from transformers import TrainerCallback
 
 from opd_kernels import DistillationOutput, LazyLogits, SparseLogits, distillation_loss
 from opd_kernels.divergences import forward_kl, jsd, policy_gradient, reverse_kl
-from trainer.config import DistillationConfig, load_function
-from trainer.data import Prompt
-from trainer.errors import RunStoppedError, convert_errors
-from trainer.measures.evaluation import Evaluation
-from trainer.models.load import Model, load_model
-from trainer.models.rollout import Completion
-from trainer.models.teacher import LocalTeacher, on_completions
-from trainer.stages.sft import negative_log_likelihood
-from trainer.stages.training import CompletionTrainer, MicroBatch, Part
+from opd_trainer.config import DistillationConfig, load_function
+from opd_trainer.data import Prompt
+from opd_trainer.errors import RunStoppedError, convert_errors
+from opd_trainer.measures.evaluation import Evaluation
+from opd_trainer.models.load import Model, load_model
+from opd_trainer.models.rollout import Completion
+from opd_trainer.models.teacher import LocalTeacher, on_completions
+from opd_trainer.stages.sft import negative_log_likelihood
+from opd_trainer.stages.training import CompletionTrainer, MicroBatch, Part
 
 TEACHER = "teacher"  # folder in a checkpoint
 Objective = Callable[[SparseLogits, SparseLogits], Tensor]  # a loss per token

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from opd_kernels import LazyLogits
-from trainer.config import RLVRConfig
-from trainer.data import Prompt
-from trainer.models.rollout import Completion
-from trainer.models.teacher import LocalTeacher, log_probs, on_completions
-from trainer.stages.training import CompletionTrainer, MicroBatch, Part
+from opd_trainer.config import RLVRConfig
+from opd_trainer.data import Prompt
+from opd_trainer.models.rollout import Completion
+from opd_trainer.models.teacher import LocalTeacher, log_probs, on_completions
+from opd_trainer.stages.training import CompletionTrainer, MicroBatch, Part
 
 _MIN_DEVIATION = 1e-4  # of rewards; smaller differences count as noise
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from trainer.config import SFTConfig
-from trainer.data import Prompt, read_json_lines
-from trainer.measures.evaluation import Evaluation
-from trainer.models.rollout import Completion
-from trainer.models.teacher import log_probs
-from trainer.run.directory import write_whole
-from trainer.stages.training import CompletionTrainer, MicroBatch, Part
+from opd_trainer.config import SFTConfig
+from opd_trainer.data import Prompt, read_json_lines
+from opd_trainer.measures.evaluation import Evaluation
+from opd_trainer.models.rollout import Completion
+from opd_trainer.models.teacher import log_probs
+from opd_trainer.run.directory import write_whole
+from opd_trainer.stages.training import CompletionTrainer, MicroBatch, Part
 
 _TRAINING = (1 << 31) + 1  # a seed that neither steps nor held-out completions use
 

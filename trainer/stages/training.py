@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler as IndexSampler
 
 from opd_kernels.parallel import plain
-from trainer.config import StageConfig
-from trainer.data import Prompt
-from trainer.errors import RunStoppedError, name_memory_keys
-from trainer.measures.diagnostics import Sums, alarms
-from trainer.measures.evaluation import Evaluation
-from trainer.models.load import eval_mode, is_fsdp, reshard
-from trainer.models.rollout import Completion
-from trainer.models.teacher import log_probs, token_ids
-from trainer.run.checkpoint import DurableTrainer
+from opd_trainer.config import StageConfig
+from opd_trainer.data import Prompt
+from opd_trainer.errors import RunStoppedError, name_memory_keys
+from opd_trainer.measures.diagnostics import Sums, alarms
+from opd_trainer.measures.evaluation import Evaluation
+from opd_trainer.models.load import eval_mode, is_fsdp, reshard
+from opd_trainer.models.rollout import Completion
+from opd_trainer.models.teacher import log_probs, token_ids
+from opd_trainer.run.checkpoint import DurableTrainer
 
 REFERENCES, ROLLOUT = "held_out_completions.json", "rollout-{}.json"  # in a checkpoint
 
