@@ -5,10 +5,15 @@ c_k = log p_k - log q_k and m = sum_S p_k c_k. Gradients are with respect to the
 logits z; the teacher never gets a gradient. A slot of S is live if either model has a value there.
 `tail` selects the treatment of the mass outside S:
 
-    "drop"         the sum runs over S only
+    "drop"         the sum runs over S only; a KL is the generalised KL of p and q as measures on S,
+                   which has the additional terms +-(p_k - q_k), is never negative, and is 0 only
+                   at p = q on S
     "bucket"       the mass outside S is one more outcome, with probability exp(log_tail)
     "renormalize"  p and q are renormalised on S; a row has loss 0 if fewer than two slots are live,
                    or if p or q has no mass on S
+
+Every divergence is smallest where p = q on the outcomes that it sees, except the reverse KL without
+stop-gradient. docs/objectives.md lists the optimum of each combination.
 """
 
 import math
@@ -27,16 +32,19 @@ Tail = Literal["drop", "bucket", "renormalize"]
 def reverse_kl(
     student: SparseLogits, teacher: SparseLogits, *, stop_gradient: bool = True, tail: Tail = "drop"
 ) -> Tensor:
-    """Reverse KL(p || q) on S: sum_S p_k (log p_k - log q_k).
+    """Reverse KL(p || q) on S: sum_S p_k c_k, with tail="drop" sum_S (p_k c_k - p_k + q_k).
 
-    With stop_gradient (arXiv 2605.11182), log p is detached inside the sum and the gradient is
-    p_j (c_j [j in S] - m), which vanishes only at p = q on S. Without it the gradient has the
-    additional term p_j ([j in S] - P), which moves the student's mass out of S until P = Q / e.
-    With tail="bucket" or "renormalize" both gradients are equal.
+    The gradient of the generalised KL is p_j (c_j [j in S] - m), which vanishes only at p = q on S.
+    It equals the gradient of sum_S p_k (sg(log p_k) - log q_k), the top-K reverse KL with
+    stop-gradient of arXiv 2605.11182. stop_gradient=False leaves out the terms q_k - p_k. The
+    gradient then has the additional term p_j ([j in S] - P), which moves the student's mass out of
+    S until p = q / e on S. With tail="bucket" or "renormalize" both losses are equal, since p and q
+    have the same total.
 
     Args:
         student, teacher: SparseLogits [..., K] with the same ids, vocabulary and temperature.
-        stop_gradient: detach log p (not p) inside the sum.
+        stop_gradient: whether the loss has the gradient with a detached log p. False gives the
+            biased gradient of the cut sum.
         tail: treatment of the mass outside S: "drop", "bucket" or "renormalize".
 
     Returns:
@@ -49,17 +57,27 @@ def reverse_kl(
     """
     check_flags(stop_gradient=stop_gradient)
     bins = _bins(student, teacher, tail)
-    log_p = bins.log_p.detach() if stop_gradient else bins.log_p
-    return bins.sum(_expectation(bins.log_p, log_p - bins.log_q))
+    terms = _expectation(bins.log_p, bins.log_p - bins.log_q)
+    if tail == "drop" and stop_gradient:
+        # Detaching log p would give the same gradient, but a wrong second derivative.
+        terms = terms - bins.log_p.exp() + bins.log_q.exp()
+    return bins.sum(terms)
 
 
 def forward_kl(student: SparseLogits, teacher: SparseLogits, *, tail: Tail = "drop") -> Tensor:
-    """Forward KL(q || p) on S: sum_S q_k (log q_k - log p_k). Its gradient is p_j Q - q_j [j in S].
+    """Forward KL(q || p) on S: -sum_S q_k c_k, with tail="drop" sum_S (p_k - q_k - q_k c_k).
+
+    The gradient of the generalised KL is [j in S] (p_j - q_j) - p_j (P - Q), which vanishes only at
+    p = q on S. The cut sum -sum_S q_k c_k alone is smallest at P = 1: it would truncate the student
+    to S.
 
     Args, Returns and Raises are those of reverse_kl.
     """
     bins = _bins(student, teacher, tail)
-    return bins.sum(_expectation(bins.log_q, bins.log_q - bins.log_p))
+    terms = _expectation(bins.log_q, bins.log_q - bins.log_p)
+    if tail == "drop":
+        terms = terms - bins.log_q.exp() + bins.log_p.exp()
+    return bins.sum(terms)
 
 
 def jsd(

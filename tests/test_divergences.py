@@ -35,6 +35,7 @@ class Terms:
         self.m = (self.on * self.p * self.c).sum(-1, keepdim=True)
         self.P = (self.on * self.p).sum(-1, keepdim=True)
         self.Q = (self.on * self.q).sum(-1, keepdim=True)
+        self.spread_q = self.p * (1 - self.Q) / (1 - self.P)  # the teacher's bucket, spread like p
 
 
 def bucket_gradient(v):
@@ -66,10 +67,11 @@ TABLE = [
     (partial(reverse_kl, tail="bucket", stop_gradient=False), bucket_gradient),
     (partial(reverse_kl, tail="renormalize"), renormalized_gradient),
     (partial(reverse_kl, tail="renormalize", stop_gradient=False), renormalized_gradient),
-    (forward_kl, lambda v: v.p * v.Q - v.q * v.on),
+    (forward_kl, lambda v: v.on * (v.p - v.q) - v.p * (v.P - v.Q)),
+    (partial(forward_kl, tail="bucket"), lambda v: v.p - torch.where(v.on.bool(), v.q, v.spread_q)),
     (partial(jsd, beta=0.3), partial(jsd_gradient, 0.3)),
     (partial(jsd, beta=0.9), partial(jsd_gradient, 0.9)),
-    (partial(jsd, beta=0.0), lambda v: v.p * v.Q - v.q * v.on),
+    (partial(jsd, beta=0.0), lambda v: v.on * (v.p - v.q) - v.p * (v.P - v.Q)),
     (partial(jsd, beta=1.0), lambda v: v.p * (v.c * v.on - v.m)),
 ]
 
@@ -83,11 +85,43 @@ def test_gradient_table(objective, expected, k):
     )
 
 
+@pytest.mark.parametrize("objective", [objective for objective, _ in TABLE])
+def test_second_derivatives_are_those_of_the_loss(objective):
+    """A detached log p would give the right gradient and a wrong second derivative."""
+    z, zt, ids = problem()
+    direction = torch.randn_like(z)
+
+    def slope(shift):
+        moved = (z.detach() + shift * direction).requires_grad_()
+        loss = objective(sparse(moved, ids), sparse(zt, ids)).sum()
+        return torch.autograd.grad(loss, moved, create_graph=True)[0], moved
+
+    (first, moved), (after, _), (before, _) = slope(0.0), slope(1e-5), slope(-1e-5)
+    second = torch.autograd.grad((first * direction).sum(), moved)[0]
+    assert_close(second, (after - before).detach() / 2e-5, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("k", [1, K, VOCAB])
+def test_a_divergence_is_never_negative_and_0_where_the_models_agree_on_the_support(k):
+    """Also where one model has all its mass on S and the other has little."""
+    z, zt, ids = problem(k, rows=200)
+    with torch.no_grad():
+        z[::2] -= 3 * torch.zeros_like(z[::2]).scatter_(-1, ids[::2], 1.0)
+        zt[1::3] += 5 * torch.zeros_like(z[1::3]).scatter_(-1, ids[1::3], 1.0)
+    for objective in (reverse_kl, forward_kl, jsd):
+        loss = objective(sparse(z, ids), sparse(zt, ids))
+        assert (loss >= -1e-15).all()
+        assert (loss > 1e-4).any()
+        s = sparse(z, ids)
+        assert_close(objective(s, s.detach()), torch.zeros(200).double(), rtol=0, atol=1e-15)
+
+
 @pytest.mark.parametrize(
     ("objective", "definition"),
     [
-        (reverse_kl, lambda p, q: p * (p / q).log()),
-        (forward_kl, lambda p, q: q * (q / p).log()),
+        (reverse_kl, lambda p, q: p * (p / q).log() - p + q),
+        (partial(reverse_kl, stop_gradient=False), lambda p, q: p * (p / q).log()),
+        (forward_kl, lambda p, q: q * (q / p).log() - q + p),
         (
             partial(jsd, beta=0.3),
             lambda p, q: (
@@ -280,18 +314,21 @@ def test_no_row_changes_another(objective, tail):
             assert_close(actual[number], alone[0], rtol=1e-12, atol=0, equal_nan=True)
 
 
-def test_a_token_without_mass_in_the_weighing_model_is_as_good_as_off_the_support():
-    """Its log-ratio is infinite, but weight 0 makes it 0 in the loss and in the gradient."""
+def test_a_token_without_mass_in_one_model_costs_its_mass_in_the_other():
+    """Its log-ratio is infinite, but its weight is 0, and q - p of the generalised KL remains."""
     z, zt, ids = problem()
     absent = torch.zeros_like(zt, dtype=torch.bool).scatter(-1, ids[:, 1:2], True)
     fewer = ids.masked_fill(torch.arange(K) == 1, -1)
-    for objective, p, q in (
-        (reverse_kl, z.masked_fill(absent, -torch.inf), zt),
-        (forward_kl, z, zt.masked_fill(absent, -torch.inf)),
+    for objective, p, q, cost in (
+        (reverse_kl, z.masked_fill(absent, -torch.inf), zt, zt.softmax(-1)),
+        (forward_kl, z, zt.masked_fill(absent, -torch.inf), z.softmax(-1)),
     ):
         loss, expected = (objective(sparse(p, x), sparse(q, x)) for x in (ids, fewer))
+        expected = expected + cost.gather(-1, ids[:, 1:2])[:, 0]
         assert_close(loss, expected, rtol=1e-12, atol=1e-13)
-        actual, reference = (gradient(objective, p, q, x) for x in (ids, fewer))
+        actual, reference = (
+            torch.autograd.grad(x.sum(), z, retain_graph=True)[0] for x in (loss, expected)
+        )
         assert_close(actual, reference, rtol=1e-10, atol=1e-15)
 
 

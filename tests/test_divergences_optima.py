@@ -2,10 +2,11 @@
 
 from functools import partial
 
+import pytest
 import torch
 from torch.testing import assert_close
 
-from opd_kernels import forward_kl, reverse_kl
+from opd_kernels import LazyLogits, distillation_loss, forward_kl, jsd, reverse_kl
 from tests.device import DEVICE
 from tests.reference import eager_sparse as sparse
 
@@ -30,6 +31,63 @@ def test_closed_forms_of_the_optimum_on_a_fixed_support():
     assert_close(biased, q / torch.e, rtol=1e-4, atol=1e-6)
     unbiased = minimise(reverse_kl, zt, ids).gather(-1, ids)
     assert_close(unbiased, q, rtol=1e-4, atol=1e-6)
+
+
+def descend(teacher, **options):
+    """Return the student [R, V] after gradient descent that selects S anew in each step.
+
+    The teacher is [R, V] logits; the student starts near it, and its rows are those of a head of
+    size R with one-hot hidden states.
+    """
+    rows = len(teacher)
+    one_hot = torch.eye(rows, dtype=torch.float64)
+    z = (teacher.T + 0.7 * torch.randn(teacher.T.shape, dtype=torch.float64)).requires_grad_()
+    adam = torch.optim.Adam([z], lr=0.1, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, 400)
+    for _ in range(400):
+        adam.zero_grad()
+        student, other = LazyLogits(one_hot, z), LazyLogits(one_hot, teacher.T)
+        output = distillation_loss(student, other, reduction="sum", **options)
+        output.loss.backward()
+        adam.step()
+        schedule.step()
+    live = output.student.values > -torch.inf
+    return z.detach().T.softmax(-1), output.student.ids.masked_fill(~live, -1)
+
+
+# The table of optima in docs/objectives.md: what the student is on S, as a function of p and q.
+ENDS = {
+    "drop": lambda p, q: (p, q),
+    "bucket": lambda p, q: (p, q),
+    "renormalize": lambda p, q: (p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("support", ["student", "teacher", "union", "intersection"])
+@pytest.mark.parametrize("tail", list(ENDS))
+@pytest.mark.parametrize("objective", [reverse_kl, forward_kl, partial(jsd, beta=0.3)])
+def test_each_objective_ends_where_the_student_equals_the_teacher_on_the_support(
+    objective, tail, support
+):
+    """With a teacher whose top 5 of 50 hold half to four fifths of the mass."""
+    torch.manual_seed(0)
+    teacher = 1.9 * torch.randn(4, 50, dtype=torch.float64)
+    p, ids = descend(teacher, k=5, support=support, objective=partial(objective, tail=tail))
+    q, live = teacher.softmax(-1), ids >= 0
+    assert (live.sum(-1) > 1).all()
+    on_support = [x.gather(-1, ids.clamp_min(0)) * live for x in (p, q)]
+    assert 0.3 < on_support[1].sum(-1).min() < 0.6
+    assert_close(*ENDS[tail](*on_support), rtol=1e-6, atol=1e-8)
+    if tail != "renormalize":  # the support holds the teacher's mass, neither all nor nothing
+        assert_close(on_support[0].sum(-1), on_support[1].sum(-1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("objective", [reverse_kl, forward_kl, jsd])
+def test_over_the_whole_vocabulary_each_objective_ends_at_the_teacher(objective):
+    torch.manual_seed(0)
+    teacher = 1.9 * torch.randn(4, 50, dtype=torch.float64)
+    p, _ = descend(teacher, support="full", objective=objective)
+    assert_close(p, teacher.softmax(-1), rtol=1e-4, atol=1e-8)
 
 
 def test_closed_forms_of_self_distillation_over_several_teachers():

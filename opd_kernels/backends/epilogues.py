@@ -172,7 +172,8 @@ class Epilogues:
 
         With c = log p - log q and m = sum p c, the gradient is p (c - m) on S. Off S it is
         p_tail (c_tail - m), where c_tail is 0 unless the tail is a bucket. Without stop-gradient
-        and bucket, c becomes c + 1.
+        and bucket, c becomes c + 1. The loss is m, with stop-gradient and without bucket
+        m + sum (q - p).
 
         Returns:
             The loss [n], and its gradient with respect to values [n, K] and tail [n].
@@ -184,7 +185,9 @@ class Epilogues:
         if not bucket:
             c[:, -1] = 0.0
         loss = mean = (p * c).sum(1)
-        if not (stop_gradient or bucket):
+        if not bucket and stop_gradient:
+            loss = loss + (log_q.exp() - p)[:, :-1].sum(1)
+        elif not bucket:
             c[:, :-1] += 1.0
             mean = loss + p[:, :-1].sum(1)
         gradient = (p * (c - mean[:, None])).masked_fill_(nothing, 0.0).to(values.dtype)

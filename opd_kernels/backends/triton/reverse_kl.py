@@ -1,8 +1,8 @@
 """reverse_kl: the top-K reverse KL of rows and its gradient, from both models' values on S.
 
 With c = log p - log q and m = sum_S p c, the gradient is p (c - m) wrt the values on S and
--p_tail m wrt the tail. Without stop-gradient c + 1 replaces c in the gradient. With a bucket the
-tail is one more slot, see ../../divergences.py.
+-p_tail m wrt the tail. The loss is m + sum_S (q - p). Without stop-gradient the loss is m, and
+c + 1 replaces c in the gradient. With a bucket the tail is one more slot, see ../../divergences.py.
 """
 
 import triton
@@ -63,9 +63,12 @@ def reverse_kl_kernel(
         c_tail = tl.where((p_tail == 0.0) & is_number, 0.0, log_p_tail - log_q_tail)
         loss += p_tail * c_tail
     mean = loss
-    if not STOP_GRADIENT and not BUCKET:
-        c += 1.0
-        mean += tl.sum(p, axis=1)
+    if not BUCKET:
+        if STOP_GRADIENT:
+            loss += tl.sum(tl.exp(log_q) - p, axis=1)
+        else:
+            c += 1.0
+            mean += tl.sum(p, axis=1)
     gradient = tl.where(p == 0.0, 0.0, p * (c - mean[:, None]))
     tail_gradient = tl.where(p_tail == 0.0, 0.0, p_tail * (c_tail - mean))
     tl.store(losses + row, loss, mask=live_rows)
