@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from opd_kernels import forward_kl, reverse_kl
+from opd_kernels import LazyLogits, forward_kl, reverse_kl
 from opd_trainer.__main__ import train
 from opd_trainer.build import prepare
 from opd_trainer.config import DistillationConfig, load_config
-from opd_trainer.stages.distillation import add_where_uncertain, clamp
+from opd_trainer.stages.distillation import add_where_uncertain, build_loss, clamp
 from tests.reference import make_logits
 from tests.tiny_run import make_trainer, read_metrics, write_model, write_recipe
 from tests.trainer_steps import assert_same_step, completions, gradient_of
@@ -87,6 +87,56 @@ def test_forward_kl_is_added_where_the_teacher_is_uncertain():
     (slope,) = torch.autograd.grad(clamped.sum(), s.values)
     assert not slope[expected > most].any()
     assert slope[expected < most].any(-1).all()
+
+
+@pytest.mark.parametrize("tail", ["drop", "bucket"])
+def test_a_forward_kl_beside_the_reverse_kl_brings_back_an_answer_that_the_student_lacks(
+    tmp_path, tail
+):
+    """The teacher has two equal answers of 0.4; the student knows only the first, outside whose
+    top-K the second lies. The reverse KL alone keeps it there.
+    """
+    config = make_trainer(tmp_path, tail=tail, k=5).args
+    q = torch.full((1, 50), 0.2 / 48, dtype=torch.float64)
+    q[0, [3, 30]] = 0.4
+    one = torch.ones(1, 1, dtype=torch.float64)
+    teacher = LazyLogits(one, q.log().T)
+
+    def entropy_after_descent(coefficient):
+        z = torch.linspace(0, -2, 50, dtype=torch.float64)[None].clone()
+        z[0, 3], z[0, 30] = 5.0, -4.0
+        z = z.T.requires_grad_()
+        config.forward_kl_coef = coefficient
+        loss = build_loss(config)
+        for _ in range(1500):  # with Adam, each logit outside S would rise as fast as any other
+            output = loss(LazyLogits(one, z), teacher)
+            z.data -= torch.autograd.grad(output.loss, z)[0]
+        p = z.detach()[:, 0].softmax(0)
+        return float(-(p * p.log()).sum()), p
+
+    expected = float(-(q * q.log()).sum())
+    entropy, p = entropy_after_descent(1.0)
+    assert entropy == pytest.approx(expected, abs=0.1)
+    assert_close(p[[3, 30]], q[0, [3, 30]], rtol=0.02, atol=0)
+    assert entropy_after_descent(0.0)[1][30] < 0.05
+
+
+@pytest.mark.parametrize("support", ["student", "teacher", "union", "full"])
+def test_the_forward_kl_is_of_the_teachers_top_k_and_the_reverse_kl_of_the_support(
+    tmp_path, support
+):
+    config = make_trainer(tmp_path, support=support, forward_kl_coef=0.3, k=5).args
+    student, teacher = make_logits(tokens=9), make_logits(tokens=9, requires_grad=False)
+    output = build_loss(config)(student, teacher, reduction="none")
+    everything = torch.arange(student.vocab_size).expand(9, -1)
+    ids = {"full": everything, "student": student.topk(5).ids, "teacher": teacher.topk(5).ids}
+    both = torch.cat([ids["student"], ids["teacher"]], dim=-1)
+    ids["union"] = both
+    wide = ids[support] if support in ("teacher", "full") else both
+    pairs = [(student.gather(i), teacher.gather(i)) for i in (ids[support], wide)]
+    expected = reverse_kl(*pairs[0], tail=config.tail)
+    expected = expected + 0.3 * forward_kl(*pairs[1], tail=config.tail)
+    assert_close(output.per_token, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(

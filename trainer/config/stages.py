@@ -27,7 +27,8 @@ class DistillationConfig(TeacherConfig):
     # "sampled", the sampled token alone, is for a function.
     support: Literal["student", "teacher", "union", "intersection", "full", "sampled"] = "student"
     missing: Literal["error", "drop"] = "error"  # if a server leaves out ids of the support
-    forward_kl_coef: NotNegative = 0.0  # coefficient of a forward KL that is added to reverse_kl
+    # Coefficient of a forward KL over the teacher's top-K that is added to reverse_kl.
+    forward_kl_coef: NotNegative = 0.0
     # The forward KL is added only on tokens where the teacher's entropy (nats) is above this.
     forward_kl_min_entropy: float = 0.0
     # Coefficient of the cross-entropy on the rows' own completions.
@@ -72,6 +73,9 @@ class DistillationConfig(TeacherConfig):
              "objective: policy_gradient on reused completions needs max_importance_weight"),
             (self.forward_kl_coef > 0 and not is_reverse,
              "forward_kl_coef: it is added to objective: reverse_kl alone"),
+            (self.forward_kl_coef > 0 and self.support == "intersection",
+             "forward_kl_coef: it needs the teacher's whole top-K; expected support: student, "
+             "teacher, union or full"),
             (not self.stop_gradient and not (is_reverse and self.drops_mass),
              "stop_gradient: only reverse_kl has one; false changes nothing here"),
             (self.tail == "renormalize" and self.k < 2,

@@ -87,6 +87,7 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
         options = {"denominator": batch.denominator}
         if is_sampled:
             options["support"] = ids[:, None]
+        loss_support = support_of(self.args)
 
         def loss_of(student: LazyLogits) -> Tensor:
             weights = batch.weights
@@ -96,7 +97,7 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
             output = self.loss(student, teacher, token_weights=weights, **options)
             s, t = output.student, output.teacher
             top = s
-            if is_sampled or self.args.support not in ("student", "full"):
+            if is_sampled or loss_support not in ("student", "full"):
                 top = student.detach().topk(self.args.k, entropy=True)
             if is_sampled:  # report the mass on the top-K, not the sampled token's probability
                 s = top
@@ -125,6 +126,12 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
             self.moving_teacher.model.load_state_dict(saved.state_dict())
 
 
+def support_of(config: DistillationConfig) -> str:
+    """Return the support of the loss: a forward KL beside it also needs the teacher's top-K."""
+    is_both = config.forward_kl_coef > 0 and config.support == "student"
+    return "union" if is_both else config.support
+
+
 def build_loss(config: DistillationConfig) -> Callable[..., DistillationOutput]:
     """Return distillation_loss with the config's objective and support; it computes entropies."""
     objectives: dict[str, Objective] = {
@@ -135,13 +142,15 @@ def build_loss(config: DistillationConfig) -> Callable[..., DistillationOutput]:
     }
     objective = load_function("objective", config.objective, objectives)
     if config.forward_kl_coef > 0:
+        if config.support == "student":  # the first k slots of the union
+            objective = partial(on_first_slots, objective, config.k)
         other = partial(forward_kl, tail=config.tail)
         mixture = config.forward_kl_coef, config.forward_kl_min_entropy
         objective = partial(add_where_uncertain, objective, other, *mixture)
     if config.max_token_loss is not None:
         objective = partial(clamp, objective, config.max_token_loss)
     # For "sampled", each step passes its own support.
-    support = "student" if config.support == "sampled" else config.support
+    support = "student" if config.support == "sampled" else support_of(config)
     loss = partial(distillation_loss, k=config.k, support=support, missing=config.missing)
     loss = partial(loss, objective=objective, entropy=True)
     if config.objective in objectives:
@@ -160,11 +169,21 @@ def add_where_uncertain(
 ) -> Tensor:
     """Return objective + coefficient * other where the teacher's entropy exceeds min_entropy nats.
 
-    Where the teacher has several answers, forward KL keeps the student from choosing one.
+    Where the teacher has several answers, a forward KL over its top-K keeps the student from
+    choosing one. Over the student's top-K it would not see the answers that the student lacks.
     """
     assert teacher.entropy is not None
     added = torch.where(teacher.entropy > min_entropy, other(student, teacher), 0.0)
     return objective(student, teacher) + coefficient * added
+
+
+def on_first_slots(
+    objective: Objective, k: int, student: SparseLogits, teacher: SparseLogits
+) -> Tensor:
+    """Return the objective on the first k slots of the support; the other slots join the tail."""
+    is_first = torch.arange(student.ids.shape[-1], device=student.ids.device) < k
+    mask = is_first.expand(student.ids.shape)
+    return objective(student.keep(mask), teacher.keep(mask))
 
 
 def clamp(
