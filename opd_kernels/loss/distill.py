@@ -8,6 +8,7 @@ from torch import Tensor
 
 from opd_kernels.backends import resolve_backend
 from opd_kernels.backends.records import accumulator_dtype
+from opd_kernels.derivatives import refuse_transforms
 from opd_kernels.divergences import reverse_kl
 from opd_kernels.lazy_logits import LazyLogits
 from opd_kernels.linear.operators import FlatLogits
@@ -79,6 +80,8 @@ def distillation_loss(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and the remedy.
+        RuntimeError: forward-mode AD or torch.func tracks an argument. Differentiating a gradient
+            of the loss raises it too.
     """
     check_models(student, teacher)
     if isinstance(backend, str) and backend == "auto" and not torch.compiler.is_compiling():
@@ -88,6 +91,8 @@ def distillation_loss(
         gradient_filter, full=isinstance(support, str) and support == "full",
     )  # fmt: skip
     check_loss(student, teacher, options, token_weights, denominator)
+    operands = (student.hidden, student.weight, student.bias)
+    refuse_transforms(*operands, token_weights, denominator)
     batch, kept = _batch_of(student, teacher, options, token_weights)
     if reduction == "mean":
         denominator = _denominator_of(batch, denominator)
