@@ -62,6 +62,28 @@ def refuse_transforms(*values: Any) -> None:
         raise RuntimeError(_REVERSE_MODE_ONLY)
 
 
+def refuse_other_sources(loss: Tensor, *leaves: Tensor) -> None:
+    """Raise ValueError if a loss has a gradient with respect to more than these leaves.
+
+    The walks over tokens differentiate an objective with respect to the student only, so a tensor
+    of the objective's own, such as a learned factor, would get no gradient.
+    """
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # a leaf, at the node that adds to its grad
+        if variable is not None and all(variable is not leaf for leaf in leaves):
+            raise ValueError(
+                "objective: expected a loss of student and teacher alone, got one that depends on "
+                f"another tensor that needs a gradient, of shape {tuple(variable.shape)}; detach "
+                "it, or use method='recompute' with a support of K ids"
+            )
+        nodes += [function for function, _ in node.next_functions]
+
+
 class _Gradient(torch.autograd.Function):
     """A gradient that depends on `sources`; differentiating it with respect to them raises."""
 

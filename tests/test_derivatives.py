@@ -197,6 +197,34 @@ def test_weighing_the_losses_yourself_has_the_gradient_of_the_weights(student):
     assert_close(gradient, out.per_token)
 
 
+@pytest.mark.parametrize("is_leaf", [True, False])
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_a_learned_factor_in_an_objective_has_a_gradient_or_is_refused(student, support, is_leaf):
+    factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    used = factor if is_leaf else factor * 1.0
+
+    def objective(s, t):
+        return used * reverse_kl(s, t, tail="bucket")
+
+    run = partial(summed_loss, student, TEACHER, support, K, objective=objective)
+    message = (
+        "^objective: expected a loss of student and teacher alone, got one that depends on another "
+        r"tensor that needs a gradient, of shape \(\); detach it, or use method='recompute' with a "
+        "support of K ids$"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(method="one_pass")
+    out = run(method="recompute")
+    if support == "full":
+        with pytest.raises(ValueError, match=message):
+            torch.autograd.grad(out.loss, student.hidden)
+    else:
+        (gradient,) = torch.autograd.grad(out.loss, factor)
+        assert_close(gradient, out.per_token.sum() / 2)
+    with torch.no_grad():
+        assert_close(run(method="one_pass").loss, out.loss.detach())
+
+
 def test_objectives_on_tensors_of_your_own_are_differentiable_twice(student):
     s, teacher = student.detach().topk(K), TEACHER
     t = teacher.gather(s.ids)

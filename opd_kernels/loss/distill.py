@@ -48,12 +48,14 @@ def distillation_loss(
         student: hidden [..., D].
         teacher: LazyLogits with the same leading shape, of any width, or SparseLogits [..., K] from
             a server.
-        k: size of the support.
+        k: size of the support. A GPU backend selects up to 128 (triton) or 256 (cuda) tokens by its
+            own kernel, and lets PyTorch select more, which takes longer.
         support: S is the top-K of the "student" or the "teacher", their "union" or "intersection",
             the "full" vocabulary, or integer ids [..., K].
         objective: a function (student, teacher) -> loss per token [...] of SparseLogits: a
             divergence, a functools.partial of one, or your own. It is differentiated with respect
-            to the student only.
+            to the student. Other tensors in it that need a gradient get one with
+            method="recompute" and K ids, and are refused otherwise.
         token_weights: [...] weight of each token's loss, default 1; without gradient.
         reduction: "mean" = sum(w * loss) / denominator, "sum", or "none" (recompute only,
             unweighted).

@@ -19,7 +19,7 @@ from torch import Tensor
 from opd_kernels.backends import select_backend
 from opd_kernels.backends.epilogues import Epilogues
 from opd_kernels.backends.records import Chunk, RowGradient, RowState, accumulator_dtype
-from opd_kernels.derivatives import differentiable_once
+from opd_kernels.derivatives import differentiable_once, refuse_other_sources
 from opd_kernels.linear import products
 from opd_kernels.linear.operators import FlatLogits
 from opd_kernels.linear.pages import empty_chunk
@@ -233,6 +233,7 @@ class _TokenWalk:
             per_token = loss_on_support(options.objective, s, t, self.epilogues, frozen)
         if upstream is not None:
             leaves = (local.values, local.lse_outside)
+            refuse_other_sources(per_token, *leaves)
             dvalues, dtail = torch.autograd.grad(per_token, leaves, upstream, allow_unused=True)
             if dvalues is None:
                 dvalues = torch.zeros_like(local.values)
