@@ -114,6 +114,9 @@ class Build(BuildExtension):
     """Compile the CUDA kernels with nvcc, then everything else."""
 
     def build_extensions(self) -> None:
+        # setuptools skips an extension that is newer than its sources, though it may be built for
+        # another torch. ninja compiles only the objects whose sources or headers have changed.
+        self.force = True
         for extension in self.extensions:
             if extension.name == CUDA_EXTENSION:
                 compiler = nvcc.find_nvcc()

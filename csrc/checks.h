@@ -3,10 +3,14 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <torch/version.h>
 
 #include <optional>
 
 namespace opd {
+
+// opd_kernels/backends/extensions.py looks for this text in the library before it imports it.
+constexpr const char* kBuiltFor = "opd_kernels is built for torch " TORCH_VERSION;
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;

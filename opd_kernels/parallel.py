@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from opd_kernels.checks import check_int, got
+from opd_kernels.derivatives import differentiable_once
 from opd_kernels.sparse_logits import SparseLogits, derived
 
 T = TypeVar("T")
@@ -298,7 +298,7 @@ class _GatherRows(torch.autograd.Function):
         return gathered[..., :-1].contiguous(), gathered[..., -1].contiguous()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(
         ctx: Any, dvalues: Tensor | None, dtails: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None]:
@@ -315,7 +315,7 @@ class _SumGradient(torch.autograd.Function):
         return hidden.view_as(hidden)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         wide = torch.promote_types(gradient.dtype, torch.float32)
         return ctx.shard.sum(gradient.to(wide)).to(gradient.dtype), None

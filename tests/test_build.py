@@ -178,14 +178,126 @@ def test_unknown_build_options_are_refused(source, tmp_path):
     assert "OPD_BUILD: expected auto, cpu, cuda or none, got 'gpu'" in done.stdout
 
 
-def test_a_broken_extension_raises_instead_of_falling_back(source):
+USE_EXTENSION = """import sys, warnings
+sys.meta_path = [f for f in sys.meta_path if "Editable" not in repr(f)]
+import torch, opd_kernels as o
+x = o.LazyLogits(torch.eye(2), torch.arange(6.0).view(3, 2))
+print(o.available_backends(), x.topk(1, backend="torch").ids.tolist())
+with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter("always")
+    print([x.topk(1).ids.tolist() for _ in range(2)])
+print(*[w.message for w in found])
+def ask(name):
+    try:
+        x.topk(1, backend=name)
+    except ValueError as error:
+        print(error)
+ask("cpu")
+import os
+os.environ["OPD_BACKEND"] = "cpu"
+ask("auto")"""
+BUILT_FOR = b"opd_kernels is built for torch "
+NAMES = [f"_cpu_{capability}" for capability in ("avx512", "avx2", "default")]
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+
+
+def unresolved(folder, version):
+    """Return a library with a symbol that no torch has, built for a version of torch."""
+    text = f'extern "C" const char* built_for() {{ return "{BUILT_FOR.decode()}{version}"; }}\n'
+    text += 'extern "C" void no_torch_has_this();\n'
+    for name in NAMES:
+        text += f'extern "C" void* PyInit_{name}() {{ no_torch_has_this(); return nullptr; }}\n'
+    (folder / "unresolved.cpp").write_text(text)
+    compiler = [os.environ.get("CXX", "c++"), "-shared", "-fPIC", "unresolved.cpp"]
+    subprocess.run([*compiler, "-o", "unresolved.so"], cwd=folder, check=True)
+    return (folder / "unresolved.so").read_bytes()
+
+
+def assert_left_out(source, reason, **environment):
+    """Only the torch backend works, and asking for the C++ backend gives the reason."""
+    done = run(["-c", USE_EXTENSION], source, TRITON_INTERPRET="0", **environment)
+    message = f"{reason}; to build it again: pip install --no-build-isolation --no-deps --editable "
+    message += str(source)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines() == [
+        "['torch'] [[2], [2]]",
+        "[[[2], [2]], [[2], [2]]]",
+        f"backend: 'auto' does not take 'cpu', and goes on more slowly: {message}",
+        f"backend: 'cpu' cannot be used: {message}",
+        f"backend: 'cpu' cannot be used: {message}",
+    ]
+
+
+@pytest.fixture
+def first():
+    """Return the name of the extension that is taken on this CPU."""
     capability = torch.backends.cpu.get_cpu_capability()
-    assert capability in ("AVX512", "AVX2", "DEFAULT")
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    (source / f"opd_kernels/_cpu_{capability.lower()}{suffix}").write_bytes(b"not a library")
-    done = run(["-c", "import opd_kernels"], source)
-    assert done.returncode != 0
-    assert "ImportError" in done.stdout
+    return f"_cpu_{capability.lower() if capability in ('AVX512', 'AVX2') else 'default'}"
+
+
+@pytest.mark.parametrize("version", ["2.4.0", "installed", "unknown"])
+def test_an_extension_for_another_torch_is_left_out(source, tmp_path, first, version):
+    """The C++ interface changes with minor versions of torch, so such a library is not imported."""
+    installed = torch.__version__.partition("+")[0]
+    library = unresolved(tmp_path, installed if version == "installed" else version)
+    for name in NAMES:
+        (source / f"opd_kernels/{name}{SUFFIX}").write_bytes(library)
+    version = {"installed": installed, "unknown": "of an unknown version"}.get(version, version)
+    reason = f"{first}{SUFFIX} is built for torch {version}, and torch {torch.__version__} is "
+    reason += "installed"
+    if version != "2.4.0":
+        reason += f" ({source}/opd_kernels/{first}{SUFFIX}: undefined symbol: no_torch_has_this)"
+    assert_left_out(source, reason)
+
+
+@pytest.mark.skipif(cpu.extension is None, reason="the C++ backend is not built")
+def test_an_incomplete_extension_is_left_out(source, first):
+    """The system would kill the process that maps a part of a library."""
+    content = Path(cpu.extension.__file__).read_bytes()
+    (source / f"opd_kernels/{first}{SUFFIX}").write_bytes(content[: len(content) // 2])
+    assert_left_out(source, f"{first}{SUFFIX} is incomplete")
+
+
+def test_an_extension_that_is_no_library_is_left_out(source, first):
+    file = source / f"opd_kernels/{first}{SUFFIX}"
+    file.write_bytes(b"not a library")
+    reason = f"{file.name} is built for torch of an unknown version, and torch {torch.__version__} "
+    assert_left_out(source, f"{reason}is installed ({file}: file too short)")
+
+
+def test_an_extension_for_another_python_is_left_out(source, first):
+    name = f"{first}.cpython-399-x86_64-linux-gnu.so"
+    (source / "opd_kernels" / name).touch()
+    assert_left_out(source, f"{name} is built for another version of Python")
+
+
+def test_an_extension_for_another_cpu_is_left_out(source):
+    name = f"_cpu_avx512{SUFFIX}"
+    (source / "opd_kernels" / name).touch()
+    reason = f"{name} is built for a CPU with other instructions than DEFAULT"
+    assert_left_out(source, reason, ATEN_CPU_CAPABILITY="default")
+
+
+@pytest.mark.skipif(cpu.extension is None, reason="the C++ backend is not built")
+def test_an_extension_says_which_torch_it_is_built_for():
+    installed = torch.__version__.partition("+")[0].encode()
+    assert BUILT_FOR + installed in Path(cpu.extension.__file__).read_bytes()
+    assert cpu.extension.BUILT_FOR.encode() == BUILT_FOR + installed
+
+
+def test_a_build_for_another_torch_is_not_taken_for_new(source):
+    """setuptools skips a library that is newer than its sources; torch's version is no source."""
+    code = """import runpy, setuptools
+from torch.utils.cpp_extension import BuildExtension
+BuildExtension.build_extensions = lambda self: print("forced:", self.force)
+def setup(ext_modules, cmdclass):
+    command = cmdclass["build_ext"](setuptools.Distribution())
+    command.extensions = []
+    command.build_extensions()
+setuptools.setup = setup
+runpy.run_path("setup.py")"""
+    done = run(["-c", code], source, OPD_BUILD="none")
+    assert "forced: True" in done.stdout, done.stdout
 
 
 def test_the_source_distribution_holds_every_source_and_nothing_compiled(source, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "opd_kernels"
 # From the bottom up. What stands in one line may not import from one another.
 LAYERS = [
-    {"backends", "checks"},
+    {"backends", "checks", "derivatives"},
     {"sparse_logits"},
     {"divergences", "parallel"},
     {"linear"},

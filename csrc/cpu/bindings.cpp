@@ -217,6 +217,7 @@ void add_hidden_gradient_(const Tensor& dhidden, const Tensor& dlogits, const Te
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.attr("BUILT_FOR") = opd::kBuiltFor;
   using pybind11::arg;  // error messages show the names
   m.def("update", &update, arg("chunk"), arg("first_id"), arg("bias"), arg("capped").noconvert(),
         arg("inner"), arg("outer"), arg("values"), arg("ids"), arg("selects").noconvert(),

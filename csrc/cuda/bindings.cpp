@@ -175,6 +175,7 @@ void sparse_scatter(const Tensor& ids, const Tensor& rows, const Tensor& coeffic
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.attr("BUILT_FOR") = opd::kBuiltFor;
   m.attr("MAX_SELECTED") = OPD_MAX_SELECTED;
   m.attr("MAX_GIVEN") = OPD_MAX_GIVEN;
   m.attr("PIECE") = OPD_PIECE;

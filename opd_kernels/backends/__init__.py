@@ -3,13 +3,14 @@
 import importlib
 import importlib.util
 import os
+import warnings
 from functools import cache
 
 # The submodule cuda takes its name in this namespace, so torch's is imported under other names.
 from torch import device as device_type
 from torch.cuda import is_available as has_gpu
 
-from opd_kernels.backends import cpu, cuda
+from opd_kernels.backends import cpu, cuda, extensions
 from opd_kernels.backends.epilogues import Epilogues
 
 __all__ = ["available_backends", "resolve_backend", "select_backend"]
@@ -25,7 +26,10 @@ def _backends() -> dict[str, Epilogues]:
     if cpu.extension is not None:
         backends["cpu"] = cpu.CpuEpilogues()
     if importlib.util.find_spec("triton") is not None and (has_gpu() or _interprets()):
-        backends["triton"] = importlib.import_module(f"{__name__}.triton").TritonEpilogues()
+        try:
+            backends["triton"] = importlib.import_module(f"{__name__}.triton").TritonEpilogues()
+        except ImportError as error:
+            extensions.problems["triton"] = f"it cannot be imported ({error}); install triton>=3.4"
     extension = cuda.load_extension()
     if extension is not None and has_gpu():
         backends["cuda"] = cuda.CudaEpilogues(extension)
@@ -54,6 +58,7 @@ def resolve_backend(name: str, device: device_type) -> str:
     for candidate in _FASTEST.get(device.type, ()):
         if candidate in _backends() and reaches(candidate, device):
             return candidate
+        _warn_of(candidate)
     return "torch"
 
 
@@ -72,6 +77,9 @@ def select_backend(name: str, device: device_type) -> Epilogues:
         name = resolve_backend(name, device)
     backends = _backends()
     is_known = isinstance(name, str) and name in backends
+    reason = _problem(name)
+    if not is_known and reason is not None:
+        raise ValueError(f"backend: {name!r} cannot be used: {reason}")
     if is_known and not reaches(name, device):
         raise ValueError(
             f"backend: {name!r} does not reach tensors on {device}; 'torch' works on any device"
@@ -82,6 +90,22 @@ def select_backend(name: str, device: device_type) -> Epilogues:
             f"on {device}; choose an installed backend, or unset OPD_BACKEND"
         )
     return backends[name]
+
+
+def _problem(name: str) -> str | None:
+    """Why a backend whose extension is there cannot be used, and the remedy."""
+    return extensions.problems.get(name)
+
+
+@cache
+def _warn_of(name: str) -> None:
+    """Warn once if "auto" passes over a backend whose extension is there but cannot be used."""
+    reason = _problem(name)
+    if reason is not None:
+        warnings.warn(
+            f"backend: 'auto' does not take {name!r}, and goes on more slowly: {reason}",
+            stacklevel=2,
+        )
 
 
 def reaches(name: str, device: device_type) -> bool:

@@ -13,9 +13,6 @@ class CpuEpilogues(Epilogues):
     """Epilogues that the C++ extension computes."""
 
     dtypes = (torch.float32, torch.float64)
-    # The extension selects with a heap for each row. Above this K the heap is no longer cheap
-    # beside the row's logits.
-    max_selected = 1024
 
     def update(self, chunk: Chunk, state: RowState) -> None:
         if not self.covers(chunk, state.values.shape[1], state.selects):

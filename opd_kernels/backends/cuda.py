@@ -22,7 +22,7 @@ _PARTIAL_BYTES = 16 << 20
 @cache
 def load_extension() -> Any:
     """The CUDA extension, or None if it is not built."""
-    return extensions.load("_cuda")
+    return extensions.load("cuda", "_cuda")
 
 
 def runs_on(device: torch.device) -> bool:

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from opd_kernels.backends import select_backend
 from opd_kernels.backends.records import Head, Operands, RowGradient, RowState, accumulator_dtype
+from opd_kernels.derivatives import refuse_second_backward
 from opd_kernels.linear.pages import PagedTensor
 from opd_kernels.linear.products import operand_dtype
 from opd_kernels.linear.sparse import add_sparse_gradients, gather_logits
@@ -260,13 +261,6 @@ def _backward(ctx: Any, dvalues: Tensor | None, *others: Tensor | None) -> tuple
     return (*wanted, *[None] * (len(ctx.needs_input_grad) - len(needs)))
 
 
-def _no_second_backward(ctx: Any, *gradients: Any) -> None:
-    raise RuntimeError(
-        "opd_kernels::linear_backward has no autograd formula: these losses can be differentiated "
-        "once; compute a gradient penalty from materialize()"
-    )
-
-
 def _register(
     name: str,
     schema: str,
@@ -316,7 +310,7 @@ if not hasattr(torch.ops.opd_kernels, "linear_topk"):  # a second import keeps t
         f"(Tensor? dvalues, Tensor? dtail, Tensor hidden, {Head.SCHEMA}, Tensor ids, "
         "Tensor values, Tensor tail, bool[] needs, SymInt? chunk_bytes, str backend) "
         "-> (Tensor, Tensor, Tensor)",
-        _linear_backward, _fake_backward, _no_second_backward, None,
+        _linear_backward, _fake_backward, refuse_second_backward, None,
     )  # fmt: skip
 linear_topk = torch.ops.opd_kernels.linear_topk.default
 linear_gather = torch.ops.opd_kernels.linear_gather.default

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from opd_kernels.backends import resolve_backend
 from opd_kernels.backends.records import accumulator_dtype
+from opd_kernels.derivatives import refuse_transforms
 from opd_kernels.divergences import reverse_kl
 from opd_kernels.lazy_logits import LazyLogits
 from opd_kernels.linear.operators import FlatLogits
@@ -47,12 +48,14 @@ def distillation_loss(
         student: hidden [..., D].
         teacher: LazyLogits with the same leading shape, of any width, or SparseLogits [..., K] from
             a server.
-        k: size of the support.
+        k: size of the support. A GPU backend selects up to 128 (triton) or 256 (cuda) tokens by its
+            own kernel, and lets PyTorch select more, which takes longer.
         support: S is the top-K of the "student" or the "teacher", their "union" or "intersection",
             the "full" vocabulary, or integer ids [..., K].
         objective: a function (student, teacher) -> loss per token [...] of SparseLogits: a
             divergence, a functools.partial of one, or your own. It is differentiated with respect
-            to the student only.
+            to the student. Other tensors in it that need a gradient get one with
+            method="recompute" and K ids, and are refused otherwise.
         token_weights: [...] weight of each token's loss, default 1; without gradient.
         reduction: "mean" = sum(w * loss) / denominator, "sum", or "none" (recompute only,
             unweighted).
@@ -79,6 +82,8 @@ def distillation_loss(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it and the remedy.
+        RuntimeError: forward-mode AD or torch.func tracks an argument. Differentiating a gradient
+            of the loss raises it too.
     """
     check_models(student, teacher)
     if isinstance(backend, str) and backend == "auto" and not torch.compiler.is_compiling():
@@ -88,6 +93,8 @@ def distillation_loss(
         gradient_filter, full=isinstance(support, str) and support == "full",
     )  # fmt: skip
     check_loss(student, teacher, options, token_weights, denominator)
+    operands = (student.hidden, student.weight, student.bias)
+    refuse_transforms(*operands, token_weights, denominator)
     batch, kept = _batch_of(student, teacher, options, token_weights)
     if reduction == "mean":
         denominator = _denominator_of(batch, denominator)

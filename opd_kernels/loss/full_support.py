@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opd_kernels.backends.epilogues import Epilogues, pair_gradient, pair_sums, row_blocks
 from opd_kernels.backends.records import Chunk
+from opd_kernels.derivatives import refuse_other_sources
 from opd_kernels.loss.objective import Objective, jsd_beta, per_token_loss
 from opd_kernels.parallel import VocabShard
 from opd_kernels.sparse_logits import SparseLogits, have_same_temperature, trusted
@@ -87,6 +88,7 @@ class ChunkPair:
             t = _whole_rows(self.teacher[rows], rows, teacher.entropy)
             per_token = per_token_loss(objective, s, t)
         if upstream is not None:
+            refuse_other_sources(per_token, s.values)
             dlogits = torch.autograd.grad(per_token, s.values, upstream[rows])[0]
             dlogits.masked_fill_((upstream[rows] == 0)[:, None], 0.0)
             torch.mul(dlogits, block.head.derivative(block.scores()), out=out[rows])

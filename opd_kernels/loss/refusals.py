@@ -147,6 +147,16 @@ def _check_token_weights(token_weights: Tensor, student: LazyLogits) -> None:
             f"{tuple(token_weights.shape)}"
         )
     check_device("token_weights", token_weights, "student", student.hidden.device)
+    _check_constant("token_weights", token_weights)
+
+
+def _check_constant(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if a gradient would be expected of a tensor that gets none."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected a tensor without gradient, got one that requires it; pass "
+            f"{name}.detach(), or weigh the losses of reduction='none' yourself"
+        )
 
 
 def _check_denominator(denominator: float | Tensor | None, reduction: str) -> None:
@@ -171,6 +181,7 @@ def _check_denominator(denominator: float | Tensor | None, reduction: str) -> No
                 f"denominator: expected a real number, got {denominator.dtype} on "
                 f"{denominator.device}"
             )
+        _check_constant("denominator", denominator)
         return
     if not isinstance(denominator, (int, float)) or isinstance(denominator, bool):
         raise TypeError(f"denominator: expected a number or a tensor, got {denominator!r}")

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from opd_kernels.backends import select_backend
 from opd_kernels.backends.epilogues import Epilogues
 from opd_kernels.backends.records import Chunk, RowGradient, RowState, accumulator_dtype
+from opd_kernels.derivatives import differentiable_once, refuse_other_sources
 from opd_kernels.linear import products
 from opd_kernels.linear.operators import FlatLogits
 from opd_kernels.linear.pages import empty_chunk
@@ -63,11 +63,12 @@ class OnePassLoss(torch.autograd.Function):
         if upstream is None:
             upstream = hidden.new_ones(len(hidden), dtype=accumulator_dtype(hidden, weight))
         result = walk(batch, upstream, ctx.needs_input_grad[:3])
+        ctx.save_for_backward(hidden, weight, bias)  # for differentiable_once
         ctx.gradients = result.gradients
         return weighted_sum(result.per_token, batch.weights), replace(result, gradients=None)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dtotal: Tensor, _: None) -> tuple[Any, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
@@ -98,7 +99,7 @@ class RecomputedFullLoss(torch.autograd.Function):
         return result.per_token, result
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dper_token: Tensor, _: None) -> tuple[Any, ...]:
         _ = ctx.saved_tensors  # raises if an operand was modified in place since
         result = walk(ctx.batch, dper_token.contiguous(), ctx.needs_input_grad[:3])
@@ -232,6 +233,7 @@ class _TokenWalk:
             per_token = loss_on_support(options.objective, s, t, self.epilogues, frozen)
         if upstream is not None:
             leaves = (local.values, local.lse_outside)
+            refuse_other_sources(per_token, *leaves)
             dvalues, dtail = torch.autograd.grad(per_token, leaves, upstream, allow_unused=True)
             if dvalues is None:
                 dvalues = torch.zeros_like(local.values)
