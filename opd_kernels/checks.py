@@ -10,8 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch._C._functorch import is_gradtrackingtensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_REVERSE_MODE_ONLY = (
+    "opd_kernels: topk, gather, log_prob and distillation_loss have no derivative in forward mode "
+    "or under torch.func; use backward() or torch.autograd.grad, or differentiate the logits of "
+    "LazyLogits.materialize()"
+)
 
 
 def got(value: Any) -> str:
@@ -202,3 +210,34 @@ def check_ids(ids: Tensor, hidden: Tensor) -> None:
             f"{tuple(hidden.shape[:-1])}, got {tuple(ids.shape)}; add a last dimension for one id "
             "a row"
         )
+
+
+def check_reverse_mode(*values: Any) -> None:
+    """Raise RuntimeError if forward-mode AD or torch.func tracks one of the values.
+
+    Custom operators and what runs under no_grad would drop a tangent.
+    """
+    if forward_ad._current_level >= 0:  # inside forward_ad.dual_level, jvp or jacfwd
+        _Operands.apply(*(value for value in values if isinstance(value, Tensor)))
+    if _are_functorch_transforms_active() and any(
+        isinstance(value, Tensor) and is_gradtrackingtensor(value) for value in values
+    ):
+        raise RuntimeError(_REVERSE_MODE_ONLY)
+
+
+class _Operands(torch.autograd.Function):
+    """PyTorch calls its jvp, which raises, if an operand has a tangent."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*operands: Tensor) -> Tensor:
+        return operands[0].new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(_REVERSE_MODE_ONLY)

@@ -1,27 +1,19 @@
-"""Derivatives that the package does not have: the second one, and any in forward mode.
+"""Derivatives that the package lacks: second ones, and those of other tensors in an objective.
 
-The operators and walks compute the first derivative in reverse mode, with kernels that PyTorch does
-not see. Without the checks here PyTorch would take their results for constants, and a gradient
-penalty or a tangent would be missing without an error.
+The operators and walks compute gradients with kernels that PyTorch does not see. Without the checks
+here PyTorch would take their results for constants, and a term of a gradient would be missing
+without an error.
 """
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_gradtrackingtensor
-from torch.autograd import forward_ad
 
 _NO_SECOND = (
     "opd_kernels: the gradient of a loss has no autograd formula, so it cannot be differentiated "
     "again; compute gradient penalties and Hessians from the logits of LazyLogits.materialize()"
-)
-_REVERSE_MODE_ONLY = (
-    "opd_kernels: topk, gather, log_prob and distillation_loss have no derivative in forward mode "
-    "or under torch.func; use backward() or torch.autograd.grad, or differentiate the logits of "
-    "LazyLogits.materialize()"
 )
 
 
@@ -30,36 +22,20 @@ def refuse_second_backward(ctx: Any, *gradients: Any) -> Any:
     raise RuntimeError(_NO_SECOND)
 
 
-def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """Decorate the backward of an autograd function, so that differentiating its result raises.
+def differentiable_once(
+    backward: Callable[..., tuple[Any, ...]], ctx: Any, *upstream: Any
+) -> tuple[Any, ...]:
+    """The gradients that an autograd function's backward returns under create_graph=True.
 
-    The function saves the tensors that its gradient depends on. PyTorch's once_differentiable is
-    not enough. It returns constants where the upstream gradient is a constant, as that of a scalar
-    loss is, and its error is not reached by torch.autograd.grad with respect to an operand.
+    Differentiating them with respect to the upstream gradients, or to the tensors that the function
+    has saved, raises. PyTorch's once_differentiable is not enough. It returns constants where the
+    upstream gradient is a constant, as that of a scalar loss is, and its error is not reached by
+    torch.autograd.grad with respect to an operand.
     """
-
-    @wraps(backward)
-    def run(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
-        with torch.no_grad():
-            gradients = backward(ctx, *upstream)
-        if not torch.is_grad_enabled():  # without create_graph=True
-            return gradients
-        sources = [x for x in (*upstream, *ctx.saved_tensors) if isinstance(x, Tensor)]
-        return tuple(None if g is None else _Gradient.apply(g, *sources) for g in gradients)
-
-    return run
-
-
-def refuse_transforms(*values: Any) -> None:
-    """Raise RuntimeError if forward-mode AD or torch.func tracks one of the values.
-
-    Custom operators and what runs under no_grad would drop a tangent.
-    """
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    if forward_ad._current_level >= 0:  # inside forward_ad.dual_level, jvp or jacfwd
-        _Operands.apply(*tensors)
-    if not torch.compiler.is_compiling() and any(map(is_gradtrackingtensor, tensors)):
-        raise RuntimeError(_REVERSE_MODE_ONLY)
+    with torch.no_grad():
+        gradients = backward(ctx, *upstream)
+    sources = [x for x in (*upstream, *ctx.saved_tensors) if isinstance(x, Tensor)]
+    return tuple(None if g is None else _Gradient.apply(g, *sources) for g in gradients)
 
 
 def refuse_other_sources(loss: Tensor, *leaves: Tensor) -> None:
@@ -92,21 +68,3 @@ class _Gradient(torch.autograd.Function):
         return gradient.view_as(gradient)
 
     backward = staticmethod(refuse_second_backward)
-
-
-class _Operands(torch.autograd.Function):
-    """PyTorch calls its jvp, which raises, if an operand has a tangent."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*operands: Tensor) -> Tensor:
-        return operands[0].new_zeros(())
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise RuntimeError(_REVERSE_MODE_ONLY)

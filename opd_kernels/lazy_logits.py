@@ -15,12 +15,12 @@ from opd_kernels.checks import (
     check_int,
     check_k,
     check_operands,
+    check_reverse_mode,
     check_scalars,
     check_targets,
     check_vocab_size,
     got,
 )
-from opd_kernels.derivatives import refuse_transforms
 from opd_kernels.linear.operators import FlatLogits
 from opd_kernels.parallel import VocabShard, is_dtensor, plain, shard_of_dtensor
 from opd_kernels.sparse_logits import SparseLogits, derived, map_rows
@@ -154,7 +154,7 @@ class LazyLogits:
         check_k(k, self._vocab_size)
         check_flags(entropy=entropy)
         check_execution(chunk_bytes, backend)
-        refuse_transforms(self.hidden, self.weight, self.bias)
+        check_reverse_mode(self.hidden, self.weight, self.bias)
         return self._unflatten(self.flat().topk(k, entropy, chunk_bytes, backend))
 
     def gather(
@@ -183,7 +183,7 @@ class LazyLogits:
         check_execution(chunk_bytes, backend)
         if entropy and not tail:
             raise ValueError("entropy: it needs a pass over the vocabulary; gather with tail=True")
-        refuse_transforms(self.hidden, self.weight, self.bias)
+        check_reverse_mode(self.hidden, self.weight, self.bias)
         flat_ids = ids.reshape(-1, ids.shape[-1])
         rows = self.flat().gather(flat_ids, entropy, chunk_bytes, backend, tail)
         # The caller's own tensor: `teacher.gather(s.ids).ids is s.ids` proves the supports equal.

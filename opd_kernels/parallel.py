@@ -298,10 +298,9 @@ class _GatherRows(torch.autograd.Function):
         return gathered[..., :-1].contiguous(), gathered[..., -1].contiguous()
 
     @staticmethod
-    @differentiable_once
-    def backward(
-        ctx: Any, dvalues: Tensor | None, dtails: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dvalues: Tensor | None, dtails: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            return differentiable_once(_GatherRows.backward, ctx, dvalues, dtails)
         local = [None if gradient is None else gradient[ctx.rank] for gradient in (dvalues, dtails)]
         return local[0], local[1], None
 
@@ -315,8 +314,9 @@ class _SumGradient(torch.autograd.Function):
         return hidden.view_as(hidden)
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            return differentiable_once(_SumGradient.backward, ctx, gradient)
         wide = torch.promote_types(gradient.dtype, torch.float32)
         return ctx.shard.sum(gradient.to(wide)).to(gradient.dtype), None
 

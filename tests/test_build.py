@@ -250,6 +250,27 @@ def test_an_extension_for_another_torch_is_left_out(source, tmp_path, first, ver
     assert_left_out(source, reason)
 
 
+def test_a_cuda_extension_for_another_torch_harms_no_other_backend(source, tmp_path):
+    name = f"_cuda{SUFFIX}"
+    (source / "opd_kernels" / name).write_bytes(unresolved(tmp_path, "2.4.0"))
+    code = (
+        USE_EXTENSION.partition("with warnings")[0]
+        + """warnings.simplefilter("error")
+x.topk(1)
+try:
+    x.topk(1, backend="cuda")
+except ValueError as error:
+    print(error)"""
+    )
+    done = run(["-c", code], source, TRITON_INTERPRET="0")
+    assert done.stdout.splitlines() == [
+        "['torch'] [[2], [2]]",
+        f"backend: 'cuda' cannot be used: {name} is built for torch 2.4.0, and torch "
+        f"{torch.__version__} is installed; to build it again: pip install --no-build-isolation "
+        f"--no-deps --editable {source}",
+    ]
+
+
 @pytest.mark.skipif(cpu.extension is None, reason="the C++ backend is not built")
 def test_an_incomplete_extension_is_left_out(source, first):
     """The system would kill the process that maps a part of a library."""

@@ -5,10 +5,11 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.autograd import forward_ad
 from torch.testing import assert_close
 
-from opd_kernels import LazyLogits, SparseLogits, distillation_loss, reverse_kl
+from opd_kernels import LazyLogits, SparseLogits, VocabShard, distillation_loss, reverse_kl
 from opd_kernels.integrations.liger import LigerFusedLinearJSD, LigerFusedLinearJSDLoss
 from tests.distill_cases import SUPPORTS, TOKENS, VOCAB, K, ids_of, pair, summed_loss
 from tests.reference import operands
@@ -86,6 +87,26 @@ def test_a_gradient_penalty_raises(student, path, operand):
     total = path(student) + gradient.square().sum()
     with pytest.raises(RuntimeError, match=SECOND):
         torch.autograd.grad(total, x)
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["values of topk", "tail of gather", "one_pass, student",
+                                  "recompute, student", "one_pass, full"])  # fmt: skip
+def test_a_gradient_penalty_on_a_split_head_raises(student, group, name):
+    """The collectives have gradients of their own, which would hide the operators' error."""
+    path = PATHS[name]
+    split = replace(student, shard=VocabShard.from_weight(student.weight, group))
+    assert_close(path(split), path(student))
+    for x in operands(student):
+        (gradient,) = torch.autograd.grad(path(split), x, create_graph=True)
+        with pytest.raises(RuntimeError, match=SECOND):
+            torch.autograd.grad(path(split) + gradient.square().sum(), x)
 
 
 @pytest.mark.parametrize("by_backward", [True, False])

@@ -49,6 +49,7 @@ RUN = {
         "tests/trainer/test_parallel.py"
         "::test_runs_under_accelerates_fsdp2_are_those_under_ddp_and_resume"
     ),
+    "pip install": "tests/test_build.py::test_without_a_compiler_the_torch_backend_is_installed",
     "make demo": "tests/test_demo.py::test_the_demo_internalises_its_rule",
     "make docs": "tests/test_docs.py::test_the_site_is_built_without_a_warning",
     "make bench": "tests/test_documented_commands.py::test_the_epilogues_are_timed",
@@ -77,13 +78,19 @@ NOT_RUN = {
     "make sanitize": "runs tests of make test on a build that takes minutes",
     "make triton-versions": "downloads four versions of Triton for tests of make test",
     "make test-vllm": "needs an environment of its own",
+    "python -m http.server": "serves the site until it is stopped",
+    "python -m mkdocs": "make docs",
+    "python -m pip": "make installs with it",
+    "python -m pytest": "runs other tests",
+    "python -m venv": "make installs with it",
+    "pre-commit install": "changes the repository's hooks",
     "python tests/vllm/install.py": "makes the environment of make test-vllm",
 }
 
 _PROGRAM = re.compile(
-    r"(?:\bpython|\$\(PYTHON\)) (?:-m (?:benchmarks(?:\.paper)?|opd_trainer|opd_kernels\.memory|"
-    r"tests\.[\w.]*\w)|(?:docs|examples|tests)/[\w/]+\.py)(?=[\s`)])[^`\x22)\n]*"
-    r"|\b(?:torchrun|accelerate launch) --[^`\x22)\n]*|(?:^|`)opd-train [a-z]+ [^`\x22)\n]*",
+    r"(?:\bpython|\$\(PYTHON\)) (?:-m [\w.]*\w|(?:docs|examples|tests)/[\w/]+\.py)(?=[\s`)])"
+    r"[^`\x22)\n]*|\b(?:torchrun|accelerate launch) --[^`\x22)\n]*"
+    r"|(?:^|`)(?:OPD_\w+=\S+ )*(?:opd-train [a-z]+|pip install|pre-commit) [^`\x22)\n]*",
     re.MULTILINE,
 )
 _TARGET = re.compile(
@@ -117,8 +124,10 @@ def targets() -> set[str]:
 
 def name_of(words: list[str]) -> str:
     """The program, and its stage or subcommand."""
-    if words[0] in ("torchrun", "accelerate"):
-        return "torchrun" if words[0] == "torchrun" else "accelerate launch"
+    while words[0].startswith("OPD_"):
+        words = words[1:]
+    if words[0] in ("torchrun", "accelerate", "pip", "pre-commit"):
+        return " ".join(words[: 1 + (words[0] != "torchrun")])
     length = 2 if words[0] == "opd-train" or words[1] != "-m" else 3
     has_part = words[:length][-1] in ("benchmarks", "opd_trainer")
     return " ".join(words[: length + has_part])
@@ -235,3 +244,16 @@ def test_the_epilogues_are_timed():
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert "test_gather[torch]" in done.stdout
+
+
+def test_the_keys_in_the_text_exist():
+    """`key: value` and `--key value` in the text are of a recipe."""
+    config = pytest.importorskip("opd_trainer.config")
+    stages = ("DistillationConfig", "SFTConfig", "RLVRConfig", "EvaluationConfig", "TeacherConfig")
+    keys = {key for stage in stages for key in vars(getattr(config, stage))["__dataclass_fields__"]}
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    used = set(re.findall(r"`([a-z_]+): [^`]*`|`--([a-z]+_[a-z_]+) ", text))
+    names = {a or b for a, b in used}
+    assert len(names) > 5
+    assert names - keys == set()

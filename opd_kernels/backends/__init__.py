@@ -77,9 +77,8 @@ def select_backend(name: str, device: device_type) -> Epilogues:
         name = resolve_backend(name, device)
     backends = _backends()
     is_known = isinstance(name, str) and name in backends
-    reason = _problem(name)
-    if not is_known and reason is not None:
-        raise ValueError(f"backend: {name!r} cannot be used: {reason}")
+    if isinstance(name, str) and not is_known and name in extensions.problems:
+        raise ValueError(f"backend: {name!r} cannot be used: {extensions.problems[name]}")
     if is_known and not reaches(name, device):
         raise ValueError(
             f"backend: {name!r} does not reach tensors on {device}; 'torch' works on any device"
@@ -92,15 +91,10 @@ def select_backend(name: str, device: device_type) -> Epilogues:
     return backends[name]
 
 
-def _problem(name: str) -> str | None:
-    """Why a backend whose extension is there cannot be used, and the remedy."""
-    return extensions.problems.get(name)
-
-
 @cache
 def _warn_of(name: str) -> None:
     """Warn once if "auto" passes over a backend whose extension is there but cannot be used."""
-    reason = _problem(name)
+    reason = extensions.problems.get(name)
     if reason is not None:
         warnings.warn(
             f"backend: 'auto' does not take {name!r}, and goes on more slowly: {reason}",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opd_kernels.backends import resolve_backend
 from opd_kernels.backends.records import accumulator_dtype
-from opd_kernels.derivatives import refuse_transforms
+from opd_kernels.checks import check_reverse_mode
 from opd_kernels.divergences import reverse_kl
 from opd_kernels.lazy_logits import LazyLogits
 from opd_kernels.linear.operators import FlatLogits
@@ -94,7 +94,7 @@ def distillation_loss(
     )  # fmt: skip
     check_loss(student, teacher, options, token_weights, denominator)
     operands = (student.hidden, student.weight, student.bias)
-    refuse_transforms(*operands, token_weights, denominator)
+    check_reverse_mode(*operands, token_weights, denominator)
     batch, kept = _batch_of(student, teacher, options, token_weights)
     if reduction == "mean":
         denominator = _denominator_of(batch, denominator)

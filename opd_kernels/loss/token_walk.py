@@ -26,7 +26,7 @@ from opd_kernels.linear.pages import empty_chunk
 from opd_kernels.linear.plan import one_pass_rows
 from opd_kernels.loss.full_support import ChunkPair
 from opd_kernels.loss.gradients import GradientSums
-from opd_kernels.loss.objective import loss_on_support, weighted_sum
+from opd_kernels.loss.objective import loss_on_support, reverse_kl_options, weighted_sum
 from opd_kernels.loss.options import TokenBatch
 from opd_kernels.loss.supports import align_teacher, select_support, source_of
 from opd_kernels.sparse_logits import SparseLogits, canonical_ids, concatenate_rows, map_rows
@@ -68,8 +68,9 @@ class OnePassLoss(torch.autograd.Function):
         return weighted_sum(result.per_token, batch.weights), replace(result, gradients=None)
 
     @staticmethod
-    @differentiable_once
     def backward(ctx: Any, dtotal: Tensor, _: None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            return differentiable_once(OnePassLoss.backward, ctx, dtotal, _)
         if ctx.gradients is None:
             raise RuntimeError(
                 "distillation_loss: the one_pass gradient was used up by an earlier backward; "
@@ -99,8 +100,9 @@ class RecomputedFullLoss(torch.autograd.Function):
         return result.per_token, result
 
     @staticmethod
-    @differentiable_once
     def backward(ctx: Any, dper_token: Tensor, _: None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            return differentiable_once(RecomputedFullLoss.backward, ctx, dper_token, _)
         _ = ctx.saved_tensors  # raises if an operand was modified in place since
         result = walk(ctx.batch, dper_token.contiguous(), ctx.needs_input_grad[:3])
         assert result.gradients is not None
@@ -233,7 +235,8 @@ class _TokenWalk:
             per_token = loss_on_support(options.objective, s, t, self.epilogues, frozen)
         if upstream is not None:
             leaves = (local.values, local.lse_outside)
-            refuse_other_sources(per_token, *leaves)
+            if reverse_kl_options(options.objective) is None:
+                refuse_other_sources(per_token, *leaves)
             dvalues, dtail = torch.autograd.grad(per_token, leaves, upstream, allow_unused=True)
             if dvalues is None:
                 dvalues = torch.zeros_like(local.values)
