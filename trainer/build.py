@@ -1,17 +1,42 @@
 """Models, teachers, samplers and trainers from a config, and checks before training."""
 
+import json
+from copy import copy
+from datetime import date
+from pathlib import Path
+from textwrap import indent
+
 import psutil
 import torch
 
-from opd_trainer.config import DistillationConfig, RLVRConfig, SFTConfig, StageConfig, TeacherConfig
+from opd_kernels.integrations.transformers import causal_lm_of
+from opd_trainer.config import (
+    DistillationConfig,
+    EvaluationConfig,
+    RLVRConfig,
+    SFTConfig,
+    StageConfig,
+    TeacherConfig,
+)
 from opd_trainer.config.base import is_server
-from opd_trainer.data import Prompt, PromptReader
+from opd_trainer.data import Prompt, PromptReader, tell
 from opd_trainer.measures.diagnostics import DRIFT
 from opd_trainer.measures.evaluation import Evaluation
-from opd_trainer.models.load import Model, Tokenizer, compare_tokenizers, limits_of, load_student
+from opd_trainer.models.load import (
+    BASE,
+    Model,
+    Tokenizer,
+    check_vocabularies,
+    compare_tokenizers,
+    eos_ids_of,
+    limits_of,
+    load_chat_template,
+    load_student,
+    stop_at,
+)
 from opd_trainer.models.rollout import Sampler
 from opd_trainer.models.teacher import LocalTeacher, Teacher, load_teacher, self_teacher
-from opd_trainer.run.directory import claim_output_directory
+from opd_trainer.run.directory import CONFIG, claim_output_directory
 from opd_trainer.stages.distillation import OnPolicyDistillationTrainer
 from opd_trainer.stages.rlvr import RLVRTrainer
 from opd_trainer.stages.sft import SFTTrainer, generate
@@ -19,14 +44,17 @@ from opd_trainer.stages.training import CompletionTrainer
 
 _GIB = 2**30
 _PROMPTS, _SEED = 8, 1 << 32  # of the samples before training
+_SHOWN = 2000  # characters of a prompt
 
 
 def prepare(config: StageConfig) -> tuple[CompletionTrainer, str | None]:
     """Return a trainer with all data checked and tokenised, and the checkpoint to resume from."""
+    _set_date(config)
     checkpoint = claim_output_directory(config)
     config.eval_on_start &= checkpoint is None
     student, evaluation, reader = load(config)
-    prompts = reader.read(config.train_data)
+    prompts = reader.read(config.train_data, learns=True)
+    _show(reader, prompts)
     is_anchored = isinstance(config, RLVRConfig) and config.kl_coef > 0
     start = self_teacher(config, student) if is_anchored else None
     if config.preflight and checkpoint is None:
@@ -40,8 +68,6 @@ def prepare(config: StageConfig) -> tuple[CompletionTrainer, str | None]:
     assert isinstance(config, SFTConfig)
     if config.generate_from == "teacher":
         prompts = generate(config, prompts, evaluation)
-    elif not all(p.reference_ids for p in prompts):
-        raise ValueError(f"{config.train_data}: expected a completion in every row")
     return SFTTrainer(student, config, prompts, evaluation), checkpoint
 
 
@@ -97,24 +123,66 @@ def _gap(
 def load(config: StageConfig) -> tuple[Model, Evaluation, PromptReader]:
     """Return the student, its evaluation with the teachers, and a reader for more prompts."""
     student, tokenizer = load_student(config)
-    teachers = _load_teachers(config, student, tokenizer)
+    teachers, tokenizers = _load_teachers(config, student, tokenizer)
     limits = {name: teacher.limits for name, teacher in teachers.items()}
-    reader = PromptReader(config, tokenizer, limits_of(student), limits)
+    reader = PromptReader(config, tokenizer, limits_of(student), limits, tokenizers)
     held_out: list[Prompt] = [] if config.eval_data is None else reader.read(config.eval_data)
+    # A turn ends where a model stops, and where the chat template that it reads ends turns.
+    templates = (reader.template, *reader.teacher_templates.values())
+    stop_at(student, frozenset().union(*(x.end_ids for x in templates)))
     local = [t.model for t in teachers.values() if isinstance(t, LocalTeacher)]
     sampler = _sampler(config)(config, tokenizer, student, *local)
+    # The saved student stops where it was taught to, and so does the base that a run saves.
+    stop_at(student, sampler.eos_ids)
+    if config.should_save and (base := Path(config.output_dir) / BASE).exists():
+        causal_lm_of(student).generation_config.save_pretrained(base)
+    if isinstance(config, EvaluationConfig):
+        _show(reader, held_out)
     return student, Evaluation(config, held_out, teachers, sampler), reader
 
 
-def _load_teachers(config: StageConfig, student: Model, tokenizer: Tokenizer) -> dict[str, Teacher]:
-    """Return the teachers by the name that rows use; {} for a stage without teachers."""
+def _set_date(config: StageConfig) -> None:
+    """Set the date that chat templates write: a resumed run keeps that of its first start."""
+    if config.chat_template_date is None:
+        record = Path(config.output_dir) / CONFIG
+        resumes = config.resume_from_checkpoint is not None and record.exists()
+        began = json.loads(record.read_text()) if resumes else {}
+        config.chat_template_date = began.get("chat_template_date", date.today().isoformat())
+
+
+def _show(reader: PromptReader, prompts: list[Prompt]) -> None:
+    """Print one prompt as the student and each teacher read it."""
+    first = {p.teacher: p for p in reversed(prompts)}
+    shown = {"the student": (reader.tokenizer, prompts[0].student_ids)}
+    for name, prompt in sorted(first.items()) if reader.teacher_limits else []:
+        tokenizer = reader.teacher_templates[name].tokenizer
+        shown[f"the teacher {name}".strip()] = tokenizer, prompt.teacher_ids
+    for model, (tokenizer, ids) in shown.items():
+        text = tokenizer.decode(ids)
+        if len(text) > _SHOWN:
+            text = f"{text[: _SHOWN // 2]} [...] {text[-_SHOWN // 2 :]}"
+        tell(reader.config, f"prompt of {model}, {len(ids)} tokens:\n{indent(text, '  ')}")
+
+
+def _load_teachers(
+    config: StageConfig, student: Model, tokenizer: Tokenizer
+) -> tuple[dict[str, Teacher], dict[str, Tokenizer]]:
+    """Return the teachers by the name that rows use, {} for a stage without teachers; and the
+    tokenizers of those that read a chat template of their own.
+    """
     if not isinstance(config, TeacherConfig):
-        return {}
+        return {}, {}
     vocab_size = student.get_output_embeddings().weight.shape[0]
     if config.k > vocab_size:
         raise ValueError(f"k: expected at most the student's {vocab_size} ids, got {config.k}")
+    is_trusted, source = config.trust_remote_code, config.teacher_chat_template
+    template = None
+    if config.teachers and source not in ("own", "student"):
+        template = load_chat_template(source, is_trusted)
     teachers: dict[str, Teacher] = {}
+    tokenizers: dict[str, Tokenizer] = {}
     for name, model in config.teachers.items():
+        own = tokenizer
         if is_server(model):
             from opd_trainer.models.server import ServedTeacher
 
@@ -123,11 +191,18 @@ def _load_teachers(config: StageConfig, student: Model, tokenizer: Tokenizer) ->
             rate = config.teacher_update_rate if isinstance(config, DistillationConfig) else 0.0
             teachers[name] = self_teacher(config, student, config.teacher_dtype, rate)
         else:
-            findings = compare_tokenizers(tokenizer, model, config.trust_remote_code)
+            own, findings = compare_tokenizers(tokenizer, model, is_trusted)
             _print_findings(config, findings)
             dtype = config.teacher_dtype or config.dtype
-            teachers[name] = load_teacher(model, dtype, config)
-    return teachers
+            teachers[name] = teacher = load_teacher(model, dtype, config)
+            check_vocabularies(student, teacher.model, (tokenizer, own), model)
+            stop_at(teacher.model, eos_ids_of(teacher.model) | {own.eos_token_id})
+        if template is not None:
+            own = copy(own)
+            own.chat_template = template
+        if source != "student" and own is not tokenizer and own.chat_template is not None:
+            tokenizers[name] = own
+    return teachers, tokenizers
 
 
 def _print_findings(config: StageConfig, findings: list[str]) -> None:

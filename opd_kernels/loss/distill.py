@@ -42,7 +42,8 @@ def distillation_loss(
     """Distil teacher into student without ever holding the [N, V] logits.
 
     The teacher never gets a gradient. If the two vocabularies differ in size, both are cut to the
-    smaller one: the rest of the larger one counts as padding.
+    smaller one: the rest of the larger one counts as padding. A UserWarning says so where padding
+    to a multiple cannot explain the difference.
 
     Args:
         student: hidden [..., D].

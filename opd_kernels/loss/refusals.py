@@ -1,5 +1,6 @@
 """What distillation_loss refuses, before any work."""
 
+import warnings
 from typing import get_args
 
 import torch
@@ -19,6 +20,8 @@ from opd_kernels.loss.objective import jsd_beta
 from opd_kernels.loss.options import LossOptions, Missing, Support
 from opd_kernels.sparse_logits import SparseLogits, check_same_distribution, have_same_temperature
 
+# Heads are padded to a multiple of 8, for tensor cores, up to 128 times the ranks of a group.
+_LEAST_MULTIPLE, _MOST_PADDING = 8, 1024
 _CHOICES = {
     "reduction": ("mean", "sum", "none"),
     "method": ("auto", "one_pass", "recompute"),
@@ -44,6 +47,20 @@ def check_models(student: LazyLogits, teacher: LazyLogits | SparseLogits) -> Non
             f"teacher: expected the student's leading shape {tuple(leading)}, got "
             f"{tuple(rows.shape[:-1])}; select the same completion tokens from both, for example "
             "student[mask] and teacher[teacher_mask]"
+        )
+    if isinstance(teacher, LazyLogits) and not torch.compiler.is_compiling():
+        _warn_of_cut_tokens(student.head.vocab_size, teacher.head.vocab_size)
+
+
+def _warn_of_cut_tokens(student_size: int, teacher_size: int) -> None:
+    """Warn if the vocabularies differ by more than padding to a usual multiple explains."""
+    small, large = sorted((student_size, teacher_size))
+    if large - small >= _MOST_PADDING or (large > small and large % _LEAST_MULTIPLE):
+        warnings.warn(
+            f"teacher: expected the student's vocabulary of {student_size} tokens, or a padded "
+            f"one, got {teacher_size}; the loss leaves out the ids from {small}. Pass "
+            f"vocab_size={small} to the larger LazyLogits if these are padding",
+            stacklevel=4,
         )
 
 

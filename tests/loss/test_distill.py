@@ -1,5 +1,6 @@
 """distillation_loss in both orders, compared with full logits."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -153,6 +154,34 @@ def test_padded_vocabularies_are_cut_to_the_smaller(method, support):
         other, LazyLogits(t_hidden, t_weight[:small]), k=20, method=method, support=support
     )
     assert torch.equal(student_padded.loss, cut.loss)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "vocab_size", "is_cut"),
+    [
+        (97, 104, None, False),
+        (128, 97, None, False),
+        (97, 103, None, True),  # no multiple of 8
+        (1282, 1519, None, True),
+        (1519, 1282, None, True),
+        (1282, 1519, 1282, False),
+        (64, 64 + 1024, None, True),
+        (97, 97, None, False),
+    ],
+)
+def test_a_vocabulary_that_is_no_padded_one_warns(student, teacher, vocab_size, is_cut):
+    student = LazyLogits(torch.randn(2, 4), torch.randn(student, 4))
+    teacher = LazyLogits(torch.randn(2, 4), torch.randn(teacher, 4), vocab_size=vocab_size)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        distillation_loss(student, teacher, k=3)
+    sizes = student.vocab_size, teacher.vocab_size
+    expected = (
+        f"teacher: expected the student's vocabulary of {sizes[0]} tokens, or a padded one, got "
+        f"{sizes[1]}; the loss leaves out the ids from {min(sizes)}. Pass vocab_size={min(sizes)}"
+    )
+    assert [str(x.message)[: len(expected)] for x in caught] == [expected] * is_cut
+    assert all(x.filename == __file__ for x in caught)
 
 
 @pytest.mark.parametrize("method", ["one_pass", "recompute"])

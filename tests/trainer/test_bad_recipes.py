@@ -17,6 +17,7 @@ from opd_trainer.__main__ import STAGES, main
 FREE_TEXT = {
     **dict.fromkeys(("model", "teacher", "train_data", "eval_data"), "checked when it is loaded"),
     **dict.fromkeys(("scorer", "answer_pattern"), "checked when it is loaded"),
+    **dict.fromkeys(("chat_template", "teacher_chat_template"), "checked when it is loaded"),
     **dict.fromkeys(("output_dir", "run_name", "project"), "a new name"),
     **dict.fromkeys(("hub_model_id", "hub_revision", "length_column_name"), "a name elsewhere"),
     **dict.fromkeys(("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
@@ -31,6 +32,7 @@ FREE_DICTS = {
     **dict.fromkeys(("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
                     "options of another library"),
     "liger_kernel_config": "options of another library",
+    "teacher_chat_template_kwargs": "variables of a template",
     "teacher": "names of teachers",
 }  # fmt: skip
 FREE_LISTS = {

@@ -7,8 +7,13 @@ import pytest
 
 from opd_trainer.config import DistillationConfig, load_config
 from opd_trainer.data import Limits, PromptReader, load_rows
-from opd_trainer.models.load import compare_tokenizers, load_model, load_tokenizer
-from tests.tiny_run import tiny_tokenizer, write_model, write_recipe
+from opd_trainer.models.load import (
+    check_vocabularies,
+    compare_tokenizers,
+    load_model,
+    load_tokenizer,
+)
+from tests.tiny_run import CHARACTERS, error_line, tiny_tokenizer, write_model, write_recipe
 
 
 @pytest.fixture
@@ -100,7 +105,7 @@ def test_parquet(load):
 
 def test_a_split_of_a_dataset_on_the_hub(monkeypatch):
     asked = []
-    monkeypatch.setattr("opd_trainer.data.load_dataset", lambda *a, **k: asked.append((a, k)))
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: asked.append((a, k)))
     load_rows("openai/gsm8k?split=test&name=main")
     load_rows("openai/gsm8k")
     assert asked == [
@@ -138,6 +143,45 @@ def test_a_teacher_with_another_tokenizer_is_refused(tmp_path):
     message = r"expected the student's tokenizer, but .*b gives \d+ tokens"
     with pytest.raises(ValueError, match=message):
         compare_tokenizers(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        ((97, 97), (97, 97), None),
+        ((97, 97), (97, 128), None),  # padding
+        ((97, 128), (97, 97), None),
+        ((97, 104), (99, 104), None),  # two tokens of the teacher on the student's padding
+        ((97, 97), (140, 140), "97 rows, but {} has 140, and only one of them has weights for 43"),
+        ((97, 104), (140, 160), "104 rows, but {} has 160, and only one .* weights for 36 tokens"),
+        ((97, 97), (97, 60), "97 rows, but {} has 60, and only one .* weights for 37 tokens"),
+    ],
+)
+def test_padding_alone_may_differ_between_vocabularies(tmp_path, student, teacher, message):
+    """Each model is given by the numbers of its tokens and of its rows of weights."""
+    models, tokenizers = [], []
+    for name, (tokens, rows) in (("student", student), ("teacher", teacher)):
+        more = "".join(chr(0x400 + i) for i in range(tokens - 97))
+        tokenizer = tiny_tokenizer(characters=CHARACTERS + more)
+        folder = str(write_model(tmp_path / name, tokenizer=tokenizer, vocab_size=rows))
+        models.append(load_model(folder, "float32"))
+        tokenizers.append(tokenizer)
+    (ours, theirs), pair = models, (tokenizers[0], tokenizers[1])
+    compare_tokenizers(pair[0], folder)
+    if message is None:
+        return check_vocabularies(ours, theirs, pair, folder)
+    with pytest.raises(ValueError, match=message.format(folder)):
+        check_vocabularies(ours, theirs, pair, folder)
+
+
+def test_a_run_with_another_vocabulary_is_refused(tmp_path, capsys):
+    recipe = write_recipe(tmp_path)
+    more = "".join(chr(0x400 + i) for i in range(43))
+    tokenizer = tiny_tokenizer(characters=CHARACTERS + more)
+    teacher = write_model(tmp_path / "teacher", tokenizer=tokenizer, vocab_size=140)
+    line = error_line(capsys, "distill", recipe, "--teacher", teacher)
+    assert line.startswith("error: teacher: expected a vocabulary of the student's size, 97 rows, ")
+    assert "has 140, and only one of them has weights for 43 tokens such as" in line
 
 
 def test_a_model_in_a_missing_package():

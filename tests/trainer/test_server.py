@@ -63,6 +63,17 @@ def test_its_log_probs_are_those_of_the_model(tmp_path, server):
     assert_close(sparse.log_tail.exp(), outside, rtol=1e-4, atol=1e-5)
 
 
+def test_a_server_with_more_tokens_than_the_student_is_refused(tmp_path, server):
+    """Its ids from 60 on would be left out of the loss in silence."""
+    teacher = ServedTeacher(server.url, _config(tmp_path, server), tiny_tokenizer(), 97)
+    teacher.vocab_size = 60
+    batch = completions()
+    teacher.prepare(batch)
+    expected = r"teacher: expected ids below 60, the rows of .*, but http:.* gives id \d\d a prob"
+    with pytest.raises(TeacherError, match=expected):
+        teacher.logits(batch, 1.0)
+
+
 @pytest.mark.parametrize("options", [{"support": "teacher"}, {"objective": "policy_gradient"}])
 def test_a_step_with_it_is_the_step_with_the_model(tmp_path, server, options):
     changes = {"tail": None, "k": K} | options

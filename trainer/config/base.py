@@ -1,20 +1,31 @@
 """Keys that several stages share."""
 
 from dataclasses import dataclass, field
+from datetime import date, datetime
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from transformers.distributed import DistributedConfig
 
-from opd_trainer.config.values import Count, Messages, NotNegative, Positive, Steps, StrictArguments
+from opd_trainer.config.messages import Messages
+from opd_trainer.config.values import Count, NotNegative, Positive, Steps, StrictArguments
 from opd_trainer.errors import convert_errors
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Conflicts = list[tuple[bool, str]]
 _TOKENIZER_OPTIONS = {
     "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
-    "return_assistant_tokens_mask", "tokenizer_kwargs",
+    "return_assistant_tokens_mask", "tokenizer_kwargs", "chat_template", "add_generation_prompt",
+    "continue_final_message",
 }  # fmt: skip
+
+
+def _as_text(value: Any) -> Any:
+    """Return a date, which YAML makes of 2026-01-31, as the text that it was."""
+    return value.isoformat() if isinstance(value, date) else value
+
+
+Date = Annotated[str, BeforeValidator(_as_text)]
 
 
 @dataclass
@@ -23,8 +34,9 @@ class StageConfig(StrictArguments):
 
     A rank takes one optimiser step per batch of `per_device_train_batch_size` prompts: it completes
     them together, then learns from the completions in micro-batches. A model is a path, a hub name,
-    a .gguf file, or package:NAME/FILE. Data is a .jsonl or .parquet file, a dataset of the hub such
-    as NAME?split=test&name=main, or reasoning_gym:TASK?size=100&seed=1; data.Row lists its columns.
+    a .gguf file, or package:NAME/FILE. Data is a .jsonl, .json, .csv or .parquet file (the texts
+    also as .gz), a dataset of the hub such as NAME?split=test&name=main, or
+    reasoning_gym:TASK?size=100&seed=1; data.Row lists its columns.
     """
 
     REQUIRED: ClassVar[tuple[str, ...]] = ("model", "train_data")
@@ -76,6 +88,17 @@ class StageConfig(StrictArguments):
     use_cache: bool = True  # in the config of the saved student
     # auto: from the newest whole checkpoint in output_dir, or from the start if there is none.
     resume_from_checkpoint: Literal["auto"] | None = None
+    # Names of the data's columns that are called otherwise: {prompt: question, answer: solution}.
+    columns: dict[str, str] = field(default_factory=dict)
+    # drop leaves out rows that cannot be used, such as malformed or overlong ones, and prints their
+    # number and the first of them.
+    on_bad_row: Literal["error", "drop"] = "error"
+    # Replaces the student's chat template, and is saved with it: a file with a Jinja template, or
+    # the model that has it.
+    chat_template: str | None = None
+    # The date that templates write which ask for one, such as 2026-01-31; default the day that the
+    # run began, also when it resumes.
+    chat_template_date: Date | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,6 +132,9 @@ class StageConfig(StrictArguments):
              "eval_completions_per_prompt: expected 1 with eval_greedy: all would be the same"),
             (bool(reserved),
              f"chat_template_kwargs: expected variables of the template, got {reserved}"),
+            (not _is_date(self.chat_template_date),
+             "chat_template_date: expected a date such as 2026-01-31, got "
+             f"{self.chat_template_date!r}"),
             (bool(self.hub_token),
              "hub_token: expected none, because a run saves its recipe; set HF_TOKEN in the "
              "environment"),
@@ -151,6 +177,12 @@ class TeacherConfig(StageConfig):
     teacher_concurrency: Count = 32  # parallel requests to a server
     teacher_timeout: Positive = 120.0  # seconds per request
     teacher_patience: NotNegative = 600.0  # seconds to keep trying while a server is away
+    # The chat template that teachers read. own: that of their tokenizer, if it has one, else the
+    # student's; a server does not tell its own, so it reads the student's. Or student, or a file
+    # with a Jinja template, or the model that has it.
+    teacher_chat_template: str = "own"
+    # Variables of the teachers' chat template; default chat_template_kwargs.
+    teacher_chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def teachers(self) -> dict[str, str]:
@@ -165,7 +197,11 @@ class TeacherConfig(StageConfig):
         return any(is_server(x) for x in self.teachers.values())
 
     def _conflicts(self) -> Conflicts:
+        variables = self.teacher_chat_template_kwargs or {}
+        reserved = ", ".join(_TOKENIZER_OPTIONS & variables.keys())
         return [*super()._conflicts(),
+            (bool(reserved),
+             f"teacher_chat_template_kwargs: expected variables of the template, got {reserved}"),
             (isinstance(self.teacher, dict) and not self.teacher,
              "teacher: expected at least one name: model"),
             (isinstance(self.teacher, dict) and "self" in self.teacher.values(),
@@ -182,3 +218,11 @@ class TeacherConfig(StageConfig):
 def is_server(teacher: str) -> bool:
     """Return whether a teacher is the URL of a server, not a model to load."""
     return teacher.startswith(("http://", "https://"))
+
+
+def _is_date(text: str | None) -> bool:
+    """Return whether a text is an ISO date, or None."""
+    try:
+        return text is None or bool(datetime.fromisoformat(text))
+    except ValueError:
+        return False

@@ -6,35 +6,17 @@ from functools import cache, reduce
 from operator import or_
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 from transformers.debug_utils import DebugOption
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_pt_utils import AcceleratorConfig
-from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Steps = Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(ge=1)]  # below 1: share of a run
-
-
-def _without_nulls(message: Any) -> Any:
-    """Drop null entries: a table has them for keys that only other rows use."""
-    kept = isinstance(message, dict) and {k: v for k, v in message.items() if v is not None}
-    return kept or message
-
-
-@with_config(ConfigDict(extra="forbid"))
-class Message(TypedDict):
-    """A turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str
-
-
-Messages = list[Annotated[Message, BeforeValidator(_without_nulls)]]
 
 
 def _refused(remedy: str) -> Any:

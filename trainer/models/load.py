@@ -10,10 +10,11 @@ from typing import Any
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.distributed import DistributedConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from opd_kernels.integrations.transformers import causal_lm_of
 from opd_trainer.config import StageConfig
@@ -49,7 +50,10 @@ def load_model(
     with convert_errors(_EXPECTED.format(name)):
         if _is_adapter(source):
             adapted = AutoPeftModelForCausalLM.from_pretrained(source, **options)
-            return adapted.merge_and_unload().requires_grad_()  # PEFT freezes the base
+            merged = adapted.merge_and_unload().requires_grad_()  # PEFT freezes the base
+            if (Path(source) / GENERATION_CONFIG_NAME).exists():  # PEFT leaves it unread
+                merged.generation_config = GenerationConfig.from_pretrained(source)
+            return merged
         model, info = AutoModelForCausalLM.from_pretrained(
             source, output_loading_info=True, **options
         )
@@ -62,6 +66,8 @@ def load_student(config: StageConfig) -> tuple[Model, Tokenizer]:
     """Return the student with its adapters, on its device, and its tokenizer."""
     split, is_trusted = config.distributed_config, config.trust_remote_code
     tokenizer = load_tokenizer(config.model, is_trusted)
+    if config.chat_template is not None:
+        tokenizer.chat_template = load_chat_template(config.chat_template, is_trusted)
     model = load_model(config.model, config.dtype, split, is_trusted)
     token, known = tokenizer.eos_token, limits_of(model).ids
     if tokenizer.eos_token_id >= known:
@@ -86,6 +92,17 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Tokenizer:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # safe: masks come from lengths, not from ids
     return tokenizer
+
+
+def load_chat_template(source: str, trust_remote_code: bool = False) -> str | dict[str, str]:
+    """Return the chat template in a file, or that of a model."""
+    if source.endswith((".jinja", ".jinja2", ".j2", ".txt")):
+        with convert_errors(f"chat_template: expected a file with a Jinja template, got {source}"):
+            return Path(source).read_text(encoding="utf-8")
+    template = load_tokenizer(source, trust_remote_code).chat_template
+    if template is None:
+        raise ValueError(f"chat_template: the tokenizer of {source} has no chat template")
+    return template
 
 
 def _with_lora(model: Model, config: StageConfig) -> Model:
@@ -135,12 +152,23 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def eos_ids_of(model: Model) -> frozenset[int]:
+    """Return the ids at which `generate` stops a model."""
+    eos = causal_lm_of(model).generation_config.eos_token_id
+    return frozenset(eos if isinstance(eos, list) else [eos]) - {None}
+
+
+def stop_at(model: Model, ids: frozenset[int]) -> None:
+    """Let `generate` stop a model at these ids, here and wherever it is loaded once saved."""
+    causal_lm_of(model).generation_config.eos_token_id = sorted(ids)
+
+
 def limits_of(model: Model) -> Limits:
     """Return the limits of a model; without position embeddings the context has none."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
     causal_lm = causal_lm_of(model)
     embeddings = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    return Limits(context, min(x.weight.shape[0] for x in embeddings))
+    return Limits(context, min(x.weight.shape[0] for x in embeddings), eos_ids_of(model))
 
 
 def locate(name: str) -> tuple[str, dict[str, Any]]:
@@ -163,8 +191,9 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
 
 def compare_tokenizers(
     student: Tokenizer, teacher: str, trust_remote_code: bool = False
-) -> list[str]:
-    """Return differences from the teacher's tokenizer that may be harmless, one sentence each.
+) -> tuple[Tokenizer, list[str]]:
+    """Return the teacher's tokenizer, and its differences from the student's that may be harmless,
+    one sentence each.
 
     Raises:
         ValueError: a token has another id, so that the teacher would score other tokens.
@@ -179,12 +208,35 @@ def compare_tokenizers(
         )
     if tokenizer.chat_template != student.chat_template:
         findings.append(
-            f"chat template: {teacher} has a different one, but gets prompts in the student's "
-            "template, which it may not know: compare them, or set chat_template_kwargs"
+            f"chat template: {teacher} has a different one; teacher_chat_template says which one "
+            "the teacher reads"
         )
     if tokenizer.eos_token_id != student.eos_token_id:
         findings.append(
             f"EOS: {teacher} has {tokenizer.eos_token!r}, the student {student.eos_token!r}; a "
             "completion ends at either, and the student learns the teacher's"
         )
-    return findings
+    return tokenizer, findings
+
+
+def check_vocabularies(
+    student: Model, teacher: Model, tokenizers: tuple[Tokenizer, Tokenizer], name: str
+) -> None:
+    """Raise ValueError if the loss, which compares the ids that both models have, would leave out
+    tokens of either; rows of weights beyond a tokenizer's tokens are padding.
+    """
+    rows, teacher_rows = (causal_lm_of(m).get_output_embeddings().weight.shape[0]
+                          for m in (student, teacher))  # fmt: skip
+    ours, theirs = (x.get_vocab() for x in tokenizers)
+    cut = [t for t, i in theirs.items() if min(rows, teacher_rows) <= i < max(rows, teacher_rows)]
+    if rows < teacher_rows:
+        # Some tokenizers have an added token that a small model of the family has no weights for,
+        # such as an image's; the student cannot learn it from any teacher.
+        added = {x.content for x in tokenizers[0].added_tokens_decoder.values()}
+        cut = [t for t in cut if t not in ours or t not in added]
+    if cut:
+        raise ValueError(
+            f"teacher: expected a vocabulary of the student's size, {rows} rows, but {name} has "
+            f"{teacher_rows}, and only one of them has weights for {len(cut)} tokens such as "
+            f"{cut[0]!r}; use a teacher of the student's family"
+        )

@@ -12,7 +12,7 @@ from opd_kernels.integrations.transformers import causal_lm_of
 from opd_trainer.config import StageConfig
 from opd_trainer.data import Prompt
 from opd_trainer.errors import name_memory_keys
-from opd_trainer.models.load import Model, Tokenizer, eval_mode, is_fsdp
+from opd_trainer.models.load import Model, Tokenizer, eos_ids_of, eval_mode, is_fsdp
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,9 @@ class Sampler:
     def __init__(self, config: StageConfig, tokenizer: Tokenizer, *models: Model) -> None:
         self.tokenizer = tokenizer
         self.batch_size, self.is_quiet = config.rollout_batch_size, config.disable_tqdm
-        self.eos_ids = {tokenizer.eos_token_id}
-        for eos in (causal_lm_of(model).generation_config.eos_token_id for model in models):
-            self.eos_ids |= set(eos if isinstance(eos, list) else [eos]) - {None}
         sizes = [causal_lm_of(model).get_output_embeddings().weight.shape[0] for model in models]
+        eos_ids = frozenset({tokenizer.eos_token_id}.union(*map(eos_ids_of, models)))
+        self.eos_ids = frozenset(i for i in eos_ids if i < min(sizes, default=i + 1))
         temperature = config.sampling_temperature or config.temperature
         sampling = {"temperature": temperature, "top_p": config.top_p, "top_k": 0}
         # NaN from a broken model would end the program in generate(). It also shows in the loss of
@@ -111,4 +110,6 @@ class Sampler:
 
     def text(self, completion: Completion) -> str:
         """Return the completion as a reader or a scorer sees it."""
-        return self.tokenizer.decode(completion.ids, skip_special_tokens=True)
+        # A token that ends turns need not be a special one, which the tokenizer would skip.
+        ids = completion.ids if completion.truncated else completion.ids[:-1]
+        return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -28,6 +28,7 @@ from opd_trainer.models.rollout import Completion
 KEY = "OPD_TEACHER_API_KEY"  # environment variable; with _NAME for one of several teachers
 _PROBE = "What is 6 x 7? It's 42: def f(x): return x**2  # \u00e7a va, \u65e5\u672c"
 _TRANSIENT_STATUS = (408, 409, 429)  # and those from 500
+_PADDING_LOG_PROB = math.log(1e-3)  # padding, which is never trained, stays below
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError, IndexError)
 _MAX_ANSWER_BYTES, _MAX_LOG_PROB_BYTES = 1 << 20, 256  # several times what a valid answer takes
 _Row = list[tuple[int, float]]  # token ids and log-probabilities of a position, the best first
@@ -148,6 +149,13 @@ class ServedTeacher:
             raise ValueError(f"expected {self.k} log-probs and the token's own, got {len(row)}")
         if not all(i >= 0 and x <= 1e-3 for i, x in row):
             raise ValueError("expected ids from 0 and log-probs up to 0")
+        other = [i for i, x in row if i >= self.vocab_size and x > _PADDING_LOG_PROB]
+        if other:
+            raise TeacherError(
+                f"teacher: expected ids below {self.vocab_size}, the rows of the student's "
+                f"weights, but {self.url} gives id {other[0]} a probability of "
+                f"{math.exp(log_probs[other[0]]):.2g}; serve a model of the student's family"
+            )
         mass = torch.tensor([x for _, x in row]).exp().sum()
         if not mass < 1.01:
             raise ValueError(f"expected probabilities with a sum of at most 1, got {mass:.3f}")

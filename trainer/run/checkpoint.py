@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from opd_kernels.integrations.transformers import causal_lm_of
 from opd_trainer.errors import SavingError
 from opd_trainer.run.directory import METRICS, MODEL, SAVING, publish, write_whole
 
@@ -63,6 +64,16 @@ class DurableTrainer(Trainer):
             shutil.rmtree(run / SAVING, ignore_errors=True)
             problem = "could not be saved; earlier checkpoints are intact"
             raise SavingError(f"{run}/{name} {problem}: {error}") from error
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """Save the student; adapters too with the ids that end a turn, which PEFT leaves out."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            causal_lm_of(self.model).generation_config.save_pretrained(
+                output_dir or self.args.output_dir
+            )
 
     def save_more(self, checkpoint: Path) -> None:
         """Write what a subclass keeps beside the student; called on every rank."""
