@@ -1,6 +1,8 @@
 """Rollouts: completions sampled from a model."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -96,7 +98,12 @@ class Sampler:
         is_gpu = model.device.type != "cpu"
         # generate() takes unset options from the model's: a repetition penalty would be off-policy.
         no_options = patch.object(model, "generation_config", GenerationConfig())
-        with no_options, eval_mode(model), torch.random.fork_rng([model.device] * is_gpu):
+        with (
+            no_options,
+            _without_router_loss(model),
+            eval_mode(model),
+            torch.random.fork_rng([model.device] * is_gpu),
+        ):
             torch.manual_seed(seed)
             inputs = inputs.to(model.device)
             # FSDP gathers the weights from all ranks for each token, so all ranks generate until
@@ -112,3 +119,10 @@ class Sampler:
     def text(self, completion: Completion) -> str:
         """Return the completion as a reader or a scorer sees it."""
         return self.tokenizer.decode(completion.ids, skip_special_tokens=True)
+
+
+def _without_router_loss(model: Model) -> AbstractContextManager[Any]:
+    """Do not let a mixture of experts compute its auxiliary loss, which fails on a KV cache."""
+    config = model.config.get_text_config()
+    has_router = hasattr(config, "output_router_logits")
+    return patch.object(config, "output_router_logits", False) if has_router else nullcontext()

@@ -18,7 +18,7 @@ from opd_trainer.errors import RunStoppedError, convert_errors
 from opd_trainer.measures.evaluation import Evaluation
 from opd_trainer.models.load import Model, load_model
 from opd_trainer.models.rollout import Completion
-from opd_trainer.models.teacher import LocalTeacher, on_completions
+from opd_trainer.models.teacher import LocalTeacher
 from opd_trainer.stages.sft import negative_log_likelihood
 from opd_trainer.stages.training import CompletionTrainer, MicroBatch, Part
 
@@ -107,7 +107,7 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
                 self.sums.add_positions(top, teacher, ids, [len(c.ids) for c in batch.completions])
             return output.loss
 
-        return on_completions(model, batch.completions, temperature, loss_of)
+        return batch.loss(model, temperature, loss_of)
 
     def save_more(self, checkpoint: Path) -> None:
         """Save a moving teacher too."""

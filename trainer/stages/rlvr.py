@@ -14,7 +14,7 @@ from opd_kernels import LazyLogits
 from opd_trainer.config import RLVRConfig
 from opd_trainer.data import Prompt
 from opd_trainer.models.rollout import Completion
-from opd_trainer.models.teacher import LocalTeacher, log_probs, on_completions
+from opd_trainer.models.teacher import LocalTeacher, log_probs
 from opd_trainer.stages.training import CompletionTrainer, MicroBatch, Part
 
 _MIN_DEVIATION = 1e-4  # of rewards; smaller differences count as noise
@@ -66,7 +66,7 @@ class RLVRTrainer(CompletionTrainer):
             self.sums.add_tensors(**{n: x.detach() * (weights > 0) for n, x in metrics.items()})
             return (loss * weights).sum() / batch.denominator
 
-        return on_completions(model, batch.completions, temperature, loss_of)
+        return batch.loss(model, temperature, loss_of)
 
 
 def clipped_policy_loss(
