@@ -34,7 +34,8 @@ class DistillationConfig(TeacherConfig):
     sft_coef: NotNegative = 0.0
     max_token_loss: Positive | None = None  # nats; above it a token has no gradient
     max_loss_tokens: Count | None = None  # only the first tokens of a completion have a loss
-    # Weights tokens of reused completions by p(now) / p(when sampled), at most by this.
+    # Weights tokens by p(student now) / p(rollout engine when sampled), at most by this: truncated
+    # importance sampling, for completions that are reused and engines that differ from the student.
     max_importance_weight: Positive | None = None
 
     @property

@@ -61,12 +61,6 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
         if args.samples_differ and self.is_world_process_zero():
             warnings.warn(OFF_POLICY, stacklevel=2)
 
-    def complete(self, prompts: list[Prompt]) -> list[Completion]:
-        """Return samples, with their log-probs for importance weights."""
-        completions = super().complete(prompts)
-        is_weighted = self.args.max_importance_weight is not None
-        return self.with_log_probs(completions) if is_weighted else completions
-
     def parts(self, completions: list[Completion]) -> list[Part]:
         """Return the divergence on the samples, and the cross-entropy on the rows' completions."""
         learned = [c.first(self.args.max_loss_tokens) for c in completions]
@@ -89,9 +83,10 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
             options["support"] = ids[:, None]
 
         def loss_of(student: LazyLogits) -> Tensor:
-            weights = batch.weights
+            weights, now = batch.weights, None
             if self.args.max_importance_weight is not None:
-                ratio = (student.detach().log_prob(ids) - batch.sampled_log_probs()).exp()
+                now = student.detach().log_prob(ids)
+                ratio = (now - batch.sampled_log_probs(now)).exp()
                 weights = weights * ratio.clamp_max(self.args.max_importance_weight)
             output = self.loss(student, teacher, token_weights=weights, **options)
             s, t = output.student, output.teacher
@@ -105,6 +100,9 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
             if batch.weights.any():
                 self.sums.add_tokens(s, t)
                 self.sums.add_positions(top, teacher, ids, [len(c.ids) for c in batch.completions])
+                if now is None:  # one dot product per token, no pass over the vocabulary
+                    now = student.detach().gather(ids[:, None], tail=False).values[:, 0] - top.lse
+                self.compare_engine(batch, now)
             return output.loss
 
         return batch.loss(model, temperature, loss_of)

@@ -28,10 +28,7 @@ class RLVRTrainer(CompletionTrainer):
 
     def complete(self, prompts: list[Prompt]) -> list[Completion]:
         """Return samples with their rewards and advantages."""
-        completions = super().complete(prompts)
-        if self.args.steps_per_rollout > 1:
-            completions = self.with_log_probs(completions)
-        completions = self.evaluation.scored(completions)
+        completions = self.evaluation.scored(super().complete(prompts))
         rewards = torch.tensor([c.reward for c in completions])
         groups = rewards.view(-1, self.args.completions_per_prompt)
         advantages = groups - groups.mean(-1, keepdim=True)
@@ -55,14 +52,14 @@ class RLVRTrainer(CompletionTrainer):
 
         def loss_of(logits: LazyLogits) -> Tensor:
             now = logits.log_prob(batch.ids)
-            is_reused = self.args.steps_per_rollout > 1
-            sampled = batch.sampled_log_probs() if is_reused else now.detach()
+            sampled = batch.sampled_log_probs(now)
             clip = self.args.clip_ratio, self.args.clip_ratio_high
             loss, ratio, clipped = clipped_policy_loss(now, sampled, advantages, *clip)
             metrics = {"scored_tokens": torch.ones_like(ratio), "ratio": ratio, "clipped": clipped}
             if start is not None:
                 metrics["kl_to_start"] = kl_estimate(now, start)
                 loss = loss + self.args.kl_coef * metrics["kl_to_start"]
+            self.compare_engine(batch, now)
             self.sums.add_tensors(**{n: x.detach() * (weights > 0) for n, x in metrics.items()})
             return (loss * weights).sum() / batch.denominator
 

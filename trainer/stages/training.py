@@ -23,9 +23,9 @@ from opd_trainer.data import Prompt
 from opd_trainer.errors import RunStoppedError, name_memory_keys
 from opd_trainer.measures.diagnostics import Sums, alarms
 from opd_trainer.measures.evaluation import Evaluation
-from opd_trainer.models.load import eval_mode, is_fsdp, reshard
+from opd_trainer.models.load import is_fsdp, reshard
 from opd_trainer.models.rollout import Completion
-from opd_trainer.models.teacher import log_probs, on_completions, token_ids
+from opd_trainer.models.teacher import on_completions, token_ids
 from opd_trainer.run.checkpoint import DurableTrainer
 from opd_trainer.stages.order import Order
 
@@ -52,10 +52,15 @@ class MicroBatch:
         share = self.weights.sum() / self.denominator
         return on_completions(model, self.completions, temperature, function, router_weight=share)
 
-    def sampled_log_probs(self) -> Tensor:
-        """Return the log-probs [N] of the tokens by the policy that sampled them."""
-        flat = [x for c in self.completions for x in c.log_probs or []]
-        return torch.tensor(flat, device=self.weights.device)
+    def sampled_log_probs(self, now: Tensor) -> Tensor:
+        """Return the log-probs [N] of the tokens by the engine that sampled them.
+
+        Args:
+            now: [N] the student's, which stand in for those of an engine that returns none.
+        """
+        if any(c.log_probs is None for c in self.completions):
+            return now.detach()
+        return now.new_tensor([x for c in self.completions for x in c.log_probs or []])
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,8 @@ class CompletionTrainer(DurableTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimiser of the parameters as FSDP holds them between steps."""
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise RunStoppedError("model: expected parameters that need a gradient, got none")
         reshard(self.model)
         return super().create_optimizer(model)
 
@@ -220,16 +227,15 @@ class CompletionTrainer(DurableTrainer):
             tensor = torch.tensor(weights, device=self.args.device)
             yield MicroBatch(batch, tensor * bool(kept), denominator)
 
-    @torch.no_grad()
-    def with_log_probs(self, completions: list[Completion]) -> list[Completion]:
-        """Return the completions with the log-probs of the current student."""
-        result, size = [], self.args.micro_batch_size
-        with eval_mode(self.model):
-            for batch in (completions[i : i + size] for i in range(0, len(completions), size)):
-                flat = log_probs(self.model, batch, self.args.temperature)
-                rows = zip(batch, flat.split([len(c.ids) for c in batch]), strict=True)
-                result += [replace(c, log_probs=row.tolist()) for c, row in rows]
-        return result
+    def compare_engine(self, batch: MicroBatch, now: Tensor) -> None:
+        """Add the distance of the engine's log-probs from the student's [N] to the metrics.
+
+        Later steps on the same completions and other sampling options part them on purpose.
+        """
+        is_fresh = self.state.global_step % self.args.steps_per_rollout == 0
+        is_known = batch.weights.any() and all(c.log_probs for c in batch.completions)
+        if is_fresh and is_known and not self.args.samples_differ:
+            self.sums.add_engine((now.detach() - batch.sampled_log_probs(now)).abs())
 
     def _get_train_sampler(self, *arguments: Any) -> IndexSampler | None:
         return self.repeated or super()._get_train_sampler(*arguments)
@@ -264,7 +270,8 @@ class CompletionTrainer(DurableTrainer):
             # tensor-parallel group.
             logs["tokens_per_second"] = total["tokens"] * self.replicas / total["seconds"]
             history = [*self.state.log_history, logs]
-            if self.is_world_process_zero() and (alarm := alarms(self.args, history)):
+            ends = self.state.global_step >= self.state.max_steps
+            if self.is_world_process_zero() and (alarm := alarms(self.args, history, ends)):
                 warnings.warn(alarm, stacklevel=2)
                 logs |= {"alarm": alarm}
         super().log(logs, start_time)
