@@ -137,10 +137,11 @@ def refusal(key, value):
 
 def refused(key):
     """Return the error of a key that must keep its default, or None."""
-    errors = [error for x in _VALUES if (error := refusal(key, x))]
-    is_fixed = key in ("gradient_accumulation_steps", "hub_token")  # any other value is wrong
-    marks = "expected 1, " if is_fixed else "not supported"
-    return next((e for e in errors if marks in e or "expected none" in e), None)
+    # Any value of these two but the default is wrong.
+    others = {"gradient_accumulation_steps": "expected 1, ", "hub_token": "expected none, "}
+    mark = others.get(key, "not supported")
+    errors = (refusal(key, x) or "" for x in _VALUES)
+    return next((error for error in errors if mark in error), None)
 
 
 def needed_package(optimiser):
