@@ -46,7 +46,7 @@ class SGDScheduleFree(torch.optim.Optimizer):
 def install(monkeypatch):
     """Make `optim: schedule_free_sgd` use this optimiser."""
     module = ModuleType("schedulefree")
-    module.SGDScheduleFree = module.AdamWScheduleFree = SGDScheduleFree
+    vars(module).update(SGDScheduleFree=SGDScheduleFree, AdamWScheduleFree=SGDScheduleFree)
     monkeypatch.setitem(sys.modules, "schedulefree", module)
     available = "transformers.trainer_optimizer.is_schedulefree_available"
     monkeypatch.setattr(available, lambda *_: True)

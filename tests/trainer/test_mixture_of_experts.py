@@ -61,8 +61,7 @@ def _prepare(folder, name, stage, **changes):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sft_minimises_the_models_own_loss(tmp_path, name):
-    rows = '{"prompt": "a", "completion": "b"}\n' * 4
-    (tmp_path / "given.jsonl").write_text(rows)
+    (tmp_path / "given.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
     changes = {"train_data": str(tmp_path / "given.jsonl"), "micro_batch_size": 10}
     trainer = _prepare(tmp_path, name, SFTConfig, **NO_TEACHER | changes)
     batch = completions()

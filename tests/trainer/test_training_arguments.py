@@ -314,6 +314,10 @@ def test_determinism_and_the_debugger(tmp_path):
         ({"do_eval": True}, "do_eval: expected eval_strategy: steps or epoch"),
         ({"fp16": True}, "fp16: it needs a GPU; use bf16 on a CPU"),
         (
+            {"save_only_model": True, "resume_from_checkpoint": "auto"},
+            "resume_from_checkpoint: not possible with save_only_model, whose checkpoints hold no",
+        ),
+        (
             {"activation_checkpointing_kwargs": {"use_reentrant": True}},
             "activation_checkpointing_kwargs: expected activation_checkpointing: true",
         ),

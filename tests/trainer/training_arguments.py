@@ -63,7 +63,7 @@ EFFECTS = {  # what a key does in a run
     "eval_delay": "steps or epochs before the first evaluation",
     "per_device_eval_batch_size": "completions that are measured together",
     "eval_on_start": "evaluates before the first step; `true` by default",
-    "save_only_model": "checkpoints without the optimiser's state",
+    "save_only_model": "checkpoints without the optimiser's state, from which no run resumes",
     "save_strategy": "see the choices below",
     "save_steps": "steps between checkpoints, or a share of the run below 1",
     "save_on_each_node": "saves on each node",

@@ -137,6 +137,9 @@ class StageConfig(StrictArguments):
             (is_split and bool(self.resume_from_checkpoint),
              "resume_from_checkpoint: not possible with distributed_config, whose checkpoints hold "
              "the model only; to resume, split by accelerate launch --use_fsdp instead"),
+            (self.save_only_model and bool(self.resume_from_checkpoint),
+             "resume_from_checkpoint: not possible with save_only_model, whose checkpoints hold no "
+             "state of the optimiser"),
             (self.n_gpu > 1, "several GPUs: start one process per GPU by torchrun"),
         ]  # fmt: skip
 

@@ -120,7 +120,7 @@ class RLVRConfig(StageConfig):
 
     completions_per_prompt: Count = 8  # the group
     scale_advantages: bool = True  # divide by the group's standard deviation
-    clip_ratio: Positive = 0.2  # bounds p(now) / p(when sampled) to 1 +- this
+    clip_ratio: Positive = 0.2  # bounds p(student now) / p(engine when sampled) to 1 +- this
     clip_ratio_high: Positive | None = None  # upper bound; default clip_ratio
     kl_coef: NotNegative = 0.0  # of the KL to the initial weights, nats per token
 

@@ -110,7 +110,7 @@ def on_completions(
     ids, mask, is_completion = pad_completions(prompts, [c.ids for c in completions], device)
 
     def result(logits: LazyLogits, router_loss: Tensor | float = 0.0) -> T:
-        value = function(logits[is_completion])
+        value: Any = function(logits[is_completion])
         return value if router_weight is None else value + router_weight * router_loss
 
     options: dict[str, Any] = {"with_router_loss": router_weight is not None}

@@ -1,6 +1,6 @@
 """Reinforcement learning from verifiable rewards: GRPO's group-relative policy gradient.
 
-The loss of a token with advantage A and ratio r = p(now) / p(when sampled) is PPO's clipped
+The loss of a token with advantage A and ratio r = p(now) / p(engine) is PPO's clipped
 -min(r A, clip(r, 1 - e, 1 + e) A), arXiv 1707.06347 equation 7. A is the distance of the reward
 from the mean of the prompt's group, arXiv 2402.03300 section 4.1.
 """

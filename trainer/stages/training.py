@@ -156,7 +156,7 @@ class CompletionTrainer(DurableTrainer):
         for number, batch in enumerate(batches, start=1):
             sync = nullcontext() if number == len(batches) else self._no_sync(model)
             with sync, name_memory_keys("micro_batch_size, micro_batch_tokens"):
-                total += super().training_step(model, batch)  # type: ignore[arg-type]
+                total += super().training_step(model, batch)
         return total
 
     def compute_loss(
