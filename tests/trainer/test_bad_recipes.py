@@ -54,13 +54,7 @@ MAY_BE_NEGATIVE = {"forward_kl_min_entropy": "below every entropy"}
 UNSUPPORTED = (
     "fsdp", "fsdp_config", "deepspeed", "parallelism_config", "torch_compile",
     "torch_compile_backend", "torch_compile_mode", "label_smoothing_factor",
-    "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
-    "average_tokens_across_devices", "auto_find_batch_size", "bf16_full_eval", "fp16_full_eval",
-    "prediction_loss_only", "eval_use_gather_object", "eval_accumulation_steps",
-    "include_for_metrics", "batch_eval_metrics", "label_names", "eval_do_concat_batches",
-    "use_liger_kernel", "liger_kernel_config", "remove_unused_columns", "enable_jit_checkpoint",
-    "restore_callback_states_from_checkpoint", "do_train", "do_predict", "local_rank",
-    "accelerator_config", "dataloader_pin_memory", "dataloader_in_order", "length_column_name",
+    "load_best_model_at_end", "metric_for_best_model",
 )  # fmt: skip
 AT_MOST_ONE = ("top_p", "beta", "teacher_update_rate", "adam_beta1", "adam_beta2")
 GIVEN = {"model": "no/model", "train_data": "no.jsonl", "use_cpu": True, "scorer": "exact_match"}

@@ -37,15 +37,16 @@ class Message(TypedDict):
 Messages = list[Annotated[Message, BeforeValidator(_without_nulls)]]
 
 
-def _refused(remedy: str, default: Any = None) -> Any:
-    """Return the type of a key that must stay empty, or at its default."""
+def _refused(remedy: str, kind: Any = Any, default: Any = None) -> Any:
+    """Return the type of a key that must stay empty, or at its default, and of this kind."""
 
     def refuse(value: Any) -> Any:
         if value != default and (value or default):
             raise ValueError(f"not supported; {remedy}")
-        return default if value is False else value  # transformers expects null where it is unset
+        # transformers expects null where such a key is unset.
+        return None if kind is Any and value is False else value
 
-    return Annotated[Any, BeforeValidator(refuse)]
+    return Annotated[kind, BeforeValidator(refuse)]
 
 
 def _one_of(choices: Any) -> Any:
@@ -67,6 +68,7 @@ _OPTIM_ARGUMENTS = {  # of PyTorch's optimisers; transformers ignores other name
 _MEAN = "the loss is a mean over the tokens of all ranks"
 _STATE = "use_configured_state"
 _METRICS = "a stage has its own held-out metrics"
+_LIGER = "Liger would patch the teacher too"
 _IN_MEMORY = "prompts are in memory as lists of token ids, and each rank loads its own"
 # What a config writes, from which TrainingArguments takes one entry.
 _ACCELERATOR = {k: v for k, v in AcceleratorConfig().to_dict().items() if k != _STATE}
@@ -100,24 +102,27 @@ _KEYS_BY_TYPE: list[tuple[Any, str]] = [
     (_refused(_USE_SPLIT), "fsdp fsdp_config deepspeed parallelism_config"),
     (_refused("leave it out"), "torch_compile torch_compile_backend torch_compile_mode"),
     (_refused("the loss has no labels"), "label_smoothing_factor"),
-    (_refused(_MEAN, default=True), "average_tokens_across_devices"),
+    (_refused(_MEAN, bool, True), "average_tokens_across_devices"),
     (_refused("pick a checkpoint by its step"), "load_best_model_at_end metric_for_best_model"),
-    (_refused("pick a checkpoint by its step"), "greater_is_better"),
-    (_refused("lower micro_batch_size, which saves memory alone"), "auto_find_batch_size"),
-    (_refused("set bf16 or fp16, which evaluation follows"), "bf16_full_eval fp16_full_eval"),
-    (_refused(_METRICS), "prediction_loss_only eval_use_gather_object eval_accumulation_steps"),
-    (_refused(_METRICS), "include_for_metrics batch_eval_metrics label_names"),
-    (_refused(_METRICS, default=True), "eval_do_concat_batches"),
-    (_refused("Liger would patch the teacher too"), "use_liger_kernel liger_kernel_config"),
-    (_refused("data.Row lists the columns"), "remove_unused_columns"),
-    (_refused("SIGTERM saves a checkpoint anyway"), "enable_jit_checkpoint"),
-    (_refused("callbacks of stages have no state"), "restore_callback_states_from_checkpoint"),
-    (_refused("the command names the stage"), "do_train do_predict"),
-    (_refused("torchrun sets LOCAL_RANK", default=-1), "local_rank"),
-    (_refused(_IN_MEMORY), "dataloader_pin_memory"),
-    (_refused(_IN_MEMORY, default=_ACCELERATOR), "accelerator_config"),
-    (_refused("prompts must not depend on timing", default=True), "dataloader_in_order"),
-    (_refused("prompts are tokenised already", default="length"), "length_column_name"),
+    (_refused("pick a checkpoint by its step", bool | None), "greater_is_better"),
+    (_refused("lower micro_batch_size, which saves memory alone", bool), "auto_find_batch_size"),
+    (_refused("set bf16 or fp16, which evaluation follows", bool), "bf16_full_eval fp16_full_eval"),
+    (_refused(_METRICS, bool), "prediction_loss_only eval_use_gather_object batch_eval_metrics"),
+    (_refused(_METRICS, bool, True), "eval_do_concat_batches"),
+    (_refused(_METRICS, Count | None), "eval_accumulation_steps"),
+    (_refused(_METRICS, list[str]), "include_for_metrics"),
+    (_refused(_METRICS, list[str] | None), "label_names"),
+    (_refused(_LIGER, bool), "use_liger_kernel"),
+    (_refused(_LIGER, _Options), "liger_kernel_config"),
+    (_refused("data.Row lists the columns", bool | None), "remove_unused_columns"),
+    (_refused("SIGTERM saves a checkpoint anyway", bool), "enable_jit_checkpoint"),
+    (_refused("stages' callbacks have no state", bool), "restore_callback_states_from_checkpoint"),
+    (_refused("the command names the stage", bool), "do_train do_predict"),
+    (_refused("torchrun sets LOCAL_RANK", int, -1), "local_rank"),
+    (_refused(_IN_MEMORY, bool), "dataloader_pin_memory"),
+    (_refused(_IN_MEMORY, dict[str, Any] | None, _ACCELERATOR), "accelerator_config"),
+    (_refused("prompts must not depend on timing", bool, True), "dataloader_in_order"),
+    (_refused("prompts are tokenised already", str, "length"), "length_column_name"),
     (Literal["random", "sequential", "group_by_length"], "train_sampling_strategy"),
 ]
 _TYPES = {key: kind for kind, keys in _KEYS_BY_TYPE for key in keys.split()}
