@@ -58,7 +58,7 @@ CASES = {
     ),
     "integrations.transformers.call_with_lazy_logits": Case(
         lambda **o: transformers.call_with_lazy_logits(**{"function": len_of} | tokens() | o), dict,
-        TOKENS | {"function": (None, "x", 3)}, ANY_KEYWORD,
+        TOKENS | {"function": (None, "x", 3), "with_router_loss": FLAG}, ANY_KEYWORD,
     ),
     "integrations.transformers.pad_completions": Case(
         lambda **o: transformers.pad_completions(

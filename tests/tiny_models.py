@@ -27,7 +27,14 @@ CONFIGS = {
     "gpt2": _GPT2 | {"bos_token_id": 1, "eos_token_id": 2},
     "phi": _SIZES | {"partial_rotary_factor": 0.5},
 }
-_OTHERS = {"mixtral": _SIZES}  # whose head is like one of the above
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_OTHERS = {  # whose head is like one of the above
+    "mixtral": _SIZES,
+    "qwen2_moe": _SIZES | _EXPERTS | {"shared_expert_intermediate_size": 16},
+    "qwen3_moe": _SIZES | _EXPERTS,
+    "olmoe": _SIZES | _EXPERTS,
+    "jetmoe": _SIZES | {"num_local_experts": 4, "kv_channels": 8},
+}
 
 
 def tiny_model(name, dtype=torch.float32, seed=0, **changes):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from opd_kernels.checks import got
-from opd_kernels.integrations.transformers import forward_without_head
+from opd_kernels.integrations.transformers import forward_without_head, router_loss
 
 # Matches a loss of unchanged logits and labels. Git, for example, slices and shifts both first.
 _SHIFTED_LOSS = re.compile(r"self\.loss_function\(\s*(logits=)?(lm_)?logits,\s*(labels=)?labels,")
@@ -67,9 +67,8 @@ def _wrap_forward(bare_forward: Callable[..., Any]) -> Callable[..., Any]:
             log_probs = logits.log_prob(shift_labels, ignore_index=ignore_index)
         count = (shift_labels != ignore_index).sum()
         loss = -log_probs.sum() / (count if num_items_in_batch is None else num_items_in_batch)
+        loss = loss + router_loss(self, capture.output)
         output = {name: x for name, x in capture.output.items() if name != "logits"}
-        if output.get("aux_loss") is not None:
-            loss = loss + self.router_aux_loss_coef * output["aux_loss"].to(loss.device)
         return type(capture.output)(loss=loss, **output)
 
     @wraps(bare_forward)
@@ -106,8 +105,6 @@ def _check_labels_loss(model: PreTrainedModel) -> None:
         reason = "does not compute it with transformers' ForCausalLMLoss"
     elif "z_loss" in code:
         reason = "adds a z-loss of the logits"
-    elif "aux_loss" in code and not hasattr(model, "router_aux_loss_coef"):
-        reason = "adds an auxiliary loss without router_aux_loss_coef"
     elif "forward" in model.__dict__:
         reason = "already has another forward on this instance (call patch first)"
     if reason is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from opd_kernels.checks import check_token_ids, got
+from opd_kernels.checks import check_flags, check_token_ids, got
 from opd_kernels.integrations._heads import weight_and_bias
 from opd_kernels.lazy_logits import LazyLogits
 from opd_kernels.parallel import plain
@@ -74,12 +74,13 @@ def lazy_logits(
 
 def call_with_lazy_logits(
     model: nn.Module,
-    function: Callable[[LazyLogits], T],
+    function: Callable[..., T],
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
     temperature: float = 1.0,
     vocab_size: int | None = None,
+    with_router_loss: bool = False,
     **model_kwargs: Any,
 ) -> T:
     """Run the model and call function(lazy_logits) inside its forward pass.
@@ -89,6 +90,9 @@ def call_with_lazy_logits(
     Args:
         function: computes the loss from LazyLogits; runs under the autocast that is active at the
             model's head.
+        with_router_loss: call function(lazy_logits, router_loss) instead. router_loss is the
+            auxiliary loss of a mixture of experts whose config has output_router_logits, times the
+            model's own coefficient; 0.0 for other models. Transformers adds it to a loss of labels.
 
     Other arguments and Raises are those of lazy_logits.
 
@@ -98,6 +102,7 @@ def call_with_lazy_logits(
     causal_lm = causal_lm_of(model)
     if not callable(function):
         raise TypeError(f"function: expected a function of LazyLogits, got {got(function)}")
+    check_flags(with_router_loss=with_router_loss)
     _check_tokens(input_ids, attention_mask)
     bare_forward = causal_lm.forward
 
@@ -105,7 +110,8 @@ def call_with_lazy_logits(
         capture = forward_without_head(causal_lm, bare_forward, *args, **kwargs)
         logits = capture.lazy_logits(causal_lm, temperature, vocab_size)
         with torch.autocast(logits.hidden.device.type, *capture.autocast):
-            return function(logits)
+            extra = (router_loss(causal_lm, capture.output),) if with_router_loss else ()
+            return function(logits, *extra)
 
     # Without disable, a model that was compiled in place with model.compile() would trace into the
     # replacement, which changes the head while it runs.
@@ -117,6 +123,21 @@ def call_with_lazy_logits(
             return_dict=True,
             **model_kwargs,
         )
+
+
+def router_loss(model: PreTrainedModel, output: Any) -> Tensor | float:
+    """Return the auxiliary loss in a model's output times the model's coefficient, or 0.0."""
+    aux_loss = output.get("aux_loss")
+    if aux_loss is None:
+        return 0.0
+    for owner in (model, model.config.get_text_config()):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if hasattr(owner, name):
+                return getattr(owner, name) * torch.as_tensor(aux_loss, device=output.logits.device)
+    raise ValueError(
+        f"model: {type(model).__name__} returns an auxiliary loss of its router without a "
+        "coefficient; set router_aux_loss_coef in its config"
+    )
 
 
 def pad_completions(

@@ -40,7 +40,7 @@ FREE_LISTS = {
     **dict.fromkeys(("optim_target_modules", "lora_target_modules"), "names of modules"),
 }
 MAY_BE_ZERO = {
-    **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
+    **dict.fromkeys(("warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
                     "no effect"),
     **dict.fromkeys(("max_grad_norm", "neftune_noise_alpha", "label_smoothing_factor"), "off"),
     **dict.fromkeys(("forward_kl_coef", "sft_coef", "kl_coef", "lora_r"), "off"),

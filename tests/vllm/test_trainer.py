@@ -14,6 +14,7 @@ from opd_trainer.errors import TeacherError
 from opd_trainer.models.load import load_tokenizer
 from opd_trainer.models.rollout import Completion, Sampler
 from opd_trainer.models.server import ServedTeacher
+from opd_trainer.models.teacher import log_probs
 from tests.tiny_run import write_recipe
 from tests.vllm.server import API_KEY
 
@@ -58,6 +59,21 @@ def test_after_a_step_the_engines_greedy_output_is_that_of_the_trained_weights(
     after, expected = both()
     assert after == expected
     assert after != before
+
+
+def test_the_engines_log_probs_are_those_of_the_student(tmp_path, smollm2):
+    """At the temperature of the samples, so that the log shows no distance."""
+    changes = {"rollout_engine": "vllm", "temperature": 0.7, "max_steps": 1, "learning_rate": 1e-5}
+    trainer, _ = prepare(_recipe(tmp_path, smollm2, **changes))
+    samples = trainer.sampler.sample(trainer.model, trainer.train_dataset, 5)
+    assert all(len(c.log_probs) == len(c.ids) for c in samples)
+    with torch.no_grad():
+        now = log_probs(trainer.model.eval(), samples, 0.7)
+    sampled = torch.tensor([x for c in samples for x in c.log_probs])
+    assert_close(sampled, now, rtol=0, atol=2e-3)
+    trainer.train()
+    (line,) = [line for line in trainer.state.log_history if "loss" in line]
+    assert line["log_prob_difference_max"] < 2e-3
 
 
 def test_a_served_teachers_log_probs_are_the_local_ones(

@@ -8,11 +8,17 @@ from pydantic import BeforeValidator, Field
 from transformers.distributed import DistributedConfig
 
 from opd_trainer.config.messages import Messages
-from opd_trainer.config.values import Count, NotNegative, Positive, Steps, StrictArguments
+from opd_trainer.config.values import (
+    Conflicts,
+    Count,
+    NotNegative,
+    Positive,
+    Steps,
+    StrictArguments,
+)
 from opd_trainer.errors import convert_errors
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Conflicts = list[tuple[bool, str]]
 _TOKENIZER_OPTIONS = {
     "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
     "return_assistant_tokens_mask", "tokenizer_kwargs", "chat_template", "add_generation_prompt",
@@ -78,7 +84,7 @@ class StageConfig(StrictArguments):
     eval_greedy: bool = False  # decode held-out completions greedily instead of sampling
     per_device_train_batch_size: Count = 16
     per_device_eval_batch_size: Count = 16
-    learning_rate: NotNegative = 1e-5
+    learning_rate: Positive = 1e-5
     logging_steps: Steps = 1
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool | None = False
@@ -104,9 +110,6 @@ class StageConfig(StrictArguments):
         super().__post_init__()
         # transformers cannot save the optimiser of models that it splits while loading them.
         self.save_only_model |= bool(self.distributed_config)
-        for is_wrong, message in self._conflicts():
-            if is_wrong:
-                raise ValueError(message)
 
     @property
     def samples_differ(self) -> bool:
@@ -121,7 +124,7 @@ class StageConfig(StrictArguments):
             sizes = DistributedConfig(**self.distributed_config or {})  # each is 1 by default
         ranks = sizes.tp_size * sizes.dp_size * sizes.pp_size
         reserved = ", ".join(_TOKENIZER_OPTIONS & self.chat_template_kwargs.keys())
-        return [
+        return [*super()._conflicts(),
             (self.dtype != "float32" and self.lora_r == 0 and "train_data" in self.REQUIRED,
              "dtype: expected float32 to train all weights, because 16 bits round small updates "
              "away; for speed set bf16: true, or lora_r"),
@@ -130,6 +133,8 @@ class StageConfig(StrictArguments):
              "split it to save memory by micro_batch_size"),
             (self.eval_greedy and self.eval_completions_per_prompt > 1,
              "eval_completions_per_prompt: expected 1 with eval_greedy: all would be the same"),
+            (self.eval_strategy != "no" and self.eval_data is None,
+             f"eval_strategy: expected eval_data with {self.eval_strategy.value!r}"),
             (bool(reserved),
              f"chat_template_kwargs: expected variables of the template, got {reserved}"),
             (not _is_date(self.chat_template_date),
@@ -157,6 +162,9 @@ class StageConfig(StrictArguments):
             (is_split and bool(self.resume_from_checkpoint),
              "resume_from_checkpoint: not possible with distributed_config, whose checkpoints hold "
              "the model only; to resume, split by accelerate launch --use_fsdp instead"),
+            (self.save_only_model and bool(self.resume_from_checkpoint),
+             "resume_from_checkpoint: not possible with save_only_model, whose checkpoints hold no "
+             "state of the optimiser"),
             (self.n_gpu > 1, "several GPUs: start one process per GPU by torchrun"),
         ]  # fmt: skip
 

@@ -35,7 +35,8 @@ class DistillationConfig(TeacherConfig):
     sft_coef: NotNegative = 0.0
     max_token_loss: Positive | None = None  # nats; above it a token has no gradient
     max_loss_tokens: Count | None = None  # only the first tokens of a completion have a loss
-    # Weights tokens of reused completions by p(now) / p(when sampled), at most by this.
+    # Weights tokens by p(student now) / p(rollout engine when sampled), at most by this: truncated
+    # importance sampling, for completions that are reused and engines that differ from the student.
     max_importance_weight: Positive | None = None
 
     @property
@@ -123,7 +124,7 @@ class RLVRConfig(StageConfig):
 
     completions_per_prompt: Count = 8  # the group
     scale_advantages: bool = True  # divide by the group's standard deviation
-    clip_ratio: Positive = 0.2  # bounds p(now) / p(when sampled) to 1 +- this
+    clip_ratio: Positive = 0.2  # bounds p(student now) / p(engine when sampled) to 1 +- this
     clip_ratio_high: Positive | None = None  # upper bound; default clip_ratio
     kl_coef: NotNegative = 0.0  # of the KL to the initial weights, nats per token
 

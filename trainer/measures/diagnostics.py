@@ -4,6 +4,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from statistics import fmean
 from typing import Any
 
@@ -11,13 +12,16 @@ import torch
 from torch import Tensor
 
 from opd_kernels import LazyLogits, SparseLogits
-from opd_trainer.config import DistillationConfig, StageConfig
+from opd_trainer.config import DistillationConfig, RLVRConfig, StageConfig
 from opd_trainer.models.rollout import Completion
 from opd_trainer.models.teacher import LocalTeacher, Logits
 
 POSITIONS = (0, 16, 64, 256, 1024)  # where ranges of positions in a completion begin
 BY_POSITION = ("scored_tokens", "teacher_nll", "teacher_entropy", "overlap")
 WINDOW = 5  # log lines
+# Nats per token. In float32 engine and student differ by 1e-5, in bfloat16 by 0.04; weights of the
+# step before differ by 0.2 to 0.6.
+MAX_ENGINE_DIFFERENCE = 0.1
 DRIFT = (
     "The support holds less than 95 % of the student's mass and the rest is dropped, so the loss "
     "can fall while mass drifts off it: use tail: bucket, support: full, a larger k or a lower "
@@ -28,20 +32,31 @@ DRIFT = (
 class Sums(dict[str, float]):
     """Totals by name, which add up over micro-batches and ranks; a missing name is 0."""
 
-    COUNTS = ("tokens", "scored_tokens", "completions", "seconds", "skipped_steps")
+    COUNTS = (
+        "tokens", "scored_tokens", "compared_tokens", "completions", "seconds", "skipped_steps",
+    )  # fmt: skip
+    MAXIMA = ("log_prob_difference_max",)  # of all micro-batches and ranks, not their sum
     PER_COMPLETION = ("truncated", "repetition", "reward", "informative")
 
     def __missing__(self, name: str) -> float:
         return 0.0
 
     def add(self, **values: float) -> None:
-        """Add numbers to the totals."""
-        self.update({name: self[name] + value for name, value in values.items()})
+        """Add numbers to the totals, or raise a maximum to them."""
+        for name, value in values.items():
+            self[name] = max(self[name], value) if name in self.MAXIMA else self[name] + value
 
     def add_tensors(self, **values: Tensor) -> None:
         """Add the sum of each tensor to the totals."""
         totals = torch.stack([x.sum().double() for x in values.values()])
         self.add(**dict(zip(values, totals.tolist(), strict=True)))
+
+    def add_engine(self, difference: Tensor) -> None:
+        """Add distances [N] between the log-probs of a rollout engine and of the student."""
+        self.add_tensors(
+            log_prob_difference=difference, compared_tokens=torch.ones_like(difference)
+        )
+        self.add(log_prob_difference_max=float(difference.max()))
 
     def add_completions(self, completions: list[Completion]) -> None:
         """Add the metrics of each completion: length, truncation, repetition and reward."""
@@ -100,8 +115,12 @@ class Sums(dict[str, float]):
         completions = max(1.0, self["completions"])
         means = {"completion_length": self["tokens"] / completions}
         for name, total in self.items():
-            if name in self.PER_COMPLETION:
+            if name in self.MAXIMA:
+                means[name] = total
+            elif name in self.PER_COMPLETION:
                 means[name] = total / completions
+            elif name == "log_prob_difference":
+                means[name] = total / self["compared_tokens"]
             elif name not in self.COUNTS and not name.startswith("scored_tokens"):
                 _, is_range, first = name.rpartition("_from_")
                 tokens = self[f"scored_tokens_from_{first}" if is_range else "scored_tokens"]
@@ -112,11 +131,45 @@ class Sums(dict[str, float]):
         return means
 
 
-def alarms(config: StageConfig, lines: list[dict[str, Any]]) -> str:
-    """Return messages for the failures that the last log line is the first to show, or ""."""
+def alarms(config: StageConfig, lines: list[dict[str, Any]], ends: bool = False) -> str:
+    """Return messages for the failures that the last log line is the first to show, or "".
+
+    Args:
+        lines: all log lines.
+        ends: whether the last line is that of the last step.
+    """
     raised = " ".join(line.get("alarm", "") for line in lines)
-    shown = _failures(config, [line for line in lines if "loss" in line])
+    steps = [line for line in lines if "loss" in line]
+    shown = chain(_idle(config, steps, ends), _failures(config, steps))
     return " ".join(message for message in shown if message.partition(":")[0] not in raised)
+
+
+def _idle(config: StageConfig, lines: list[dict[str, Any]], ends: bool) -> Iterator[str]:
+    """Yield messages for steps that teach the student nothing, since the start or several times."""
+    recent, is_rlvr = lines[-WINDOW:], isinstance(config, RLVRConfig)
+    if config.scorer and config.eval_data is None and not is_rlvr:
+        yield "Scorer: it scores held-out completions, but there are none: set eval_data."
+    if config.skip_truncated and all(line.get("truncated") == 1 for line in recent):
+        yield (
+            "Skipped: every completion reached max_completion_length, and skip_truncated leaves it "
+            "out, so nothing is learned: raise max_completion_length."
+        )
+    elif is_rlvr and not any(line.get("informative", 1) for line in recent):
+        yield (
+            "Rewards: all completions of each prompt had the same reward, so no reward is learned: "
+            "check scorer and answer_pattern, choose prompts that the student solves sometimes, or "
+            "raise completions_per_prompt."
+        )
+    elif not any(line.get("grad_norm", 1) or line["skipped_steps"] for line in recent):
+        yield (
+            "No gradient: it was 0, so nothing is learned: check that teacher and student differ, "
+            "and max_token_loss."
+        )
+    if ends and not any(line.get("learning_rate", 1) for line in lines):
+        yield (
+            "Learning rate: it was 0 in every step, so the student has not changed: lower "
+            "warmup_steps, or raise max_steps."
+        )
 
 
 def _failures(config: StageConfig, lines: list[dict[str, Any]]) -> Iterator[str]:
@@ -126,6 +179,14 @@ def _failures(config: StageConfig, lines: list[dict[str, Any]]) -> Iterator[str]
         yield (
             "Not finite: a step was left out because its gradient had NaN or inf: see grad_norm "
             "before it, and lower learning_rate or max_grad_norm."
+        )
+    difference = now.get("log_prob_difference", 0.0)
+    if difference > MAX_ENGINE_DIFFERENCE:
+        yield (
+            "Engine: its log-probs of the samples differ from the student's by "
+            f"{difference:.2g} nats on average and {now['log_prob_difference_max']:.2g} at most, "
+            "so it samples from other weights or rounds them: check rollout_engine and dtype, or "
+            "set max_importance_weight."
         )
     drops = isinstance(config, DistillationConfig) and config.drops_mass
     if drops and now.get("student_mass", 1.0) < 0.95:

@@ -1,12 +1,22 @@
 """Rollouts: completions sampled from a model."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import BatchEncoding, GenerationConfig
+from transformers import (
+    BatchEncoding,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from opd_kernels.integrations.transformers import causal_lm_of
 from opd_trainer.config import StageConfig
@@ -22,7 +32,7 @@ class Completion:
     prompt: Prompt
     ids: list[int]  # with EOS, unless truncated
     truncated: bool  # stopped by max_completion_length, not by EOS
-    log_probs: list[float] | None = None  # of the ids, by the policy that sampled them
+    log_probs: list[float] | None = None  # of the ids, by the engine that sampled them
     reward: float = 0.0
     advantage: float = 0.0  # of the reward over the prompt's other completions
 
@@ -35,6 +45,10 @@ class Completion:
         """Return the completion cut to its first tokens."""
         log_probs = None if self.log_probs is None else self.log_probs[:tokens]
         return replace(self, ids=self.ids[:tokens], log_probs=log_probs)
+
+
+# The ids that follow a context, and their log-probs where the engine has them.
+Generated = tuple[list[int], list[float] | None]
 
 
 class Sampler:
@@ -72,7 +86,7 @@ class Sampler:
         contexts = [p.teacher_ids if as_teacher else p.student_ids for p in prompts]
         order = sorted(range(len(prompts)), key=lambda i: -len(contexts[i]))
         starts = range(0, len(order), self.batch_size)
-        ids: dict[int, list[int]] = {}
+        generated: dict[int, Generated] = {}
         is_quiet = self.is_quiet or len(starts) == 1
         for start in tqdm(starts, "rollout", leave=False, disable=is_quiet):
             batch = order[start : start + self.batch_size]
@@ -80,28 +94,44 @@ class Sampler:
             options = self.greedy_options if greedy else self.options
             inputs = [contexts[i] for i in batch]
             with name_memory_keys("rollout_batch_size, max_completion_length"):
-                generated = self._generate(model, inputs, options, int(batch_seed))
-            ids.update(zip(batch, generated, strict=True))
-        return [self.cut_after_eos(p, ids[i]) for i, p in enumerate(prompts)]
+                outputs = self._generate(model, inputs, options, int(batch_seed))
+            generated.update(zip(batch, outputs, strict=True))
+        return [self._completion(p, *generated[i]) for i, p in enumerate(prompts)]
+
+    def _completion(
+        self, prompt: Prompt, ids: list[int], log_probs: list[float] | None
+    ) -> Completion:
+        """Return the completion up to and including its first EOS, with its log-probs."""
+        completion = self.cut_after_eos(prompt, ids)
+        return replace(completion, log_probs=log_probs).first(len(completion.ids))
 
     @torch.no_grad()
     def _generate(
         self, model: Model, contexts: list[list[int]], options: GenerationConfig, seed: int
-    ) -> list[list[int]]:
-        """Return the ids that follow each context, sampled in eval mode with a KV cache."""
+    ) -> list[Generated]:
+        """Return what follows each context, sampled in eval mode with a KV cache."""
         model = causal_lm_of(model)
         inputs = BatchEncoding({"input_ids": contexts})
         inputs = self.tokenizer.pad(inputs, padding_side="left", return_tensors="pt")
         is_gpu = model.device.type != "cpu"
         # generate() takes unset options from the model's: a repetition penalty would be off-policy.
         no_options = patch.object(model, "generation_config", GenerationConfig())
-        with no_options, eval_mode(model), torch.random.fork_rng([model.device] * is_gpu):
+        fixed_rng = torch.random.fork_rng([model.device] * is_gpu)
+        recorder, arguments = None, dict[str, Any]()
+        if options.do_sample:
+            recorder = _LogProbs(options.temperature, options.top_p)
+            arguments = {"logits_processor": LogitsProcessorList([recorder])}
+            arguments |= {"temperature": 1.0, "top_p": 1.0}  # the recorder applies both
+        with no_options, _without_router_loss(model), eval_mode(model), fixed_rng:
             torch.manual_seed(seed)
             inputs = inputs.to(model.device)
             # FSDP gathers the weights from all ranks for each token, so all ranks generate until
             # the last one has ended.
-            output = model.generate(**inputs, generation_config=options, synced_gpus=is_fsdp(model))
-        return output[:, inputs["input_ids"].shape[1] :].tolist()
+            arguments |= {"generation_config": options, "synced_gpus": is_fsdp(model)}
+            output = model.generate(**inputs, **arguments)
+        ids = output[:, inputs["input_ids"].shape[1] :]
+        log_probs = recorder.log_probs(ids) if recorder else [None] * len(ids)
+        return list(zip(ids.tolist(), log_probs, strict=True))
 
     def cut_after_eos(self, prompt: Prompt, ids: list[int]) -> Completion:
         """Return the completion up to and including its first EOS; the rest is padding."""
@@ -113,3 +143,41 @@ class Sampler:
         # A token that ends turns need not be a special one, which the tokenizer would skip.
         ids = completion.ids if completion.truncated else completion.ids[:-1]
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class _LogProbs(LogitsProcessor):
+    """Tempers the logits as generate() would, and records the log-probs of what it samples.
+
+    generate() itself can only keep the logits of all tokens, [tokens, batch, vocabulary].
+    """
+
+    def __init__(self, temperature: float, top_p: float) -> None:
+        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+        if top_p < 1:
+            self.warpers.append(TopPLogitsWarper(top_p))
+        self.scores: Tensor | None = None  # [B, V] that the next tokens are sampled from
+        self.recorded: list[Tensor] = []  # [B] of each token but the last
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.scores is not None:
+            self.recorded.append(self._of(input_ids[:, -1]))
+        self.scores = self.warpers(input_ids, scores)
+        return self.scores
+
+    def _of(self, ids: Tensor) -> Tensor:
+        assert self.scores is not None
+        return self.scores.gather(-1, ids[:, None])[:, 0] - self.scores.logsumexp(-1)
+
+    def log_probs(self, ids: Tensor) -> list[list[float]]:
+        """Return the log-probs of the generated ids [B, T]."""
+        length = ids.shape[1]
+        if len(self.recorded) < length:  # not where generate() took back tokens after the end
+            self.recorded.append(self._of(ids[:, -1]))
+        return torch.stack(self.recorded[:length], dim=1).tolist()
+
+
+def _without_router_loss(model: Model) -> AbstractContextManager[Any]:
+    """Do not let a mixture of experts compute its auxiliary loss, which fails on a KV cache."""
+    config = model.config.get_text_config()
+    has_router = hasattr(config, "output_router_logits")
+    return patch.object(config, "output_router_logits", False) if has_router else nullcontext()

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -96,8 +96,11 @@ def on_completions(
     temperature: float,
     function: Callable[[LazyLogits], T],
     as_teacher: bool = False,
+    router_weight: Tensor | None = None,
 ) -> T:
     """Return function(logits) of all completion tokens, hidden [N, D], each after its prompt.
+
+    With a router_weight, add the loss of the router of a mixture of experts, times this weight.
 
     The function runs inside the model's forward pass, so that wrappers such as DDP see the whole
     loss. The tokens are in the order of the completions, without prompts and padding.
@@ -105,9 +108,13 @@ def on_completions(
     prompts = [c.prompt.teacher_ids if as_teacher else c.prompt.student_ids for c in completions]
     device = next(model.parameters()).device
     ids, mask, is_completion = pad_completions(prompts, [c.ids for c in completions], device)
-    return call_with_lazy_logits(
-        model, lambda x: function(x[is_completion]), ids, mask, temperature=temperature
-    )
+
+    def result(logits: LazyLogits, router_loss: Tensor | float = 0.0) -> T:
+        value: Any = function(logits[is_completion])
+        return value if router_weight is None else value + router_weight * router_loss
+
+    options: dict[str, Any] = {"with_router_loss": router_weight is not None}
+    return call_with_lazy_logits(model, result, ids, mask, temperature=temperature, **options)
 
 
 def log_probs(model: Model, completions: list[Completion], temperature: float) -> Tensor:

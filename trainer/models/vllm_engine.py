@@ -16,10 +16,10 @@ from transformers import GenerationConfig
 from opd_kernels.integrations.transformers import causal_lm_of
 from opd_trainer.config import StageConfig
 from opd_trainer.models.load import Model, Tokenizer, limits_of
-from opd_trainer.models.rollout import Sampler
+from opd_trainer.models.rollout import Generated, Sampler
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # keeps the engine in this process
-from vllm import LLM, SamplingParams
+from vllm import LLM, CompletionOutput, SamplingParams
 
 
 class VLLMSampler(Sampler):
@@ -41,12 +41,14 @@ class VLLMSampler(Sampler):
                 dtype=str(self.student.dtype).removeprefix("torch."),
                 enforce_eager=True,
                 max_model_len=limits_of(student).context,
+                # Log-probs of the distribution that it samples from: tempered, and cut by top_p.
+                logprobs_mode="processed_logprobs",
             )
         torch.set_num_threads = set_num_threads  # vLLM replaces it by a no-op
 
     def _generate(
         self, model: Model, contexts: list[list[int]], options: GenerationConfig, seed: int
-    ) -> list[list[int]]:
+    ) -> list[Generated]:
         if causal_lm_of(model) is not self.student:
             return super()._generate(model, contexts, options, seed)
         with torch.no_grad():
@@ -65,6 +67,7 @@ class VLLMSampler(Sampler):
                 max_tokens=options.max_new_tokens,
                 stop_token_ids=options.eos_token_id,
                 allowed_token_ids=allowed,
+                logprobs=0,  # of the sampled token alone
                 detokenize=False,
             )
             for request_seed in seeds
@@ -72,7 +75,14 @@ class VLLMSampler(Sampler):
         prompts = [{"prompt_token_ids": ids} for ids in contexts]
         with torch.random.fork_rng():  # vLLM advances the global RNG despite the seeds
             outputs = self.engine.generate(prompts, parameters, use_tqdm=False)
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        best = [output.outputs[0] for output in outputs]
+        return [(list(c.token_ids), _log_probs(c) if options.do_sample else None) for c in best]
+
+
+def _log_probs(completion: CompletionOutput) -> list[float]:
+    """Return the log-probs of a completion's tokens."""
+    pairs = zip(completion.logprobs, completion.token_ids, strict=True)
+    return [found[token].logprob for found, token in pairs]
 
 
 def merged_weights(model: Model) -> Iterator[tuple[str, Tensor]]:

@@ -18,7 +18,7 @@ from opd_trainer.errors import RunStoppedError, convert_errors
 from opd_trainer.measures.evaluation import Evaluation
 from opd_trainer.models.load import Model, load_model
 from opd_trainer.models.rollout import Completion
-from opd_trainer.models.teacher import LocalTeacher, on_completions
+from opd_trainer.models.teacher import LocalTeacher
 from opd_trainer.stages.sft import negative_log_likelihood
 from opd_trainer.stages.training import CompletionTrainer, MicroBatch, Part
 
@@ -61,12 +61,6 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
         if args.samples_differ and self.is_world_process_zero():
             warnings.warn(OFF_POLICY, stacklevel=2)
 
-    def complete(self, prompts: list[Prompt]) -> list[Completion]:
-        """Return samples, with their log-probs for importance weights."""
-        completions = super().complete(prompts)
-        is_weighted = self.args.max_importance_weight is not None
-        return self.with_log_probs(completions) if is_weighted else completions
-
     def parts(self, completions: list[Completion]) -> list[Part]:
         """Return the divergence on the samples, and the cross-entropy on the rows' completions."""
         learned = [c.first(self.args.max_loss_tokens) for c in completions]
@@ -90,9 +84,10 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
         loss_support = support_of(self.args)
 
         def loss_of(student: LazyLogits) -> Tensor:
-            weights = batch.weights
+            weights, now = batch.weights, None
             if self.args.max_importance_weight is not None:
-                ratio = (student.detach().log_prob(ids) - batch.sampled_log_probs()).exp()
+                now = student.detach().log_prob(ids)
+                ratio = (now - batch.sampled_log_probs(now)).exp()
                 weights = weights * ratio.clamp_max(self.args.max_importance_weight)
             output = self.loss(student, teacher, token_weights=weights, **options)
             s, t = output.student, output.teacher
@@ -106,9 +101,12 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
             if batch.weights.any():
                 self.sums.add_tokens(s, t)
                 self.sums.add_positions(top, teacher, ids, [len(c.ids) for c in batch.completions])
+                if now is None:  # one dot product per token, no pass over the vocabulary
+                    now = student.detach().gather(ids[:, None], tail=False).values[:, 0] - top.lse
+                self.compare_engine(batch, now)
             return output.loss
 
-        return on_completions(model, batch.completions, temperature, loss_of)
+        return batch.loss(model, temperature, loss_of)
 
     def save_more(self, checkpoint: Path) -> None:
         """Save a moving teacher too."""

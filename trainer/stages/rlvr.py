@@ -1,6 +1,6 @@
 """Reinforcement learning from verifiable rewards: GRPO's group-relative policy gradient.
 
-The loss of a token with advantage A and ratio r = p(now) / p(when sampled) is PPO's clipped
+The loss of a token with advantage A and ratio r = p(now) / p(engine) is PPO's clipped
 -min(r A, clip(r, 1 - e, 1 + e) A), arXiv 1707.06347 equation 7. A is the distance of the reward
 from the mean of the prompt's group, arXiv 2402.03300 section 4.1.
 """
@@ -14,7 +14,7 @@ from opd_kernels import LazyLogits
 from opd_trainer.config import RLVRConfig
 from opd_trainer.data import Prompt
 from opd_trainer.models.rollout import Completion
-from opd_trainer.models.teacher import LocalTeacher, log_probs, on_completions
+from opd_trainer.models.teacher import LocalTeacher, log_probs
 from opd_trainer.stages.training import CompletionTrainer, MicroBatch, Part
 
 _MIN_DEVIATION = 1e-4  # of rewards; smaller differences count as noise
@@ -28,10 +28,7 @@ class RLVRTrainer(CompletionTrainer):
 
     def complete(self, prompts: list[Prompt]) -> list[Completion]:
         """Return samples with their rewards and advantages."""
-        completions = super().complete(prompts)
-        if self.args.steps_per_rollout > 1:
-            completions = self.with_log_probs(completions)
-        completions = self.evaluation.scored(completions)
+        completions = self.evaluation.scored(super().complete(prompts))
         rewards = torch.tensor([c.reward for c in completions])
         groups = rewards.view(-1, self.args.completions_per_prompt)
         advantages = groups - groups.mean(-1, keepdim=True)
@@ -55,18 +52,18 @@ class RLVRTrainer(CompletionTrainer):
 
         def loss_of(logits: LazyLogits) -> Tensor:
             now = logits.log_prob(batch.ids)
-            is_reused = self.args.steps_per_rollout > 1
-            sampled = batch.sampled_log_probs() if is_reused else now.detach()
+            sampled = batch.sampled_log_probs(now)
             clip = self.args.clip_ratio, self.args.clip_ratio_high
             loss, ratio, clipped = clipped_policy_loss(now, sampled, advantages, *clip)
             metrics = {"scored_tokens": torch.ones_like(ratio), "ratio": ratio, "clipped": clipped}
             if start is not None:
                 metrics["kl_to_start"] = kl_estimate(now, start)
                 loss = loss + self.args.kl_coef * metrics["kl_to_start"]
+            self.compare_engine(batch, now)
             self.sums.add_tensors(**{n: x.detach() * (weights > 0) for n, x in metrics.items()})
             return (loss * weights).sum() / batch.denominator
 
-        return on_completions(model, batch.completions, temperature, loss_of)
+        return batch.loss(model, temperature, loss_of)
 
 
 def clipped_policy_loss(

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from opd_kernels import LazyLogits
 from opd_trainer.config import SFTConfig
 from opd_trainer.data import Prompt, read_json_lines
 from opd_trainer.measures.evaluation import Evaluation
 from opd_trainer.models.rollout import Completion
-from opd_trainer.models.teacher import log_probs
 from opd_trainer.run.directory import write_whole
 from opd_trainer.stages.training import CompletionTrainer, MicroBatch, Part
 
@@ -36,8 +36,11 @@ class SFTTrainer(CompletionTrainer):
 
 def negative_log_likelihood(temperature: float, model: nn.Module, batch: MicroBatch) -> Tensor:
     """Return the cross-entropy of the completions' tokens in nats, as the loss of a Part."""
-    likelihoods = log_probs(model, batch.completions, temperature)
-    return -(likelihoods * batch.weights).sum() / batch.denominator
+
+    def loss_of(logits: LazyLogits) -> Tensor:
+        return -(logits.log_prob(batch.ids) * batch.weights).sum() / batch.denominator
+
+    return batch.loss(model, temperature, loss_of)
 
 
 def generate(config: SFTConfig, prompts: list[Prompt], evaluation: Evaluation) -> list[Prompt]:

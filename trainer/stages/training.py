@@ -9,23 +9,25 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Sampler as IndexSampler
 
+from opd_kernels import LazyLogits
 from opd_kernels.parallel import plain
 from opd_trainer.config import StageConfig
 from opd_trainer.data import Prompt
 from opd_trainer.errors import RunStoppedError, name_memory_keys
 from opd_trainer.measures.diagnostics import Sums, alarms
 from opd_trainer.measures.evaluation import Evaluation
-from opd_trainer.models.load import eval_mode, is_fsdp, reshard
+from opd_trainer.models.load import is_fsdp, reshard
 from opd_trainer.models.rollout import Completion
-from opd_trainer.models.teacher import log_probs, token_ids
+from opd_trainer.models.teacher import on_completions, token_ids
 from opd_trainer.run.checkpoint import DurableTrainer
+from opd_trainer.stages.order import Order
 
 REFERENCES, ROLLOUT = "held_out_completions.json", "rollout-{}.json"  # in a checkpoint
 
@@ -43,10 +45,22 @@ class MicroBatch:
         """The tokens [N]."""
         return token_ids(self.completions, self.weights.device)
 
-    def sampled_log_probs(self) -> Tensor:
-        """Return the log-probs [N] of the tokens by the policy that sampled them."""
-        flat = [x for c in self.completions for x in c.log_probs or []]
-        return torch.tensor(flat, device=self.weights.device)
+    def loss(
+        self, model: nn.Module, temperature: float, function: Callable[[LazyLogits], Tensor]
+    ) -> Tensor:
+        """Return function(logits) of the tokens, plus the batch's share of the loss of a router."""
+        share = self.weights.sum() / self.denominator
+        return on_completions(model, self.completions, temperature, function, router_weight=share)
+
+    def sampled_log_probs(self, now: Tensor) -> Tensor:
+        """Return the log-probs [N] of the tokens by the engine that sampled them.
+
+        Args:
+            now: [N] the student's, which stand in for those of an engine that returns none.
+        """
+        if any(c.log_probs is None for c in self.completions):
+            return now.detach()
+        return now.new_tensor([x for c in self.completions for x in c.log_probs or []])
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,7 @@ class CompletionTrainer(DurableTrainer):
     """Learns from completions of prompts, which are sampled from the student by default."""
 
     args: StageConfig
+    loss_is_scaled_for_ga = True  # Trainer must not divide a micro-batch's share of the mean
 
     def __init__(
         self, model: nn.Module, args: StageConfig, data: list[Prompt], evaluation: Evaluation
@@ -69,9 +84,16 @@ class CompletionTrainer(DurableTrainer):
         self.evaluation, self.sampler = evaluation, evaluation.sampler
         super().__init__(model, args, list, data, evaluation.prompts, self.sampler.tokenizer)
         self.sums = Sums()  # of the steps since the last log line
+        self.inputs: dict[str, Tensor] = {}  # of the last step's forward passes, to count tokens
         self.rollout: list[Completion] = []
         self.skipped_in_a_row = 0
-        self.repeated = _RepeatedBatches(self) if args.steps_per_rollout > 1 else None
+        size, drops = self.get_total_train_batch_size(args), args.dataloader_drop_last
+        if len(data) < size and (drops or args.steps_per_rollout > 1):
+            why = "dataloader_drop_last" if drops else "steps_per_rollout above 1"
+            problem = f"expected at most the {len(data)} prompts with {why}, got {size}"
+            raise ValueError(f"per_device_train_batch_size: {problem}; there would be no step")
+        is_grouped = args.train_sampling_strategy == "group_by_length"
+        self.repeated = Order(self, data) if is_grouped or args.steps_per_rollout > 1 else None
 
     def complete(self, prompts: list[Prompt]) -> list[Completion]:
         """Return the completions of a step's prompts."""
@@ -89,6 +111,7 @@ class CompletionTrainer(DurableTrainer):
         """Compute the gradient of one optimiser step; skip the step if it is not finite."""
         start = time.perf_counter()
         if not self.rollout or self.state.global_step % self.args.steps_per_rollout == 0:
+            self._set_optimizer_mode("train")  # on-policy: from the weights of the gradient
             with self.accelerator.autocast():
                 self.rollout = self.complete(inputs)
         loss = self.learn(model, self.rollout)
@@ -113,12 +136,13 @@ class CompletionTrainer(DurableTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimiser of the parameters as FSDP holds them between steps."""
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise RunStoppedError("model: expected parameters that need a gradient, got none")
         reshard(self.model)
         return super().create_optimizer(model)
 
     def learn(self, model: nn.Module, completions: list[Completion]) -> Tensor:
         """Accumulate the gradient of the mean loss over all ranks' completions; return the loss."""
-        model.train()
         self.sums.add_completions(completions)
         total = torch.zeros((), device=self.args.device)
         parts = self.parts(completions)
@@ -128,16 +152,46 @@ class CompletionTrainer(DurableTrainer):
             missing = max(gather_object([len(batches)])) - len(batches)
             last = batches[-1][1]
             batches += [(parts[-1], replace(last, weights=0.0 * last.weights))] * missing
-        for number, (part, batch) in enumerate(batches, start=1):
+        self.inputs = self._token_masks([batch for _, batch in batches])
+        for number, batch in enumerate(batches, start=1):
             sync = nullcontext() if number == len(batches) else self._no_sync(model)
             with sync, name_memory_keys("micro_batch_size, micro_batch_tokens"):
-                with self.accelerator.autocast():
-                    loss = part.coefficient * part.loss(model, batch)
-                # DDP and FSDP average the gradient over the replicas, but the loss is a sum.
-                loss = loss * self.replicas
-                self.accelerator.backward(loss)
-            total += loss.detach()
+                total += super().training_step(model, batch)
         return total
+
+    def compute_loss(
+        self, model: nn.Module, inputs: tuple[Part, MicroBatch], *_: Any, **__: Any
+    ) -> Tensor:
+        """Return the loss of a micro-batch, which Trainer.training_step differentiates."""
+        part, batch = inputs
+        with self.accelerator.autocast():
+            loss = part.coefficient * part.loss(model, batch)
+        # DDP and FSDP average the gradient over the replicas, but the loss is a sum.
+        return loss * self.replicas
+
+    def _token_masks(self, batches: list[MicroBatch]) -> dict[str, Tensor]:
+        """Return 1 for tokens and 0 for padding of all micro-batches, as a model's inputs."""
+        lengths = [[len(c.prompt.student_ids) + len(c.ids) for c in b.completions] for b in batches]
+        rows = [torch.arange(max(row)) < torch.tensor(row)[:, None] for row in lengths]
+        mask = torch.cat([row.flatten() for row in rows])
+        return {"input_ids": mask, "attention_mask": mask}
+
+    def _track_num_input_tokens(self, inputs: list[Prompt]) -> None:
+        """Count the tokens of the step's forward passes: the inputs are prompts only."""
+        super()._track_num_input_tokens(self.inputs)
+
+    def floating_point_ops(self, inputs: list[Prompt]) -> int:
+        """Return the operations of the step's forward and backward passes."""
+        return super().floating_point_ops(self.inputs)
+
+    def _set_optimizer_mode(self, mode: Literal["train", "eval"]) -> None:
+        """Give the model a schedule-free optimiser's weights for gradients, or their average."""
+        getattr(self.optimizer, mode, lambda: None)()
+
+    def save_model(self, *arguments: Any, **options: Any) -> None:
+        """Save the student, with the average of a schedule-free optimiser."""
+        self._set_optimizer_mode("eval")
+        super().save_model(*arguments, **options)
 
     @property
     def replicas(self) -> int:
@@ -173,16 +227,15 @@ class CompletionTrainer(DurableTrainer):
             tensor = torch.tensor(weights, device=self.args.device)
             yield MicroBatch(batch, tensor * bool(kept), denominator)
 
-    @torch.no_grad()
-    def with_log_probs(self, completions: list[Completion]) -> list[Completion]:
-        """Return the completions with the log-probs of the current student."""
-        result, size = [], self.args.micro_batch_size
-        with eval_mode(self.model):
-            for batch in (completions[i : i + size] for i in range(0, len(completions), size)):
-                flat = log_probs(self.model, batch, self.args.temperature)
-                rows = zip(batch, flat.split([len(c.ids) for c in batch]), strict=True)
-                result += [replace(c, log_probs=row.tolist()) for c, row in rows]
-        return result
+    def compare_engine(self, batch: MicroBatch, now: Tensor) -> None:
+        """Add the distance of the engine's log-probs from the student's [N] to the metrics.
+
+        Later steps on the same completions and other sampling options part them on purpose.
+        """
+        is_fresh = self.state.global_step % self.args.steps_per_rollout == 0
+        is_known = batch.weights.any() and all(c.log_probs for c in batch.completions)
+        if is_fresh and is_known and not self.args.samples_differ:
+            self.sums.add_engine((now.detach() - batch.sampled_log_probs(now)).abs())
 
     def _get_train_sampler(self, *arguments: Any) -> IndexSampler | None:
         return self.repeated or super()._get_train_sampler(*arguments)
@@ -217,7 +270,8 @@ class CompletionTrainer(DurableTrainer):
             # tensor-parallel group.
             logs["tokens_per_second"] = total["tokens"] * self.replicas / total["seconds"]
             history = [*self.state.log_history, logs]
-            if self.is_world_process_zero() and (alarm := alarms(self.args, history)):
+            ends = self.state.global_step >= self.state.max_steps
+            if self.is_world_process_zero() and (alarm := alarms(self.args, history, ends)):
                 warnings.warn(alarm, stacklevel=2)
                 logs |= {"alarm": alarm}
         super().log(logs, start_time)
@@ -226,31 +280,9 @@ class CompletionTrainer(DurableTrainer):
         """Return held-out metrics of the student, see Evaluation; {} without eval_data."""
         if not self.evaluation.prompts:
             return {}
+        self._set_optimizer_mode("eval")
         with self.accelerator.autocast():
             metrics = self.evaluation.measure(self.model, self.state.global_step)
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-class _RepeatedBatches(IndexSampler[int]):
-    """Yields the data's indices in random order, each full batch several times in a row."""
-
-    def __init__(self, trainer: CompletionTrainer) -> None:
-        args = trainer.args
-        self.count = len(trainer.train_dataset)
-        self.size = args.train_batch_size * trainer.replicas
-        self.times, self.seed, self.trainer = args.steps_per_rollout, args.seed, trainer
-        if self.count < self.size:
-            expected = f"expected at most the {self.count} prompts with steps_per_rollout above 1"
-            raise ValueError(f"per_device_train_batch_size: {expected}, got {self.size}")
-
-    def __len__(self) -> int:
-        return self.count // self.size * self.size * self.times
-
-    def __iter__(self) -> Iterator[int]:
-        # Trainer does not call set_epoch on a rank that resumes, so the epoch comes from its state.
-        generator = torch.Generator().manual_seed(self.seed + int(self.trainer.state.epoch or 0))
-        order = torch.randperm(self.count, generator=generator).tolist()
-        for start in range(0, self.count - self.size + 1, self.size):
-            yield from order[start : start + self.size] * self.times
