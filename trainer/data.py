@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd_trainer.config.base import StageConfig, TeacherConfig
 from opd_trainer.config.stages import DistillationConfig, EvaluationConfig, SFTConfig
-from opd_trainer.config.values import Messages, describe
+from opd_trainer.config.values import Messages
 from opd_trainer.errors import convert_errors
+from opd_trainer.recipe import describe
 
 
 class Row(BaseModel):

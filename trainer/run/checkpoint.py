@@ -16,7 +16,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from opd_trainer.errors import SavingError
-from opd_trainer.run.directory import METRICS, MODEL, SAVING, publish, write_whole
+from opd_trainer.run import METRICS
+from opd_trainer.run.directory import MODEL, SAVING, publish, write_whole
 
 
 class DurableTrainer(Trainer):
@@ -101,6 +102,7 @@ class _Interruption(TrainerCallback):
 
     def __init__(self, trainer: DurableTrainer) -> None:
         self.accelerator, self.stopped = trainer.accelerator, False
+        self.has_begun = False  # whether the first step has
         self.previous: dict[int, Any] = {}
 
     def _request(self, number: int, frame: Any) -> None:
@@ -109,6 +111,7 @@ class _Interruption(TrainerCallback):
         signal.signal(number, self.previous[number])
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.has_begun = True
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.previous[number] = signal.signal(number, self._request)
