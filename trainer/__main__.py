@@ -94,6 +94,7 @@ def _one_line(error: Exception) -> str:
 
 def train(trainer: "CompletionTrainer", checkpoint: str | None) -> None:
     """Train; then save the student, evaluate it and write the report."""
+    from opd_trainer.run.hub import push_student
     from opd_trainer.run.report import before_after, plot_curves
 
     folder = Path(trainer.args.output_dir)
@@ -124,6 +125,8 @@ def train(trainer: "CompletionTrainer", checkpoint: str | None) -> None:
     plot_curves(folder)
     if trainer.evaluation.prompts:
         print(f"\n{before_after(folder)}")
+    if trainer.args.push_to_hub:
+        push_student(trainer, student)
     print(f"student: {student}   curves: {folder}/curves.png   log: {folder}/{METRICS}")
 
 

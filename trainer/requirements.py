@@ -1,4 +1,4 @@
-"""What a run needs besides its keys: packages, files and functions."""
+"""What a run needs besides its keys: packages, files, functions and access to the hub."""
 
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ from opd_trainer.data import load_rows
 from opd_trainer.errors import convert_errors
 from opd_trainer.measures.scoring import load_scorer
 from opd_trainer.models.load import load_tokenizer, locate
+from opd_trainer.run.hub import create_repository
 from opd_trainer.stages.distillation import build_loss
 
 _FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
@@ -46,6 +47,8 @@ def check_requirements(config: StageConfig) -> None:
     for name in dict.fromkeys([config.model, *teachers]):
         if name != "self" and not is_server(name) and not _is_gguf(name):
             load_tokenizer(name, config.trust_remote_code)
+    if config.push_to_hub and config.process_index == 0:
+        create_repository(config)
 
 
 def _is_gguf(name: str) -> bool:

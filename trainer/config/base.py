@@ -74,6 +74,9 @@ class StageConfig(StrictArguments):
     eval_on_start: bool = True  # measure the held-out prompts before training too
     preflight: bool = True  # report before training: memory, disk, and how much there is to learn
     use_cache: bool = True  # in the config of the saved student
+    # Of the student's weights at the end of the run, by default as in the files of `model`;
+    # checkpoints keep `dtype`.
+    save_dtype: Dtype | None = None
     # auto: from the newest whole checkpoint in output_dir, or from the start if there is none.
     resume_from_checkpoint: Literal["auto"] | None = None
 

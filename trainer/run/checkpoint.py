@@ -9,20 +9,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from opd_trainer.config import StageConfig
 from opd_trainer.errors import SavingError
 from opd_trainer.run import METRICS
 from opd_trainer.run.directory import MODEL, SAVING, publish, write_whole
+from opd_trainer.run.hub import push_checkpoint
 
 
 class DurableTrainer(Trainer):
     """A Trainer that logs to metrics.jsonl and renames checkpoints once they are whole."""
 
+    args: StageConfig
     _logged = False
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -43,8 +47,13 @@ class DurableTrainer(Trainer):
         with self._saving(name):
             super()._save_checkpoint(model, trial)
             self.save_more(run / SAVING / name)
+        if self.args.push_to_hub and self.is_world_process_zero():
+            push_checkpoint(self, run / name)
         if self.args.should_save:
             rotate_checkpoints(str(run), self.args.save_total_limit)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Do nothing: Trainer would copy the student over the run's files, and upload them all."""
 
     @contextmanager
     def _saving(self, name: str) -> Iterator[None]:
@@ -76,10 +85,14 @@ class DurableTrainer(Trainer):
             self._save_checkpoint(self.model, None)
 
     def save_student(self) -> Path:
-        """Save the student at the end of the run, as model/; return its path."""
-        run = Path(self.args.output_dir)
+        """Save the student at the end of the run, as model/ in save_dtype; return its path."""
+        run, dtype = Path(self.args.output_dir), self.args.save_dtype
+        if dtype and self.args.lora_r == 0:  # PEFT saves adapters in float32
+            _convert(self.model, dtype)
         with self._saving(MODEL):
-            self.save_model(f"{run}/{SAVING}/{MODEL}")
+            self.save_model(f"{run}/{SAVING}/{MODEL}", _internal_call=True)
+        if dtype and self.args.lora_r == 0:  # what is evaluated next is what was saved
+            _convert(self.model, self.args.dtype)
         return run / MODEL
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
@@ -93,6 +106,14 @@ class DurableTrainer(Trainer):
             else:
                 write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._logged = True
+
+
+def _convert(model: nn.Module, dtype: str) -> None:
+    """Convert parameters in place, also split ones; Module.to would round the buffers too, such as
+    the frequencies of rotary embeddings.
+    """
+    to = getattr(torch, dtype)
+    model._apply(lambda x: x.to(to) if isinstance(x, nn.Parameter) else x)
 
 
 class _Interruption(TrainerCallback):
