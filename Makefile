@@ -38,7 +38,7 @@ paper: $(VENV)/installed
 # compiler and start no processes: -k leaves out Triton's interpreter and the CUDA emulator. To add a test file, append it to CHECKED.
 CHECKED := tests/loss tests/linear tests/backends/test_bindings.py tests/backends/test_extreme_rows.py \
 	tests/test_bad_arguments.py tests/test_divergences.py tests/test_lazy_logits.py tests/test_sparse_logits.py \
-	tests/trainer/test_config.py tests/trainer/test_data.py tests/trainer/test_objective.py \
+	tests/trainer/test_command_line.py tests/trainer/test_config.py tests/trainer/test_data.py tests/trainer/test_objective.py \
 	--ignore tests/loss/test_compile.py --ignore tests/loss/test_ddp.py
 check: $(VENV)/installed lint
 	$(TEST_IN_PARALLEL) $(CHECKED) -m "not slow" -k "not triton and not cuda"

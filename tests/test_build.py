@@ -336,3 +336,22 @@ def test_the_source_distribution_holds_every_source_and_nothing_compiled(source,
 @pytest.mark.skipif(os.environ.get("OPD_SANITIZE") != "1", reason="`make sanitize` sets it")
 def test_the_sanitizers_watch_the_extension():
     assert b"__asan_report_load" in Path(cpu.extension.__file__).read_bytes()
+
+
+def test_the_wheel_holds_two_packages_and_the_recipes(source, tmp_path):
+    target = tmp_path / "site"
+    done = install(source, target, OPD_BUILD="none")
+    assert done.returncode == 0, done.stdout
+    installed = {path.name for path in target.iterdir()}
+    metadata = {name for name in installed if name.endswith(".dist-info")}
+    assert installed - metadata == {"opd_kernels", "opd_trainer", "bin"}
+    names = [name for name in (target / "bin").iterdir() if name.is_file()]
+    assert [path.name for path in names] == ["opd-train"]
+    folder = target / "opd_trainer"
+    recipes = {path.name for path in (ROOT / "recipes").glob("*.*")}
+    assert {path.name for path in (folder / "recipes").glob("*.*")} == recipes
+    assert not (folder / "recipes" / "paper").exists()
+    done = run(["-m", "opd_trainer", "init"], tmp_path, PYTHONPATH=str(target))
+    assert done.stdout.startswith("wrote 8 files to recipes\n")
+    data = "data/prompts_train.jsonl"
+    assert (tmp_path / "recipes" / data).read_bytes() == (ROOT / "recipes" / data).read_bytes()

@@ -1,33 +1,32 @@
-"""python -m opd_trainer STAGE RECIPE.yaml [--key value ...], or opd-train: run a recipe."""
+"""python -m opd_trainer STAGE RECIPE.yaml [--key value ...], or opd-train: run a recipe.
 
-import argparse
+What a stage needs is imported only once its recipe has been read, because the imports take seconds.
+"""
+
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from opd_trainer.build import load, prepare
-from opd_trainer.config import (
-    DistillationConfig,
-    EvaluationConfig,
-    RLVRConfig,
-    SFTConfig,
-    StageConfig,
-)
-from opd_trainer.config.recipe import load_config
+from opd_trainer.command_line import parse
 from opd_trainer.errors import RunStoppedError, SavingError
-from opd_trainer.run.directory import METRICS, claim_output_directory, write_whole
-from opd_trainer.run.report import before_after, plot_curves, write_report
-from opd_trainer.stages.training import CompletionTrainer
+from opd_trainer.examples import write_examples
+from opd_trainer.keys import STAGES
+from opd_trainer.run import METRICS, check_run
 
-STAGES: dict[str, tuple[type[StageConfig], str]] = {
-    "sft": (SFTConfig, "supervised fine-tuning, on the data's completions or a teacher's"),
-    "rlvr": (RLVRConfig, "reinforcement learning from verifiable rewards"),
-    "distill": (DistillationConfig, "on-policy distillation"),
-    "evaluate": (EvaluationConfig, "measure a model on held-out prompts"),
-}
-EXTRAS = {  # what to install for modules that are imported only if a config needs them
+if TYPE_CHECKING:
+    from opd_trainer.config import EvaluationConfig
+    from opd_trainer.stages.training import CompletionTrainer
+
+_TRAINER = (
+    "accelerate", "datasets", "filelock", "gguf", "huggingface_hub", "jinja2", "markupsafe",
+    "matplotlib", "numpy", "pandas", "peft", "psutil", "pydantic", "safetensors", "tqdm",
+    "transformers", "typing_extensions", "yaml",
+)  # fmt: skip
+EXTRAS = dict.fromkeys(_TRAINER, "'opd-kernels[trainer]'") | {
+    "httpx2": "'opd-kernels[server]'",
     "openai": "'opd-kernels[server]'",
     "math_verify": "'opd-kernels[rewards]'",
     "reasoning_gym": "'opd-kernels[rewards]'",
@@ -37,32 +36,47 @@ EXTRAS = {  # what to install for modules that are imported only if a config nee
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; a user's mistake ends it with one line on stderr."""
-    parser = argparse.ArgumentParser(prog="opd-train", description=__doc__)
-    commands = parser.add_subparsers(required=True, dest="stage")
-    for name, (_, description) in STAGES.items():
-        command = commands.add_parser(name, help=description)
-        command.add_argument("recipe", type=Path, help="a YAML file; --key value overrides a key")
-    command = commands.add_parser("report", help="one HTML page of several runs")
-    command.add_argument("runs", type=Path, nargs="+", help="a recipe's output_dir")
-    command.add_argument("--output", type=Path, default=Path("report.html"))
-    arguments, overrides = parser.parse_known_args(argv)
     try:
         with _exit_on(OSError, ValueError, RunStoppedError):
-            if arguments.stage == "report":
-                if overrides:
-                    parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-                write_report(arguments.runs, arguments.output)
-                return print(arguments.output)
-            config = load_config(STAGES[arguments.stage][0], arguments.recipe, overrides)
-            if isinstance(config, EvaluationConfig):
-                return evaluate(config)
-            trainer, checkpoint = prepare(config)
-        with _exit_on(RunStoppedError):  # from the last evaluation
-            train(trainer, checkpoint)
+            prepared = _prepare(sys.argv[1:] if argv is None else argv)
+        if prepared:
+            with _exit_on(RunStoppedError):  # from the last evaluation
+                train(*prepared)
     except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
+        package = str(error.name).partition(".")[0]
+        if package in ("opd_kernels", "opd_trainer"):
             raise
-        sys.exit(f"error: {error}; pip install {EXTRAS[error.name]}")
+        sys.exit(f"error: {error}; pip install {EXTRAS.get(package, package)}")
+    except ImportError as error:  # of transformers, which names the package
+        sys.exit(f"error: {_one_line(error)}")
+
+
+def _prepare(words: list[str]) -> "tuple[CompletionTrainer, str | None] | None":
+    """Run a command; of a stage that trains, return the trainer and the checkpoint instead."""
+    arguments, texts = parse(words)
+    if arguments.command == "init":
+        return print(write_examples(arguments.directory))
+    if arguments.command == "report":
+        for run in arguments.runs:
+            check_run(run)
+        from opd_trainer.run.report import write_report
+
+        write_report(arguments.runs, arguments.output)
+        return print(arguments.output)
+    from opd_trainer.recipe import read_recipe
+
+    values = read_recipe(arguments.command, arguments.recipe, texts)
+    from opd_trainer.config import EvaluationConfig, stages
+
+    config = getattr(stages, STAGES[arguments.command])(**values)
+    from opd_trainer.build import prepare
+    from opd_trainer.requirements import check_requirements
+
+    check_requirements(config)
+    if isinstance(config, EvaluationConfig):
+        evaluate(config)
+        return None
+    return prepare(config)
 
 
 @contextmanager
@@ -71,11 +85,18 @@ def _exit_on(*errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {_one_line(error)}")
 
 
-def train(trainer: CompletionTrainer, checkpoint: str | None) -> None:
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def train(trainer: "CompletionTrainer", checkpoint: str | None) -> None:
     """Train; then save the student, evaluate it and write the report."""
+    from opd_trainer.run.hub import push_student
+    from opd_trainer.run.report import before_after, plot_curves
+
     folder = Path(trainer.args.output_dir)
     resumes = not trainer.args.distributed_config
     go_on = "; go on with --resume_from_checkpoint auto" if resumes else ""
@@ -87,6 +108,10 @@ def train(trainer: CompletionTrainer, checkpoint: str | None) -> None:
         with suppress(SavingError):  # the disk may be full
             trainer.save_last_step()
         sys.exit(f"error: {error}{go_on}")
+    except (ImportError, TypeError, ValueError) as error:
+        if trainer.interruption.has_begun:
+            raise
+        sys.exit(f"error: training could not start; {type(error).__name__}: {_one_line(error)}")
     state = trainer.state
     if trainer.interruption.stopped:
         kept = f"; the current student: {folder}/checkpoint-{state.global_step}"
@@ -100,11 +125,16 @@ def train(trainer: CompletionTrainer, checkpoint: str | None) -> None:
     plot_curves(folder)
     if trainer.evaluation.prompts:
         print(f"\n{before_after(folder)}")
+    if trainer.args.push_to_hub:
+        push_student(trainer, student)
     print(f"student: {student}   curves: {folder}/curves.png   log: {folder}/{METRICS}")
 
 
-def evaluate(config: EvaluationConfig) -> None:
+def evaluate(config: "EvaluationConfig") -> None:
     """Evaluate a model and write its metrics, as a run without steps."""
+    from opd_trainer.build import load
+    from opd_trainer.run.directory import claim_output_directory, write_whole
+
     claim_output_directory(config)
     student, evaluation, _ = load(config)
     metrics = evaluation.measure(student, step=0)

@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from accelerate.utils.memory import should_reduce_batch_size
-
 
 class RunStoppedError(RuntimeError):
     """The run cannot continue after its last step; the message says why and what to do."""
@@ -24,7 +22,7 @@ def name_memory_keys(keys: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not should_reduce_batch_size(error):
+        if not _is_out_of_memory(error):
             raise
         raise RunStoppedError(f"{keys}: out of memory; lower them. {error}") from error
 
@@ -40,7 +38,15 @@ def convert_errors(expected: str, to: type[Exception] = ValueError) -> Iterator[
         yield
     except Exception as cause:
         is_clear = isinstance(cause, (RunStoppedError, ModuleNotFoundError, MemoryError))
-        if is_clear or should_reduce_batch_size(cause):
+        if is_clear or _is_out_of_memory(cause):
             raise
         kind = "" if type(cause) is ValueError else f"{type(cause).__name__}: "
         raise to(f"{expected}; {kind}{cause}") from cause
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if not isinstance(error, RuntimeError):
+        return False
+    from accelerate.utils.memory import should_reduce_batch_size  # its import takes seconds
+
+    return should_reduce_batch_size(error)

@@ -56,12 +56,13 @@ class Run:
 
     def config(self) -> Any:
         """Return the stage's config, read by the trainer's own loader."""
-        from opd_trainer.__main__ import STAGES
-        from opd_trainer.config import load_config
+        from opd_trainer.config import load_config, stages
+        from opd_trainer.keys import STAGES
 
         changes = self.changes | {"output_dir": str(self.folder)}
-        pairs = [x for key, value in changes.items() for x in (f"--{key}", json.dumps(value))]
-        return load_config(STAGES[self.stage][0], RECIPES / self.recipe, pairs)
+        texts = {k: x if isinstance(x, str) else json.dumps(x) for k, x in changes.items()}
+        options = [f"--{key}={text}" for key, text in texts.items()]
+        return load_config(getattr(stages, STAGES[self.stage]), RECIPES / self.recipe, options)
 
     def execute(self) -> list[Line]:
         """Run in this process and return the log lines; output is written to log.txt."""

@@ -12,7 +12,9 @@ from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hin
 
 import pytest
 
-from opd_trainer.__main__ import STAGES, main
+from opd_trainer.__main__ import main
+from opd_trainer.config import stages
+from opd_trainer.keys import STAGES
 
 FREE_TEXT = {
     **dict.fromkeys(("model", "teacher", "train_data", "eval_data"), "checked when it is loaded"),
@@ -96,17 +98,18 @@ def _wrong(stage, key):
     return [x for x in values if x] if key in UNSUPPORTED else values
 
 
-KEYS = [(stage, f.name) for stage, (config, _) in STAGES.items() for f in fields(config) if f.init]
+CONFIGS = {stage: getattr(stages, name) for stage, name in STAGES.items()}
+KEYS = [(stage, f.name) for stage, config in CONFIGS.items() for f in fields(config) if f.init]
 
 
 @pytest.mark.parametrize(("stage", "key"), KEYS, ids=lambda name: name)
 def test_wrong_values_of_a_key(tmp_path, stage, key):
-    values, given = _wrong(STAGES[stage][0], key), GIVEN | {"output_dir": str(tmp_path)}
+    values, given = _wrong(CONFIGS[stage], key), GIVEN | {"output_dir": str(tmp_path)}
     for value in values:
         with pytest.raises(
             ValueError, match=rf"^{key}: (input|expected|not supported|.*got).*"
         ) as e:
-            STAGES[stage][0](**given | {key: value})
+            CONFIGS[stage](**given | {key: value})
         assert "\n" not in str(e.value)
         shown = (
             "environment" if (key, value) == ("hub_token", "no such choice") else f"{value!r:.9}"

@@ -88,8 +88,8 @@ def test_bad_keys_and_values(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        ("k: 2", ["--k"], "expected `--key value` pairs after the recipe"),
-        ("k: 2", ["k", "3"], "expected `--key value` pairs after the recipe"),
+        ("k: 2", ["--k"], "k: expected `--key value` pairs, got --k alone"),
+        ("k: 2", ["k", "3"], "expected `--key value` pairs after the recipe, got k 3"),
     ],
 )
 def test_bad_recipes(tmp_path, text, overrides, message):

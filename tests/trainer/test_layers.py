@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "trainer"
-LAYERS = ("errors", "config", "data", "run", "models", "measures", "stages", "build", "__main__")
+LAYERS = (
+    "errors", "keys", "examples", "command_line", "recipe", "config", "data", "run", "models",
+    "measures", "stages", "requirements", "build", "__main__",
+)  # fmt: skip
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from opd_trainer.__main__ import STAGES, main
-from opd_trainer.config import load_config
+from opd_trainer.__main__ import main
+from opd_trainer.config import load_config, stages
+from opd_trainer.keys import STAGES
 from tests.tiny_run import write_model
 
 RECIPES = {"demo": "distill", "sft": "sft", "rlvr": "rlvr", "evaluate": "evaluate"}
@@ -71,7 +72,9 @@ def test_a_recipe_of_several_ranks_runs_by_torchrun(tmp_path, name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_says_what_its_stage_knows(name):
-    load_config(STAGES[RECIPES[name]][0], Path(f"recipes/{name}.yaml"), ["--use_cpu", "true"])
+    load_config(
+        getattr(stages, STAGES[RECIPES[name]]), Path(f"recipes/{name}.yaml"), ["--use_cpu", "true"]
+    )
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ class StageConfig(StrictArguments):
     REQUIRED: ClassVar[tuple[str, ...]] = ("model", "train_data")
 
     model: str = field(kw_only=True)  # the student
-    train_data: str = field(kw_only=True)
+    train_data: str = field(kw_only=True)  # prompts to learn on
     eval_data: str | None = None  # held-out prompts
     # Scores a completion: exact_match, math_verify, reasoning_gym, or a function(text, row) given
     # as file.py:function or module:function.
@@ -56,14 +56,14 @@ class StageConfig(StrictArguments):
     # Regular expression with one group; the scorer gets the group of the last match, by default the
     # whole completion.
     answer_pattern: str | None = None
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the template
     dtype: Dtype = "float32"  # of the weights
     trust_remote_code: bool = False  # run a model's own Python code
     # Splits all models over the ranks, with options of transformers' DistributedConfig:
     # {fsdp_size: 8}, {tp_size: 2, fsdp_size: 4}, ...; by default each rank holds all of them (DDP).
     distributed_config: dict[str, Any] | None = None
     lora_r: Annotated[int, Field(ge=0)] = 0  # rank of the student's adapters; 0 trains all weights
-    lora_alpha: Count = 32
+    lora_alpha: Count = 32  # the adapters are scaled by lora_alpha / lora_r
     lora_target_modules: str | list[str] = "all-linear"
     temperature: Positive = 1.0  # of the loss, and of sampling unless sampling_temperature is set
     sampling_temperature: Positive | None = None
@@ -82,16 +82,19 @@ class StageConfig(StrictArguments):
     skip_truncated: bool = False  # no loss on completions that reach max_completion_length
     eval_completions_per_prompt: Count = 1  # above 1, pass@k is logged too
     eval_greedy: bool = False  # decode held-out completions greedily instead of sampling
-    per_device_train_batch_size: Count = 16
-    per_device_eval_batch_size: Count = 16
+    per_device_train_batch_size: Count = 16  # prompts of a step, on each rank
+    per_device_eval_batch_size: Count = 16  # completions that are measured together
     learning_rate: Positive = 1e-5
     logging_steps: Steps = 1
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool | None = False
     dataloader_pin_memory: bool = False
-    eval_on_start: bool = True
+    eval_on_start: bool = True  # measure the held-out prompts before training too
     preflight: bool = True  # report before training: memory, disk, and how much there is to learn
     use_cache: bool = True  # in the config of the saved student
+    # Of the student's weights at the end of the run, by default as in the files of `model`;
+    # checkpoints keep `dtype`.
+    save_dtype: Dtype | None = None
     # auto: from the newest whole checkpoint in output_dir, or from the start if there is none.
     resume_from_checkpoint: Literal["auto"] | None = None
     # Names of the data's columns that are called otherwise: {prompt: question, answer: solution}.
@@ -176,7 +179,7 @@ class TeacherConfig(StageConfig):
     # A model; "self", the student's initial weights; http(s)://HOST/v1, a server (see
     # models/server.py); or {name: model, ...}, where each row names its own in a column `teacher`.
     teacher: str | dict[str, str] | None = None
-    teacher_dtype: Dtype | None = None
+    teacher_dtype: Dtype | None = None  # of the teachers' weights; default dtype
     # Messages that only the teacher sees; a text becomes a system message, and {{ column }} is
     # replaced by the row's value.
     privileged_context: str | Messages | None = None

@@ -6,11 +6,13 @@ from functools import cache, reduce
 from operator import or_
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 from transformers import TrainingArguments
 from transformers.debug_utils import DebugOption
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_pt_utils import AcceleratorConfig
+
+from opd_trainer.recipe import check_value
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -158,15 +160,8 @@ class StrictArguments(TrainingArguments):
     def _checked(self, key: str, value: Any) -> Any:
         if key.endswith("_strategy") and value is False:  # YAML reads a bare `no` as false
             value = "no"
-        try:
-            # pydantic also converts 3e-5, which YAML reads as a string, to a number.
-            # mypy confuses the hash of a class with that of its instances.
-            checked = _validators(type(self))[key].validate_python(value)  # type: ignore[arg-type]
-        except ValidationError as error:
-            raise ValueError(f"{key}: {describe(error)}, got {value!r:.80}") from None
-        if isinstance(value, bool) > isinstance(checked, bool):  # pydantic takes true for 1
-            raise ValueError(f"{key}: input should be a number, got {value}")
-        return checked
+        # mypy confuses the hash of a class with that of its instances.
+        return check_value(key, _validators(type(self))[key], value)  # type: ignore[arg-type]
 
 
 @cache
@@ -181,10 +176,3 @@ def _validators(config: type[Any]) -> dict[str, TypeAdapter[Any]]:
             kind = _one_of([*f.metadata["choices"], f.default])
         validators[f.name] = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
     return validators
-
-
-def describe(error: ValidationError) -> str:
-    """Return what was expected; for a union, what each of its types expects."""
-    reasons = (e["msg"].removeprefix("Value error, ") for e in error.errors())
-    joined = " or ".join(dict.fromkeys(x[0].lower() + x[1:] for x in reasons))
-    return joined.replace(" or input should be ", " or ")

@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from opd_trainer.config.base import StageConfig, TeacherConfig
 from opd_trainer.config.messages import Messages
 from opd_trainer.config.stages import DistillationConfig, EvaluationConfig, SFTConfig
-from opd_trainer.config.values import describe
 from opd_trainer.data.columns import Row, parse_row
 from opd_trainer.data.sources import load_rows
 from opd_trainer.data.templates import ChatTemplate
 from opd_trainer.errors import convert_errors
+from opd_trainer.recipe import describe
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,23 @@
 """Models and tokenizers by name: from the hub, a directory, a GGUF file or an installed package."""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+)
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.distributed import DistributedConfig
@@ -18,6 +25,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from opd_kernels.integrations.transformers import causal_lm_of
 from opd_trainer.config import StageConfig
+from opd_trainer.config.base import Dtype
 from opd_trainer.data import Limits
 from opd_trainer.errors import convert_errors
 
@@ -49,7 +57,7 @@ def load_model(
         options["distributed_config"] = DistributedConfig(**split)
     with convert_errors(_EXPECTED.format(name)):
         if _is_adapter(source):
-            adapted = AutoPeftModelForCausalLM.from_pretrained(source, **options)
+            adapted = _adapted(source, options)
             merged = adapted.merge_and_unload().requires_grad_()  # PEFT freezes the base
             if (Path(source) / GENERATION_CONFIG_NAME).exists():  # PEFT leaves it unread
                 merged.generation_config = GenerationConfig.from_pretrained(source)
@@ -69,6 +77,7 @@ def load_student(config: StageConfig) -> tuple[Model, Tokenizer]:
     if config.chat_template is not None:
         tokenizer.chat_template = load_chat_template(config.chat_template, is_trusted)
     model = load_model(config.model, config.dtype, split, is_trusted)
+    config.save_dtype = config.save_dtype or _saved_dtype(config.model, is_trusted)
     token, known = tokenizer.eos_token, limits_of(model).ids
     if tokenizer.eos_token_id >= known:
         raise ValueError(
@@ -112,7 +121,7 @@ def _with_lora(model: Model, config: StageConfig) -> Model:
     if config.model.endswith(".gguf"):
         raise ValueError("lora_r: expected 0 on a .gguf model: adapters could not be loaded again")
     if _is_adapter(locate(config.model)[0]):  # new adapters must name the merged weights below them
-        model.name_or_path = f"{config.output_dir}/{BASE}"
+        model.name_or_path = os.path.abspath(f"{config.output_dir}/{BASE}")
         if config.should_save:
             model.save_pretrained(model.name_or_path)
     # Without a task type, PEFT would save the name of the class, which FSDP creates at run time.
@@ -120,6 +129,33 @@ def _with_lora(model: Model, config: StageConfig) -> Model:
     with convert_errors("lora_target_modules: expected names of modules that the model has"):
         options["target_modules"] = config.lora_target_modules
         return get_peft_model(model, LoraConfig(**options))
+
+
+def _adapted(source: str, options: dict[str, Any]) -> PeftModel:
+    """Return a model with the LoRA adapters of a directory."""
+    if (base := _moved_base(source)) is None:
+        return AutoPeftModelForCausalLM.from_pretrained(source, **options)
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **options), source)
+
+
+def _moved_base(source: str) -> str | None:
+    """Return the base that was moved with its adapters' run, whose path they still name wrongly."""
+    base = Path(source).parent / BASE
+    named = PeftConfig.from_pretrained(source).base_model_name_or_path if base.exists() else ""
+    return str(base) if named and not Path(named).exists() else None
+
+
+def _saved_dtype(name: str, trust_remote_code: bool) -> Dtype | None:
+    """Return the dtype of a model's files; None for GGUF, which is dequantised."""
+    source, gguf = locate(name)
+    if gguf:
+        return None
+    if _is_adapter(source):
+        named = PeftConfig.from_pretrained(source).base_model_name_or_path
+        source = _moved_base(source) or named
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    dtype = str(config.get_text_config().dtype or config.dtype).removeprefix("torch.")
+    return dtype if dtype in get_args(Dtype) else None  # type: ignore[return-value]
 
 
 def _is_adapter(source: str) -> bool:
@@ -186,7 +222,7 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
         path = Path(spec.origin).parent / file
     if path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name}
-    return str(path) if path.exists() else name, {}
+    return os.path.abspath(path) if path.exists() else name, {}
 
 
 def compare_tokenizers(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl
@@ -16,13 +17,17 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from opd_kernels.integrations.transformers import causal_lm_of
+from opd_trainer.config import StageConfig
 from opd_trainer.errors import SavingError
-from opd_trainer.run.directory import METRICS, MODEL, SAVING, publish, write_whole
+from opd_trainer.run import METRICS
+from opd_trainer.run.directory import MODEL, SAVING, publish, write_whole
+from opd_trainer.run.hub import push_checkpoint
 
 
 class DurableTrainer(Trainer):
     """A Trainer that logs to metrics.jsonl and renames checkpoints once they are whole."""
 
+    args: StageConfig
     _logged = False
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -43,8 +48,13 @@ class DurableTrainer(Trainer):
         with self._saving(name):
             super()._save_checkpoint(model, trial)
             self.save_more(run / SAVING / name)
+        if self.args.push_to_hub and self.is_world_process_zero():
+            push_checkpoint(self, run / name)
         if self.args.should_save:
             rotate_checkpoints(str(run), self.args.save_total_limit)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Do nothing: Trainer would copy the student over the run's files, and upload them all."""
 
     @contextmanager
     def _saving(self, name: str) -> Iterator[None]:
@@ -86,10 +96,14 @@ class DurableTrainer(Trainer):
             self._save_checkpoint(self.model, None)
 
     def save_student(self) -> Path:
-        """Save the student at the end of the run, as model/; return its path."""
-        run = Path(self.args.output_dir)
+        """Save the student at the end of the run, as model/ in save_dtype; return its path."""
+        run, dtype = Path(self.args.output_dir), self.args.save_dtype
+        if dtype and self.args.lora_r == 0:  # PEFT saves adapters in float32
+            _convert(self.model, dtype)
         with self._saving(MODEL):
-            self.save_model(f"{run}/{SAVING}/{MODEL}")
+            self.save_model(f"{run}/{SAVING}/{MODEL}", _internal_call=True)
+        if dtype and self.args.lora_r == 0:  # what is evaluated next is what was saved
+            _convert(self.model, self.args.dtype)
         return run / MODEL
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
@@ -105,6 +119,14 @@ class DurableTrainer(Trainer):
         self._logged = True
 
 
+def _convert(model: nn.Module, dtype: str) -> None:
+    """Convert parameters in place, also split ones; Module.to would round the buffers too, such as
+    the frequencies of rotary embeddings.
+    """
+    to = getattr(torch, dtype)
+    model._apply(lambda x: x.to(to) if isinstance(x, nn.Parameter) else x)
+
+
 class _Interruption(TrainerCallback):
     """Stops all ranks after the current step when one gets Ctrl-C or SIGTERM; the second signal
     ends a rank at once.
@@ -112,6 +134,7 @@ class _Interruption(TrainerCallback):
 
     def __init__(self, trainer: DurableTrainer) -> None:
         self.accelerator, self.stopped = trainer.accelerator, False
+        self.has_begun = False  # whether the first step has
         self.previous: dict[int, Any] = {}
 
     def _request(self, number: int, frame: Any) -> None:
@@ -120,6 +143,7 @@ class _Interruption(TrainerCallback):
         signal.signal(number, self.previous[number])
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.has_begun = True
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.previous[number] = signal.signal(number, self._request)

@@ -11,9 +11,11 @@ from huggingface_hub.utils.sha import sha_fileobj
 from transformers.trainer_utils import sort_checkpoints
 
 from opd_trainer.config import StageConfig, changed_keys
+from opd_trainer.run import METRICS
 
-METRICS, CONFIG, MANIFEST = "metrics.jsonl", "config.json", "manifest.json"
+CONFIG, MANIFEST = "config.json", "manifest.json"
 SAMPLES = "samples/step-{}.jsonl"
+REPORT = "report.md"  # held-out metrics and samples, before and after
 MODEL = "model"  # the student at the end of the run
 SAVING = ".saving"  # where a checkpoint is written before it is published
 _locks: dict[Path, FileLock] = {}  # held until the process ends

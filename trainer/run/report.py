@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 from opd_trainer.data import read_json_lines
 from opd_trainer.errors import convert_errors
-from opd_trainer.run.directory import CONFIG, METRICS, SAMPLES
+from opd_trainer.run import METRICS, check_run
+from opd_trainer.run.directory import CONFIG, REPORT, SAMPLES
 
 PANELS = {
     "loss per token (nats)": ["loss"],
@@ -43,8 +44,6 @@ class Run:
     color: str | None = None
 
     def __post_init__(self) -> None:
-        if not (self.path / METRICS).exists():
-            raise ValueError(f"it has no {METRICS}")
         config = self.path / CONFIG
         self.config = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
         self.metrics: dict[str, list[tuple[int, float]]] = defaultdict(list)  # steps and values
@@ -99,7 +98,7 @@ def before_after(run: Path, shown: int = 3) -> str:
         lines += ["", f"**{prompt}**"]
         for title, text, _ in samples:
             lines.append(f"- {title.partition(' (')[0]}: {' '.join(text.split())[:240]}")
-    (run / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (run / REPORT).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return "\n".join(lines)
 
 
@@ -113,6 +112,7 @@ def write_report(runs: list[Path], output: Path) -> None:
     colors = (to_hex(hsv_to_rgb(((0.58 + 0.382 * i) % 1, 0.75, 0.82))) for i in count())
     loaded, samples = [], []
     for path, color in zip(dict.fromkeys(runs), colors, strict=False):
+        check_run(path)
         with convert_errors(f"{path}: expected a recipe's output_dir"):
             loaded.append(run := Run(path, color))
             samples.append((run, run.samples()))
