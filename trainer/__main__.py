@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
 
 from opd_trainer.build import load, prepare
@@ -18,7 +19,7 @@ from opd_trainer.config import (
 from opd_trainer.config.recipe import load_config
 from opd_trainer.errors import RunStoppedError, SavingError
 from opd_trainer.run.directory import METRICS, claim_output_directory, write_whole
-from opd_trainer.run.report import before_after, plot_curves, write_report
+from opd_trainer.run.report import Run, before_after, held_out_changes, plot_curves, write_report
 from opd_trainer.stages.training import CompletionTrainer
 
 STAGES: dict[str, tuple[type[StageConfig], str]] = {
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("runs", type=Path, nargs="+", help="a recipe's output_dir")
     command.add_argument("--output", type=Path, default=Path("report.html"))
     arguments, overrides = parser.parse_known_args(argv)
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal may not know all characters of a model
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _exit_on(OSError, ValueError, RunStoppedError):
             if arguments.stage == "report":
@@ -84,6 +87,7 @@ def train(trainer: CompletionTrainer, checkpoint: str | None) -> None:
         if not trainer.interruption.stopped:
             student = trainer.save_student()
     except (RunStoppedError, OSError) as error:
+        trainer.console.close()
         with suppress(SavingError):  # the disk may be full
             trainer.save_last_step()
         sys.exit(f"error: {error}{go_on}")
@@ -98,9 +102,11 @@ def train(trainer: CompletionTrainer, checkpoint: str | None) -> None:
     if not trainer.is_world_process_zero():
         return
     plot_curves(folder)
+    print(f"student: {student}\ncurves: {folder}/curves.png\nlog: {folder}/{METRICS}")
     if trainer.evaluation.prompts:
-        print(f"\n{before_after(folder)}")
-    print(f"student: {student}   curves: {folder}/curves.png   log: {folder}/{METRICS}")
+        before_after(folder)
+        print(f"report: {folder}/report.md")
+        trainer.console.print_changes(held_out_changes(Run(folder)))
 
 
 def evaluate(config: EvaluationConfig) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from opd_trainer.errors import RunStoppedError, SavingError
+from opd_trainer.run.console import Console
 from opd_trainer.run.directory import METRICS, MODEL, SAVING, publish, write_whole
 
 
@@ -27,6 +28,11 @@ class DurableTrainer(Trainer):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        # One of them would print each log line as a dict.
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.console = Console(self.args)
+        self.add_callback(self.console)
         self.interruption = _Interruption(self)
         self.add_callback(self.interruption)
 
