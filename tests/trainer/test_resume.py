@@ -27,17 +27,20 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def resume(finished, tmp_path):
-    """Return a function that resumes a copy of the run with other keys."""
-    run = tmp_path / "run"
-    shutil.copytree(finished / "run", run)
+def run(finished, tmp_path):
+    """Return a copy of the run's directory."""
+    return shutil.copytree(finished / "run", tmp_path / "run")
 
-    def with_keys(*arguments, stage="distill"):
+
+@pytest.fixture
+def resume(finished, run):
+    """Return a function that resumes the copy with other keys."""
+
+    def with_keys(*arguments):
         recipe = str(finished / "recipe.yaml")
-        main([stage, recipe, "--output_dir", str(run), *map(str, arguments), *AUTO])
+        main(["distill", recipe, "--output_dir", str(run), *map(str, arguments), *AUTO])
         return run
 
-    with_keys.run = run
     return with_keys
 
 
@@ -65,15 +68,15 @@ def _kept(run):
         ),
     ],
 )
-def test_a_key_that_makes_it_another_run_is_refused(resume, capsys, arguments, message):
-    before = _kept(resume.run)
+def test_a_key_that_makes_it_another_run_is_refused(resume, run, capsys, arguments, message):
+    before = _kept(run)
     with pytest.raises(SystemExit) as ended:
         resume(*arguments)
     expected = "expected the recipe that the run began with"
     assert ended.value.code == (
         f"error: resume_from_checkpoint: {expected}, got {message}; {RESTORE}"
     )
-    assert _kept(resume.run) == before
+    assert _kept(run) == before
     assert "resume" not in capsys.readouterr().out
 
 
@@ -83,9 +86,9 @@ def test_all_keys_that_differ_are_named(resume):
     assert "got seed: 42 -> 7, k: 8 -> 5; restore" in ended.value.code
 
 
-def test_another_stage_is_refused(finished, resume):
+def test_another_stage_is_refused(finished, run):
     with pytest.raises(SystemExit, match="got stage: Distillation -> SFT"):
-        main(["sft", str(_sft(finished)), "--output_dir", str(resume.run), *AUTO])
+        main(["sft", str(_sft(finished)), "--output_dir", str(run), *AUTO])
 
 
 def _sft(folder, **changes):
@@ -223,11 +226,11 @@ def test_each_start_is_kept(resume):
         ),
     ],
 )
-def test_a_run_cannot_end_before_its_checkpoint(resume, options, message):
+def test_a_run_cannot_end_before_its_checkpoint(resume, run, options, message):
     with pytest.raises(SystemExit) as ended:
         resume(*options)
     assert ended.value.code.startswith(f"error: {message}")
-    steps, _ = read_metrics(resume.run)
+    steps, _ = read_metrics(run)
     assert len(steps) == 4
 
 

@@ -98,10 +98,10 @@ def _differences(before: Start, now: Start) -> Iterator[tuple[str, str]]:
             if old[key] == new[key]:
                 is_gone = now["contents"][key] == new[key]
                 problem = "is not there any more" if is_gone else "has changed"
-                yield key, f"the content of {new[key]!r:.80} {problem}"
+                yield key, f"the content of {new[key]!r:.160} {problem}"
                 continue
         if old[key] != new[key]:
-            yield key, f"{old[key]!r:.80} -> {new[key]!r:.80}"
+            yield key, f"{old[key]!r:.160} -> {new[key]!r:.160}"
     yield from _differences_of_ranks(before, now)
 
 
