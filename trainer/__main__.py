@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 _TRAINER = (
     "accelerate", "datasets", "filelock", "gguf", "huggingface_hub", "jinja2", "markupsafe",
-    "matplotlib", "numpy", "pandas", "peft", "psutil", "pydantic", "safetensors", "tqdm",
+    "matplotlib", "numpy", "pandas", "peft", "psutil", "pydantic", "rich", "safetensors", "tqdm",
     "transformers", "typing_extensions", "yaml",
 )  # fmt: skip
 EXTRAS = dict.fromkeys(_TRAINER, "'opd-kernels[trainer]'") | {
@@ -36,6 +37,8 @@ EXTRAS = dict.fromkeys(_TRAINER, "'opd-kernels[trainer]'") | {
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; a user's mistake ends it with one line on stderr."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal may not know all characters of a model
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _exit_on(OSError, ValueError, RunStoppedError):
             prepared = _prepare(sys.argv[1:] if argv is None else argv)
@@ -95,7 +98,7 @@ def _one_line(error: Exception) -> str:
 def train(trainer: "CompletionTrainer", checkpoint: str | None) -> None:
     """Train; then save the student, evaluate it and write the report."""
     from opd_trainer.run.hub import push_student
-    from opd_trainer.run.report import before_after, plot_curves
+    from opd_trainer.run.report import Run, before_after, held_out_changes, plot_curves
 
     folder = Path(trainer.args.output_dir)
     resumes = not trainer.args.distributed_config
@@ -105,6 +108,7 @@ def train(trainer: "CompletionTrainer", checkpoint: str | None) -> None:
         if not trainer.interruption.stopped:
             student = trainer.save_student()
     except (RunStoppedError, OSError) as error:
+        trainer.console.close()
         with suppress(SavingError):  # the disk may be full
             trainer.save_last_step()
         sys.exit(f"error: {error}{go_on}")
@@ -123,11 +127,13 @@ def train(trainer: "CompletionTrainer", checkpoint: str | None) -> None:
     if not trainer.is_world_process_zero():
         return
     plot_curves(folder)
+    print(f"student: {student}\ncurves: {folder}/curves.png\nlog: {folder}/{METRICS}")
     if trainer.evaluation.prompts:
-        print(f"\n{before_after(folder)}")
+        before_after(folder)
+        print(f"report: {folder}/report.md")
+        trainer.console.print_changes(held_out_changes(Run(folder)))
     if trainer.args.push_to_hub:
         push_student(trainer, student)
-    print(f"student: {student}   curves: {folder}/curves.png   log: {folder}/{METRICS}")
 
 
 def evaluate(config: "EvaluationConfig") -> None:

@@ -36,6 +36,7 @@ from opd_trainer.models.load import (
 )
 from opd_trainer.models.rollout import Sampler
 from opd_trainer.models.teacher import LocalTeacher, Teacher, load_teacher, self_teacher
+from opd_trainer.run.console import hide_bars_of_libraries
 from opd_trainer.run.directory import CONFIG, claim_output_directory
 from opd_trainer.stages.distillation import OnPolicyDistillationTrainer
 from opd_trainer.stages.rlvr import RLVRTrainer
@@ -122,6 +123,7 @@ def _gap(
 
 def load(config: StageConfig) -> tuple[Model, Evaluation, PromptReader]:
     """Return the student, its evaluation with the teachers, and a reader for more prompts."""
+    hide_bars_of_libraries(config)
     student, tokenizer = load_student(config)
     teachers, tokenizers = _load_teachers(config, student, tokenizer)
     limits = {name: teacher.limits for name, teacher in teachers.items()}

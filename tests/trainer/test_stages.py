@@ -118,6 +118,10 @@ def test_a_resumed_run_has_the_completions_of_its_own_teachers(tmp_path):
     assert [p.teacher for p in resumed.train_dataset] == ["a", "b"] * 4
     lines = (tmp_path / "routed.jsonl").read_text().splitlines()
     (tmp_path / "routed.jsonl").write_text("\n".join(lines[::-1]) + "\n")
+    with pytest.raises(ValueError, match=r"train_data: the content of .*routed.jsonl' has changed"):
+        prepare(again)
+    # A dataset of the hub has no file to compare, but its prompts are compared.
+    (tmp_path / "run" / "starts.jsonl").unlink()
     with pytest.raises(ValueError, match=r"expected the prompts of .*, which the run began with"):
         prepare(again)
 

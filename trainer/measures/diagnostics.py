@@ -4,14 +4,13 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opd_kernels import LazyLogits, SparseLogits
+from opd_kernels import LazyLogits, SparseLogits, reverse_kl
 from opd_trainer.config import DistillationConfig, RLVRConfig, StageConfig
 from opd_trainer.models.rollout import Completion
 from opd_trainer.models.teacher import LocalTeacher, Logits
@@ -59,21 +58,27 @@ class Sums(dict[str, float]):
         self.add(log_prob_difference_max=float(difference.max()))
 
     def add_completions(self, completions: list[Completion]) -> None:
-        """Add the metrics of each completion: length, truncation, repetition and reward."""
+        """Add the metrics of each completion: length, truncation, repetition, and reward if any."""
         for c in completions:
             self.add(tokens=len(c.ids), completions=1, truncated=c.truncated)
-            self.add(repetition=repetition(c.ids), reward=c.reward, informative=c.advantage != 0)
+            self.add(repetition=repetition(c.ids))
+            if c.advantage is not None:
+                self.add(reward=c.reward, informative=c.advantage != 0)
 
     @torch.no_grad()
     def add_tokens(self, s: SparseLogits, t: SparseLogits) -> None:
-        """Add both models' mass on S and two norms on S, per token: of the gradient of reverse KL
-        with stop-gradient, p (c - m), and of the term that is added without it, p (1 - P).
+        """Add both models' mass on S, the reverse KL with the rest of the vocabulary as one bucket,
+        and two norms on S, per token: of the gradient of reverse KL with stop-gradient, p (c - m),
+        and of the term that is added without it, p (1 - P).
         """
         p = s.log_probs.exp()
         shared = (s.log_probs > -torch.inf) & (t.log_probs > -torch.inf)
         c = torch.where(shared, s.log_probs - t.log_probs, 0.0)
         gradient = torch.where(shared, p * (c - (p * c).sum(-1, keepdim=True)), 0.0)
+        kl = reverse_kl(s, t, tail="bucket")
         self.add_tensors(
+            # A server may leave out an id, whose term would be infinite.
+            reverse_kl=torch.where(kl.isfinite(), kl, 0.0),
             student_mass=s.mass,
             teacher_mass=t.mass,
             gradient_norm_on_s=gradient.norm(dim=-1),
@@ -132,16 +137,26 @@ class Sums(dict[str, float]):
 
 
 def alarms(config: StageConfig, lines: list[dict[str, Any]], ends: bool = False) -> str:
-    """Return messages for the failures that the last log line is the first to show, or "".
+    """Return a line for each failure that the last step shows and the steps before it do not.
+
+    A failure that comes back within WINDOW steps is not reported again.
 
     Args:
         lines: all log lines.
         ends: whether the last line is that of the last step.
     """
-    raised = " ".join(line.get("alarm", "") for line in lines)
     steps = [line for line in lines if "loss" in line]
-    shown = chain(_idle(config, steps, ends), _failures(config, steps))
-    return " ".join(message for message in shown if message.partition(":")[0] not in raised)
+    shown = [*_idle(config, steps, ends), *_failures(config, steps)]
+    if not shown:
+        return ""
+    recent = (steps[:n] for n in range(max(1, len(steps) - WINDOW), len(steps)))
+    before = (x for part in recent for x in (*_idle(config, part, False), *_failures(config, part)))
+    raised = {_title(x) for x in before}
+    return "\n".join(x for x in shown if _title(x) not in raised)
+
+
+def _title(message: str) -> str:
+    return message.partition(":")[0]
 
 
 def _idle(config: StageConfig, lines: list[dict[str, Any]], ends: bool) -> Iterator[str]:

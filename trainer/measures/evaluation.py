@@ -21,6 +21,7 @@ from opd_trainer.measures.scoring import load_scorer
 from opd_trainer.models.load import Model, eval_mode, reshard
 from opd_trainer.models.rollout import Completion, Sampler
 from opd_trainer.models.teacher import LocalTeacher, Logits, Teacher, on_completions, token_ids
+from opd_trainer.run.console import hides_bars
 from opd_trainer.run.directory import SAMPLES, write_whole
 
 _HELD_OUT = 1 << 31  # a seed that no training step uses
@@ -36,6 +37,7 @@ class Evaluation:
     sampler: Sampler
     references: list[Completion] = field(default_factory=list)  # of the teachers, sampled once
     local: dict[str, LocalTeacher] = field(init=False)
+    sample: Completion | None = None  # the first of the last measurement
 
     def __post_init__(self) -> None:
         self.scorer = load_scorer(self.config)
@@ -49,6 +51,7 @@ class Evaluation:
         repeated = [p for p in self.prompts for _ in range(self.config.eval_completions_per_prompt)]
         seed = self.config.seed, _HELD_OUT
         samples = self.sampler.sample(student, repeated, *seed, greedy=self.config.eval_greedy)
+        self.sample = samples[0]
         sums = Sums()
         sums.add_completions(samples)
         names = ("completion_length", "truncated", "repetition")
@@ -160,7 +163,7 @@ class Evaluation:
         which makes it a lower bound.
         """
         sums, temperature = Sums(), self.config.temperature
-        size, is_quiet = self.config.per_device_eval_batch_size, self.config.disable_tqdm
+        size, hides_bar = self.config.per_device_eval_batch_size, hides_bars(self.config)
 
         def add(batch: list[Completion], teacher: Logits, student: LazyLogits) -> None:
             options: dict[str, Any] = {"support": "full"}
@@ -180,7 +183,7 @@ class Evaluation:
                 scored = [c for c in completions if c.prompt.teacher == name]
                 teacher.prepare(scored)
                 starts = range(0, len(scored), size)
-                for start in tqdm(starts, "held-out divergence", leave=False, disable=is_quiet):
+                for start in tqdm(starts, "held-out divergence", leave=False, disable=hides_bar):
                     batch = scored[start : start + size]
                     logits = teacher.logits(batch, temperature)
                     on_completions(student, batch, temperature, partial(add, batch, logits))

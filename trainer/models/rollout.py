@@ -23,6 +23,7 @@ from opd_trainer.config import StageConfig
 from opd_trainer.data import Prompt
 from opd_trainer.errors import name_memory_keys
 from opd_trainer.models.load import Model, Tokenizer, eos_ids_of, eval_mode, is_fsdp
+from opd_trainer.run.console import hides_bars
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Completion:
     truncated: bool  # stopped by max_completion_length, not by EOS
     log_probs: list[float] | None = None  # of the ids, by the engine that sampled them
     reward: float = 0.0
-    advantage: float = 0.0  # of the reward over the prompt's other completions
+    advantage: float | None = None  # of a reward over the prompt's other completions
 
     @property
     def context_length(self) -> int:
@@ -56,7 +57,7 @@ class Sampler:
 
     def __init__(self, config: StageConfig, tokenizer: Tokenizer, *models: Model) -> None:
         self.tokenizer = tokenizer
-        self.batch_size, self.is_quiet = config.rollout_batch_size, config.disable_tqdm
+        self.batch_size, self.hides_bars = config.rollout_batch_size, hides_bars(config)
         sizes = [causal_lm_of(model).get_output_embeddings().weight.shape[0] for model in models]
         eos_ids = frozenset({tokenizer.eos_token_id}.union(*map(eos_ids_of, models)))
         self.eos_ids = frozenset(i for i in eos_ids if i < min(sizes, default=i + 1))
@@ -87,8 +88,8 @@ class Sampler:
         order = sorted(range(len(prompts)), key=lambda i: -len(contexts[i]))
         starts = range(0, len(order), self.batch_size)
         generated: dict[int, Generated] = {}
-        is_quiet = self.is_quiet or len(starts) == 1
-        for start in tqdm(starts, "rollout", leave=False, disable=is_quiet):
+        hides_bar = len(starts) == 1 or self.hides_bars
+        for start in tqdm(starts, "rollout", leave=False, disable=hides_bar):
             batch = order[start : start + self.batch_size]
             batch_seed = np.random.SeedSequence([*seed, start]).generate_state(1, np.uint64)[0]
             options = self.greedy_options if greedy else self.options

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from opd_kernels.integrations.transformers import causal_lm_of
 from opd_trainer.config import StageConfig
-from opd_trainer.errors import SavingError
+from opd_trainer.errors import RunStoppedError, SavingError
 from opd_trainer.run import METRICS
+from opd_trainer.run.console import Console
 from opd_trainer.run.directory import MODEL, SAVING, publish, write_whole
 from opd_trainer.run.hub import push_checkpoint
 
@@ -32,8 +34,41 @@ class DurableTrainer(Trainer):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        # One of them would print each log line as a dict.
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.console = Console(self.args)
+        self.add_callback(self.console)
         self.interruption = _Interruption(self)
         self.add_callback(self.interruption)
+
+    def _init_training_state(self, max_steps: int, *arguments: Any) -> tuple[int, int]:
+        """Restore the state, but log, save and evaluate as often as the config says now."""
+        progress = super()._init_training_state(max_steps, *arguments)
+        self.state.compute_steps(self.args, max_steps)
+        if self.state.global_step > max_steps:
+            taken = f"the {self.state.global_step} steps that the run has taken"
+            raise RunStoppedError(
+                f"max_steps, num_train_epochs: expected at least {taken}, got {max_steps} steps"
+            )
+        return progress
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Restore the optimiser, but take the learning rate from the config's schedule.
+
+        Trainer would keep the old learning_rate, and take the next step with the rate that the old
+        schedule had for it.
+        """
+        initial = list(self.lr_scheduler.base_lrs)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = self.lr_scheduler
+        if not isinstance(schedule, LambdaLR):
+            return
+        schedule.base_lrs = initial
+        for number, group in enumerate(self.optimizer.param_groups):
+            rate = initial[number] * schedule.lr_lambdas[number](schedule.last_epoch)
+            schedule._last_lr[number] = group["lr"] = rate
+            group["initial_lr"] = initial[number]
 
     def _run_epoch(self, **options: Any) -> None:
         """Run an epoch, but not from the checkpoint of the last step: Trainer would add a step."""

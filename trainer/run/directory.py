@@ -12,8 +12,11 @@ from transformers.trainer_utils import sort_checkpoints
 
 from opd_trainer.config import StageConfig, changed_keys
 from opd_trainer.run import METRICS
+from opd_trainer.run.starts import changes, describe_start
 
 CONFIG, MANIFEST = "config.json", "manifest.json"
+STARTS = "starts.jsonl"  # the recipe of each start; config.json is that of the last
+COMPLETIONS = "completions.jsonl"  # that a teacher wrote for sft
 SAMPLES = "samples/step-{}.jsonl"
 REPORT = "report.md"  # held-out metrics and samples, before and after
 MODEL = "model"  # the student at the end of the run
@@ -41,9 +44,30 @@ def claim_output_directory(config: StageConfig) -> str | None:
     if writes:
         _lock(run)
     checkpoint = _newest_whole(run, rename=writes) if resumes else None
-    if writes:
-        write_whole(run / CONFIG, json.dumps(changed_keys(config), indent=1))
+    _record_start(run, config, checkpoint, resumes, writes)
     return checkpoint
+
+
+def _record_start(
+    run: Path, config: StageConfig, checkpoint: str | None, resumes: bool, writes: bool
+) -> None:
+    """Record the recipe; raise ValueError if it is another than that of the checkpoint."""
+    path, start = run / STARTS, describe_start(config, checkpoint)
+    lines = path.read_text().splitlines() if resumes and path.exists() else []
+    try:
+        taken = changes(json.loads(lines[-1]), start) if lines else []
+    except ValueError:
+        if checkpoint is not None:
+            raise
+        taken = []  # it starts from the beginning, without anything of the other recipe
+        if writes:
+            (run / COMPLETIONS).unlink(missing_ok=True)
+    if writes:
+        if checkpoint is not None:
+            print(f"resume: from {checkpoint}")
+            print("".join(f"resume: {change}\n" for change in taken), end="")
+        write_whole(run / CONFIG, json.dumps(changed_keys(config), indent=1))
+        write_whole(path, "".join(f"{line}\n" for line in [*lines, json.dumps(start)]))
 
 
 def _newest_whole(run: Path, rename: bool) -> str | None:

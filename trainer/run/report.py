@@ -85,13 +85,18 @@ def plot_curves(run: Path) -> None:
     figure.savefig(run / "curves.png")
 
 
+def held_out_changes(run: Run) -> list[tuple[str, float, float]]:
+    """Return title, first and last value of each held-out metric."""
+    metrics = {n: x for n, x in run.metrics.items() if n.startswith("eval_")}
+    return [(_label(n.removeprefix("eval_")), x[0][1], x[-1][1]) for n, x in metrics.items()]
+
+
 def before_after(run: Path, shown: int = 3) -> str:
     """Return Markdown of the first and last held-out metrics and completions; write report.md."""
     logged = Run(run)
     lines = ["| held-out | before | after |", "|---|---|---|"]
-    for name in [name for name in logged.metrics if name.startswith("eval_")]:
-        points, title = logged.metrics[name], _label(name.removeprefix("eval_"))
-        lines.append(f"| {title} | {points[0][1]:.3f} | {points[-1][1]:.3f} |")
+    for title, before, after in held_out_changes(logged):
+        lines.append(f"| {title} | {before:.3f} | {after:.3f} |")
     if len(lines) == 2:
         lines = ["No held-out evaluation was logged."]
     for prompt, samples in list(logged.samples().items())[:shown]:

@@ -12,7 +12,7 @@ from opd_trainer.config import SFTConfig
 from opd_trainer.data import Prompt, read_json_lines
 from opd_trainer.measures.evaluation import Evaluation
 from opd_trainer.models.rollout import Completion
-from opd_trainer.run.directory import write_whole
+from opd_trainer.run.directory import COMPLETIONS, write_whole
 from opd_trainer.stages.training import CompletionTrainer, MicroBatch, Part
 
 _TRAINING = (1 << 31) + 1  # a seed that neither steps nor held-out completions use
@@ -45,7 +45,7 @@ def negative_log_likelihood(temperature: float, model: nn.Module, batch: MicroBa
 
 def generate(config: SFTConfig, prompts: list[Prompt], evaluation: Evaluation) -> list[Prompt]:
     """Return the prompts with completions of their teachers; a resumed run reads them again."""
-    path = Path(config.output_dir) / "completions.jsonl"
+    path = Path(config.output_dir) / COMPLETIONS
     repeated = [p for p in prompts for _ in range(config.completions_per_prompt)]
     if config.resume_from_checkpoint and path.exists():
         kept = read_json_lines(path)

@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -114,6 +113,8 @@ class CompletionTrainer(DurableTrainer):
             self._set_optimizer_mode("train")  # on-policy: from the weights of the gradient
             with self.accelerator.autocast():
                 self.rollout = self.complete(inputs)
+            if not self.console.has_shown_sample:
+                self.print_sample(self.rollout[0])
         loss = self.learn(model, self.rollout)
         gradients = [plain(p.grad) for p in model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients).to(self.args.device)
@@ -272,9 +273,14 @@ class CompletionTrainer(DurableTrainer):
             history = [*self.state.log_history, logs]
             ends = self.state.global_step >= self.state.max_steps
             if self.is_world_process_zero() and (alarm := alarms(self.args, history, ends)):
-                warnings.warn(alarm, stacklevel=2)
                 logs |= {"alarm": alarm}
         super().log(logs, start_time)
+
+    def print_sample(self, completion: Completion) -> None:
+        """Print a completion with its prompt, both with their special tokens."""
+        decode = self.sampler.tokenizer.decode
+        texts = decode(completion.prompt.student_ids), decode(completion.ids)
+        self.console.print_sample(f"sample at step {self.state.global_step}:", *texts)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return held-out metrics of the student, see Evaluation; {} without eval_data."""
@@ -284,5 +290,7 @@ class CompletionTrainer(DurableTrainer):
         with self.accelerator.autocast():
             metrics = self.evaluation.measure(self.model, self.state.global_step)
         self.log(metrics)
+        if self.evaluation.sample:
+            self.print_sample(self.evaluation.sample)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
