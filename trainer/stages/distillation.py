@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from opd_trainer.stages.training import CompletionTrainer, MicroBatch, Part
 
 TEACHER = "teacher"  # folder in a checkpoint
 Objective = Callable[[SparseLogits, SparseLogits], Tensor]  # a loss per token
+Support = Literal["student", "teacher", "union", "intersection", "full"]
 OFF_POLICY = (
     "Completions are sampled at another temperature than the loss's, or with top_p below 1, so the "
     "loss is not computed for the distribution that they come from: leave out sampling_temperature "
@@ -124,10 +125,14 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
             self.moving_teacher.model.load_state_dict(saved.state_dict())
 
 
-def support_of(config: DistillationConfig) -> str:
-    """Return the support of the loss: a forward KL beside it also needs the teacher's top-K."""
-    is_both = config.forward_kl_coef > 0 and config.support == "student"
-    return "union" if is_both else config.support
+def support_of(config: DistillationConfig) -> Support:
+    """Return the loss's support: beside a forward KL, the student's top-K needs the teacher's too.
+
+    For "sampled", each step passes the sampled tokens instead.
+    """
+    if config.support == "student" and config.forward_kl_coef > 0:
+        return "union"
+    return "student" if config.support == "sampled" else config.support
 
 
 def build_loss(config: DistillationConfig) -> Callable[..., DistillationOutput]:
@@ -147,10 +152,8 @@ def build_loss(config: DistillationConfig) -> Callable[..., DistillationOutput]:
         objective = partial(add_where_uncertain, objective, other, *mixture)
     if config.max_token_loss is not None:
         objective = partial(clamp, objective, config.max_token_loss)
-    # For "sampled", each step passes its own support.
-    support = "student" if config.support == "sampled" else support_of(config)
-    loss = partial(distillation_loss, k=config.k, support=support, missing=config.missing)
-    loss = partial(loss, objective=objective, entropy=True)
+    options: dict[str, Any] = {"k": config.k, "missing": config.missing, "entropy": True}
+    loss = partial(distillation_loss, support=support_of(config), objective=objective, **options)
     if config.objective in objectives:
         return loss
     expected = f"objective: expected a loss per token of (student, teacher) from {config.objective}"
