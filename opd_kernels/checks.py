@@ -13,12 +13,18 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import is_gradtrackingtensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REVERSE_MODE_ONLY = (
     "opd_kernels: topk, gather, log_prob and distillation_loss have no derivative in forward mode "
     "or under torch.func; use backward() or torch.autograd.grad, or differentiate the logits of "
     "LazyLogits.materialize()"
+)
+
+_DEQUANTISE = (
+    "cast or dequantise it first; for a model, exclude lm_head from quantisation, or call "
+    "model.dequantize()"
 )
 
 
@@ -51,8 +57,14 @@ def check_token_ids(name: str, ids: Any) -> None:
 def check_device(name: str, tensor: Tensor, like: str, device: torch.device) -> None:
     """Raise ValueError unless a tensor is on the device of the argument `like`."""
     if tensor.device != device:
+        remedy = "move one of them"
+        if "meta" in (tensor.device.type, device.type):
+            remedy = (
+                "a tensor on the meta device has no data, so load it first, and keep lm_head out "
+                "of accelerate's offloading"
+            )
         raise ValueError(
-            f"{name}: expected device {device}, as {like}'s, got {tensor.device}; move one of them"
+            f"{name}: expected device {device}, as {like}'s, got {tensor.device}; {remedy}"
         )
 
 
@@ -128,7 +140,8 @@ def check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise unless these are [..., D], [V, D] and [V] of floating dtypes on one device."""
     operands = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, operand in operands.items():
-        check_floating(name, operand, "cast or dequantise it first")
+        check_floating(name, operand, _DEQUANTISE)
+        _check_is_not_quantised(name, operand)
         check_device(name, operand, "hidden", hidden.device)
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -142,6 +155,18 @@ def check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(
             f"bias: expected shape [V] = {tuple(weight.shape[:1])}, got {tuple(bias.shape)}; pass "
             "the rows that weight has"
+        )
+
+
+def _check_is_not_quantised(name: str, operand: Tensor) -> None:
+    """Raise TypeError if a tensor has a floating dtype, but data of another one, as torchao's do.
+    Such classes have a method dequantize of their own.
+    """
+    kind = type(operand)
+    if kind not in (Tensor, Parameter) and kind.dequantize is not Tensor.dequantize:
+        raise TypeError(
+            f"{name}: expected a plain tensor, got {kind.__name__}, which is quantised; "
+            f"{_DEQUANTISE}"
         )
 
 

@@ -7,6 +7,17 @@ from torch.testing import assert_close
 from opd_kernels import LazyLogits
 
 
+class Quantised(torch.Tensor):
+    """Its dtype is float32, as that of torchao's tensors, whose data are integers."""
+
+    @staticmethod
+    def __new__(cls, data):
+        return torch.Tensor._make_subclass(cls, data)
+
+    def dequantize(self):
+        return self.as_subclass(torch.Tensor)
+
+
 def good():
     return {"hidden": torch.randn(2, 3, 8), "weight": torch.randn(20, 8), "bias": torch.randn(20)}
 
@@ -29,6 +40,38 @@ def good():
         ({"weight": torch.zeros(20, 8, dtype=torch.int8)}, TypeError, "dequantise it first"),
         ({"weight": [[1.0]]}, TypeError, "weight: expected a tensor of .*, got list"),
         ({"weight": torch.randn(20, 8, device="meta")}, ValueError, "weight: expected device cpu"),
+        (
+            {"weight": torch.randn(20, 8, device="meta")},
+            ValueError,
+            "got meta; a tensor on the meta device has no data, so load it first, and keep lm_head "
+            "out of accelerate's offloading",
+        ),
+        (
+            {"hidden": torch.randn(2, 3, 8, device="meta")},
+            ValueError,
+            "weight: expected device meta, as hidden's, got cpu; a tensor on the meta device",
+        ),
+        (
+            {"weight": torch.zeros(20, 8).to(torch.float8_e4m3fn)},
+            TypeError,
+            r"got torch.float8_e4m3fn; cast or dequantise it first; for a model, exclude lm_head "
+            r"from quantisation, or call model.dequantize\(\)",
+        ),
+        (
+            {"weight": torch.zeros(20, 4, dtype=torch.uint8)},  # as of bitsandbytes and MXFP4
+            TypeError,
+            "weight: expected a tensor of .*, got torch.uint8; cast or dequantise it first",
+        ),
+        (
+            {"weight": Quantised(torch.zeros(20, 8))},
+            TypeError,
+            "weight: expected a plain tensor, got Quantised, which is quantised; cast or dequant",
+        ),
+        (
+            {"bias": torch.nn.Parameter(Quantised(torch.zeros(20)))},
+            TypeError,
+            "bias: expected a plain tensor, got Quantised",
+        ),
         (
             {"vocab_size": 21},
             ValueError,

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from opd_kernels.checks import got
-from opd_kernels.integrations.transformers import forward_without_head, router_loss
+from opd_kernels.integrations._capture import captured_head
+from opd_kernels.integrations.transformers import router_loss
 
 # Matches a loss of unchanged logits and labels. Git, for example, slices and shifts both first.
 _SHIFTED_LOSS = re.compile(r"self\.loss_function\(\s*(logits=)?(lm_)?logits,\s*(labels=)?labels,")
@@ -57,8 +58,9 @@ def _wrap_forward(bare_forward: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         bare = MethodType(bare_forward, self)
-        capture = forward_without_head(self, bare, *args, **kwargs | {"return_dict": True})
-        logits = capture.lazy_logits(self, 1.0, None)
+        with captured_head(self) as capture:
+            model_output = bare(*args, **kwargs | {"return_dict": True})
+            logits = capture.lazy_logits(model_output, 1.0, None)
         if shift_labels is None:
             assert labels is not None
             shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -67,9 +69,9 @@ def _wrap_forward(bare_forward: Callable[..., Any]) -> Callable[..., Any]:
             log_probs = logits.log_prob(shift_labels, ignore_index=ignore_index)
         count = (shift_labels != ignore_index).sum()
         loss = -log_probs.sum() / (count if num_items_in_batch is None else num_items_in_batch)
-        loss = loss + router_loss(self, capture.output)
-        output = {name: x for name, x in capture.output.items() if name != "logits"}
-        return type(capture.output)(loss=loss, **output)
+        loss = loss + router_loss(self, model_output)
+        output = {name: x for name, x in model_output.items() if name != "logits"}
+        return type(model_output)(loss=loss, **output)
 
     @wraps(bare_forward)
     def forward(

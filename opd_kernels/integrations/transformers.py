@@ -1,16 +1,12 @@
 """LazyLogits of any causal language model of transformers, with the model's own head options.
 
 The call goes through the outermost module, so that DDP and FSDP run their hooks: calling the
-decoder directly would silently leave gradients unsynchronised. For one call the head's forward is
-replaced by a function that stores its input and weight and returns a few probe values instead of
-logits. The model's output for the probes then shows its scale and softcap, for every architecture
-in the same way. A model that changes its logits in any other way is refused.
+decoder directly would silently leave gradients unsynchronised. Hooks take the head's input and
+replace the model's output, see _capture.py.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -18,14 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opd_kernels.checks import check_flags, check_token_ids, got
-from opd_kernels.integrations._heads import weight_and_bias
+from opd_kernels.integrations._capture import captured_head
+from opd_kernels.integrations._heads import check_rows_share_adapters
 from opd_kernels.lazy_logits import LazyLogits
-from opd_kernels.parallel import plain
 
 T = TypeVar("T")
-
-# Powers of two, so that a scale is recovered exactly. The last one saturates any softcap.
-_PROBES = (0.5, -0.5, 2.0, -2.0, 16.0, -16.0, 2.0**20)
 
 
 def lazy_logits(
@@ -99,30 +92,42 @@ def call_with_lazy_logits(
     Returns:
         The result of function.
     """
-    causal_lm = causal_lm_of(model)
+    causal_lm, wrappers = _with_wrappers(model)
     if not callable(function):
         raise TypeError(f"function: expected a function of LazyLogits, got {got(function)}")
     check_flags(with_router_loss=with_router_loss)
-    _check_tokens(input_ids, attention_mask)
-    bare_forward = causal_lm.forward
+    _check_tokens(input_ids, attention_mask, model_kwargs.get("past_key_values"))
+    _check_model_kwargs(causal_lm, model_kwargs)
+    results: list[T] = []
 
-    def forward(*args: Any, **kwargs: Any) -> T:
-        capture = forward_without_head(causal_lm, bare_forward, *args, **kwargs)
-        logits = capture.lazy_logits(causal_lm, temperature, vocab_size)
+    def compute(output: Any) -> Any:
+        logits = capture.lazy_logits(output, temperature, vocab_size)
         with torch.autocast(logits.hidden.device.type, *capture.autocast):
-            extra = (router_loss(causal_lm, capture.output),) if with_router_loss else ()
-            return function(logits, *extra)
+            extra = (router_loss(causal_lm, output),) if with_router_loss else ()
+            results.append(function(logits, *extra))
+        return () if results[0] is None else results[0]  # None would leave the output as it is
 
-    # Without disable, a model that was compiled in place with model.compile() would trace into the
-    # replacement, which changes the head while it runs.
-    with _replaced_forward(causal_lm, torch.compiler.disable(forward)):
-        return model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            use_cache=False,
-            return_dict=True,
-            **model_kwargs,
+    # DDP must see the loss as the output of the module inside it. Hooks of FSDP on this module, and
+    # those of the user, come after this one.
+    is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+    module: Any = model.module if is_ddp else model
+    with captured_head(causal_lm, wrappers) as capture:
+        capture.on_output = compute
+        handle = module.register_forward_hook(capture.replace_output, prepend=True)
+        try:
+            output = model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                **{"use_cache": False, "return_dict": True} | model_kwargs,
+            )
+        finally:
+            handle.remove()
+    if not results:
+        raise ValueError(
+            f"model: expected {type(model).__name__} to call its forward method, got an output "
+            "without it; its logits cannot be computed lazily"
         )
+    return results[0] if results[0] is None else output
 
 
 def router_loss(model: PreTrainedModel, output: Any) -> Tensor | float:
@@ -204,9 +209,11 @@ def _checked_device(device: Any) -> torch.device:
         raise TypeError(f"device: expected a torch.device, got {device!r}") from error
 
 
-def _check_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+def _check_tokens(
+    input_ids: Tensor, attention_mask: Tensor | None, past_key_values: Any = None
+) -> None:
     """Raise TypeError or ValueError unless both are [B, T]. Masks with four dimensions, for packed
-    rows, are left to the model's own checks.
+    rows, and masks that also cover a cache are left to the model's own checks.
     """
     check_token_ids("input_ids", input_ids)
     if input_ids.dim() != 2:
@@ -217,132 +224,58 @@ def _check_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> None:
         return
     if not isinstance(attention_mask, Tensor) or attention_mask.is_complex():
         raise TypeError(f"attention_mask: expected a real tensor, got {got(attention_mask)}")
-    if attention_mask.dim() != 4 and attention_mask.shape != input_ids.shape:
+    is_plain = attention_mask.dim() != 4 and past_key_values is None
+    if is_plain and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask: expected the shape of input_ids, {tuple(input_ids.shape)}, got "
             f"{tuple(attention_mask.shape)}; pass 1 for tokens and 0 for padding"
         )
 
 
-@dataclass
-class _Capture:
-    """The input and parameters of the head, and the model's output for the probes."""
-
-    hidden: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    probe_logits: Tensor | None = None  # [len(_PROBES)]
-    calls: int = 0  # of the head
-    output: Any = None  # of the model
-    autocast: tuple[torch.dtype, bool] = (torch.bfloat16, False)  # at the head: dtype, enabled
-
-    def lazy_logits(
-        self, model: PreTrainedModel, temperature: float, vocab_size: int | None
-    ) -> LazyLogits:
-        name = type(model).__name__
-        hidden, weight, probe_logits = self.hidden, self.weight, self.probe_logits
-        if self.calls != 1 or hidden is None or weight is None or probe_logits is None:
-            raise ValueError(
-                f"model: expected {name} to call its output embeddings once per forward pass, got "
-                f"{self.calls} calls; its logits cannot be computed lazily"
+def _check_model_kwargs(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> None:
+    """Raise for arguments of the model that contradict lazy logits."""
+    for name in ("labels", "shift_labels"):
+        if model_kwargs.get(name) is not None:
+            raise TypeError(
+                f"{name}: expected none, since the model would compute its loss from full logits, "
+                f"got {got(model_kwargs[name])}; use lazy_logits(...).log_prob, or patch(model) of "
+                "opd_kernels.integrations.labels"
             )
-        if plain(weight).untyped_storage().nbytes() == 0 < weight.numel():
-            raise ValueError(
-                f"model: FSDP has freed the weight of {name}'s head after its forward pass; wrap "
-                "the head with reshard_after_forward=False, or leave it to the root module"
-            )
-        scale, softcap = _scale_and_softcap(probe_logits, name)
-        return LazyLogits(hidden, weight, self.bias, softcap, scale, temperature, vocab_size)
-
-
-def forward_without_head(
-    model: PreTrainedModel, forward: Callable[..., Any], *args: Any, **kwargs: Any
-) -> _Capture:
-    """Call a model's forward with a head that stores its input and returns the probes."""
-    head = model.get_output_embeddings()
-    if head is None:
+    if model_kwargs.get("return_dict") not in (None, True):
         raise ValueError(
-            f"model: {type(model).__name__} has no output embeddings; pass a model with a "
-            "language-model head"
+            f"return_dict: expected True, got {model_kwargs['return_dict']}; the logits are read "
+            "from the model's output by name"
         )
-    capture = _Capture()
-
-    def capture_input(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        capture.calls += 1
-        capture.hidden = hidden
-        capture.weight, capture.bias = weight_and_bias(head)
-        device_type = hidden.device.type
-        capture.autocast = (
-            torch.get_autocast_dtype(device_type),
-            torch.is_autocast_enabled(device_type),
-        )
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        probes = torch.tensor(_PROBES, dtype=dtype, device=hidden.device)
-        return probes.repeat(*hidden.shape[:-1], 1)
-
-    with _replaced_forward(head, capture_input):
-        capture.output = forward(*args, **kwargs)
-        logits = capture.output.logits
-    if logits.shape[-1] != len(_PROBES):
-        raise ValueError(
-            f"model: {type(model).__name__} computes logits without calling its output "
-            "embeddings; they cannot be computed lazily"
-        )
-    if capture.hidden is not None and logits.shape[:-1] != capture.hidden.shape[:-1]:
-        raise ValueError(
-            f"model: {type(model).__name__} returns logits [..., V] with the leading shape "
-            f"{tuple(logits.shape[:-1])} for hidden states with {tuple(capture.hidden.shape[:-1])};"
-            " build LazyLogits from its hidden states yourself"
-        )
-    capture.probe_logits = logits.reshape(-1, len(_PROBES))[0].detach().double()
-    return capture
-
-
-def _scale_and_softcap(probe_logits: Tensor, name: str) -> tuple[float, float | None]:
-    """Return the scale of scale * x, or the softcap of softcap * tanh(x / softcap), that maps the
-    probes to probe_logits. Raise ValueError if neither does.
-    """
-    probes = torch.tensor(_PROBES, dtype=torch.float64, device=probe_logits.device)
-    scale = float(probe_logits[-1] / probes[-1])
-    if torch.allclose(probe_logits, scale * probes, rtol=1e-6, atol=0):
-        return scale, None
-    softcap = float(probe_logits[-1])
-    capped = softcap * torch.tanh(probes / softcap)
-    if softcap > 0 and torch.allclose(probe_logits, capped, rtol=1e-5):
-        return 1.0, softcap
-    raise ValueError(
-        f"model: expected {name} to only scale or softcap its logits, but it maps {_PROBES} to "
-        f"{tuple(round(x, 4) for x in probe_logits.tolist())}; build LazyLogits from its hidden "
-        "states yourself"
-    )
+    check_rows_share_adapters(model.get_output_embeddings(), model_kwargs.get("adapter_names"))
 
 
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model inside DDP or PEFT wrappers."""
+    return _with_wrappers(model)[0]
+
+
+def _with_wrappers(model: nn.Module) -> tuple[PreTrainedModel, list[nn.Module]]:
+    """Return the transformers model and the modules around it, from the outermost one."""
     inner: Any = model
+    wrappers = []
     while not isinstance(inner, PreTrainedModel):
+        wrappers.append(inner)
         if isinstance(inner, nn.parallel.DistributedDataParallel):
             inner = inner.module
-        elif "peft" in sys.modules and isinstance(inner, sys.modules["peft"].PeftModel):
-            inner = inner.get_base_model()
+        elif "peft" in sys.modules and isinstance(inner, _peft_wrappers()):
+            # Prompt learning has the model itself as base_model, the tuners have it inside.
+            inner = inner.model if hasattr(type(inner), "inject_adapter") else inner.base_model
         else:
             raise TypeError(
                 "model: expected a causal language model of transformers, bare or wrapped in DDP "
                 f"or PEFT, got {type(inner).__name__}; compile its decoder (model.model), not the "
                 "whole model"
             )
-    return inner
+    return inner, wrappers
 
 
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace the forward of one module instance inside the context."""
-    previous = module.__dict__.get("forward")  # accelerate, for example, sets one on the instance
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if previous is None:
-            del module.forward
-        else:
-            module.forward = previous
+def _peft_wrappers() -> tuple[Any, ...]:
+    from peft import PeftMixedModel, PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    return PeftModel, PeftMixedModel, BaseTuner

@@ -5,9 +5,13 @@
 TRL continues to do everything else, such as rollouts, batches and logging.
 """
 
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
+from types import CodeType, FunctionType
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -27,7 +31,8 @@ def distil_with(trainer: DistillationTrainer, **options: Any) -> DistillationTra
     """Make a trainer compute its loss with distillation_loss from hidden states and heads.
 
     Args:
-        trainer: TRL's DistillationTrainer, before or during training.
+        trainer: TRL's DistillationTrainer, before or during training. A subclass may change the
+            loss, if it calls the methods of DistillationTrainer that compute it.
         **options: options of distillation_loss. The default is support="full" and the generalised
             JSD with the trainer's beta, which is TRL's own loss.
 
@@ -35,25 +40,129 @@ def distil_with(trainer: DistillationTrainer, **options: Any) -> DistillationTra
         The same trainer.
 
     Raises:
-        TypeError: trainer is not a DistillationTrainer.
-        RuntimeError: the installed TRL has no function to replace.
+        TypeError: trainer is not a DistillationTrainer, or it computes its loss elsewhere.
+        RuntimeError: the installed TRL has no function to replace, or one with other parameters; in
+            a training step, the trainer has not called it.
     """
     if not isinstance(trainer, DistillationTrainer):
         raise TypeError(f"trainer: expected TRL's DistillationTrainer, got {got(trainer)}")
-    if not hasattr(distillation_trainer, _LOSS):
-        raise RuntimeError(
-            f"trl: expected trl.trainer.distillation_trainer to have {_LOSS}, as TRL 1.16 does; "
-            "install that version, or call distillation_loss in your own trainer"
+    _check_parameters()
+    if not _calls_loss(type(trainer)):
+        raise TypeError(
+            f"trainer: expected a trainer that calls DistillationTrainer's compute_loss, got "
+            f"{got(trainer)}, which computes its loss elsewhere; call super().compute_loss there, "
+            "or call distillation_loss in its own method"
         )
-    compute_loss = trainer._compute_loss
+    # A second call replaces the options of the first.
+    compute_loss = getattr(trainer.compute_loss, "without_ours", trainer.compute_loss)
 
     @wraps(compute_loss)
     def compute_loss_with_ours(*args: Any, **kwargs: Any) -> Any:
-        with patch.object(distillation_trainer, _LOSS, partial(_loss, options)):
-            return compute_loss(*args, **kwargs)
+        with _replaced_loss(partial(_loss, options)) as calls:
+            result = compute_loss(*args, **kwargs)
+        if not calls:
+            raise RuntimeError(
+                f"trainer: expected {got(trainer)} to call TRL's {_LOSS}, got a loss without it; "
+                "distil_with cannot replace the loss of this trainer, call distillation_loss in "
+                "its compute_loss"
+            )
+        return result
 
-    trainer._compute_loss = compute_loss_with_ours
+    compute_loss_with_ours.without_ours = compute_loss  # type: ignore[attr-defined]
+    trainer.compute_loss = compute_loss_with_ours
     return trainer
+
+
+def _check_parameters() -> None:
+    """Raise RuntimeError unless TRL's loss has the parameters of its replacement."""
+    theirs = getattr(distillation_trainer, _LOSS, None)
+    parameters = [] if theirs is None else list(inspect.signature(theirs).parameters)
+    expected = list(inspect.signature(_loss).parameters)[1:]
+    if parameters != expected:
+        raise RuntimeError(
+            f"trl: expected trl.trainer.distillation_trainer.{_LOSS} with the parameters of TRL "
+            f"1.16, {expected}, got {'none' if theirs is None else parameters}; install that "
+            "version, or call distillation_loss in your own trainer"
+        )
+
+
+def _calls_loss(trainer: type) -> bool:
+    """Return whether training_step leads to TRL's loss, by the names in the methods' code. A name
+    stands for the method of the first class, and beside super() or a class also for the next one.
+    """
+    classes = trainer.__mro__
+    parents = {"super", *(cls.__name__ for cls in classes)}
+    seen: set[tuple[str, int]] = set()
+    pending = [("training_step", 0)]
+    while pending:
+        name, first = pending.pop()
+        index = next((i for i in range(first, len(classes)) if name in vars(classes[i])), None)
+        if index is None or (name, index) in seen:
+            continue
+        seen.add((name, index))
+        for function in _functions(vars(classes[index])[name]):
+            names = _names(function.__code__)
+            scope = function.__globals__  # a module's own binding of the loss is not replaced
+            if _LOSS in names and (scope is vars(distillation_trainer) or _LOSS not in scope):
+                return True
+            pending += [(other, 0) for other in names]
+            pending += [(other, index + 1) for other in names if names & parents]
+    return False
+
+
+def _functions(method: Any) -> list[FunctionType]:
+    """Return the function of a method, and those that its decorators keep."""
+    found, pending = [], [getattr(method, "__func__", method)]
+    while pending:
+        function = pending.pop()
+        if isinstance(function, FunctionType) and function not in found:
+            found.append(function)
+            pending += inspect.getclosurevars(function).nonlocals.values()
+    return found
+
+
+def _names(code: CodeType) -> set[str]:
+    """Return the names that a function and the functions inside it use."""
+    inner = (_names(x) for x in code.co_consts if isinstance(x, CodeType))
+    return set(code.co_names).union(*inner)
+
+
+class _Thread(threading.local):
+    loss: Callable[..., Any] | None = None  # what this thread's trainer computes
+
+
+_thread, _lock, _originals = _Thread(), threading.Lock(), list[Callable[..., Any]]()
+
+
+@contextmanager
+def _replaced_loss(loss: Callable[..., Any]) -> Iterator[list[None]]:
+    """Replace TRL's function for this thread, and yield a list that grows with every call.
+
+    Trainers in other threads that are not distilled by this package still compute TRL's loss.
+    """
+    calls: list[None] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return loss(*args, **kwargs)
+
+    with _lock:
+        original = _originals[0] if _originals else getattr(distillation_trainer, _LOSS)
+
+        def dispatch(*args: Any, **kwargs: Any) -> Any:
+            return (_thread.loss or original)(*args, **kwargs)
+
+        _originals.append(original)
+        setattr(distillation_trainer, _LOSS, dispatch)
+    outer, _thread.loss = _thread.loss, counted
+    try:
+        yield calls
+    finally:
+        _thread.loss = outer
+        with _lock:
+            _originals.pop()
+            if not _originals:
+                setattr(distillation_trainer, _LOSS, original)
 
 
 def _loss(

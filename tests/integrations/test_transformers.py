@@ -155,6 +155,10 @@ def odd_model(change):
             "expected _OddModel to only scale or softcap its logits",
         ),
         (lambda model, logits: logits.relu(), "build LazyLogits from its hidden states yourself"),
+        (
+            lambda model, logits: logits * torch.arange(1, 10)[:, None],
+            "expected _OddModel to treat the logits of all tokens alike",
+        ),
         (lambda model, logits: model.lm_head(torch.zeros(1, 1, 16)), "got 2 calls"),
         (lambda model, logits: torch.zeros(1, 1, 97), "without calling its output embeddings"),
     ],
@@ -193,7 +197,10 @@ def test_heads_that_are_no_plain_weight_are_refused(break_head, message):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"lora_dropout": 0.1}, "has Dropout before it"), ({"use_dora": True}, "has a LoRA variant")],
+    [
+        ({"lora_dropout": 0.1}, "has Dropout before it"),
+        ({"lora_dropout": 0.1, "use_dora": True}, "has Dropout before it"),
+    ],
 )
 def test_lora_that_cannot_be_merged_is_refused(options, message):
     model = with_lora(["lm_head"], **options)
