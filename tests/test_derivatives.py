@@ -28,7 +28,7 @@ IDS, TARGETS = ids_of(TOKENS, K), torch.arange(TOKENS)
 
 
 def liger(student, loss, **arguments):
-    heads = (student.hidden, student.weight, TEACHER.hidden, TEACHER.weight)
+    heads = (student.hidden, student.weight, TEACHER.hidden, TEACHER.weight[: len(student.weight)])
     return loss(*heads, **arguments)
 
 

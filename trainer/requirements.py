@@ -94,8 +94,8 @@ def _check_training(config: StageConfig) -> None:
             config.lr_scheduler_kwargs,
         )
     for key, given in (
-        ("gradient_checkpointing_kwargs", config.gradient_checkpointing_kwargs),
         ("activation_checkpointing_kwargs", config.activation_checkpointing_kwargs),
+        ("gradient_checkpointing_kwargs", config.gradient_checkpointing_kwargs),
     ):
         if unknown := (given or {}).keys() - _CHECKPOINTING:
             expected = "expected options of torch.utils.checkpoint.checkpoint"

@@ -10,7 +10,8 @@ from benchmarks.paper.tasks import LETTERS
 
 # "<" precedes a system message, ">" a user message, and "=" the answer.
 CHAT = (
-    "{% for m in messages %}{{ {'system': '<', 'user': '>'}[m['role']] }}{{ m['content'] }}"
+    "{% for m in messages %}"
+    "{{ {'system': '<', 'user': '>', 'assistant': '='}[m['role']] }}{{ m['content'] }}"
     "{% endfor %}{% if add_generation_prompt %}={% endif %}"
 )
 

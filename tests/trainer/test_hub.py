@@ -16,7 +16,9 @@ STUDENT = {
     "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
     "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
-ADAPTERS = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+ADAPTERS = {
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "generation_config.json",
+}  # fmt: skip
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ STEP = {"loss": 0.0, "skipped_steps": 0.0, "grad_norm": 1.0, "learning_rate": 1.
             {"per_device_train_batch_size": 13, "steps_per_rollout": 2},
             "expected at most the 12 prompts with steps_per_rollout above 1, got 13",
         ),
-        ({"sft_coef": 1.0}, "sft_coef: expected a completion in every row of train_data"),
+        ({"sft_coef": 1.0}, "row 1, completion: missing; sft_coef: expected a completion in every"),
         ({"eval_strategy": "steps", "eval_data": None}, "eval_strategy: expected eval_data with"),
     ],
 )
