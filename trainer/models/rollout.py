@@ -1,6 +1,7 @@
 """Rollouts: completions sampled from a model."""
 
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -122,7 +123,8 @@ class Sampler:
         if options.do_sample:
             recorder = _LogProbs(options.temperature, options.top_p)
             arguments = {"logits_processor": LogitsProcessorList([recorder])}
-            arguments |= {"temperature": 1.0, "top_p": 1.0}  # the recorder applies both
+            options = copy(options)
+            options.temperature = options.top_p = 1.0  # the recorder applies both
         with no_options, _without_router_loss(model), eval_mode(model), fixed_rng:
             torch.manual_seed(seed)
             inputs = inputs.to(model.device)
