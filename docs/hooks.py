@@ -10,7 +10,7 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-from opd_trainer.keys import read_group
+from opd_trainer.command.keys import read_group
 
 ROOT = Path(__file__).parents[1]
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)

@@ -11,10 +11,10 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opd_trainer.command_line import parse
+from opd_trainer.command.examples import write_examples
+from opd_trainer.command.keys import STAGES
+from opd_trainer.command.line import parse
 from opd_trainer.errors import RunStoppedError, SavingError
-from opd_trainer.examples import write_examples
-from opd_trainer.keys import STAGES
 from opd_trainer.run import METRICS, check_run
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _prepare(words: list[str]) -> "tuple[CompletionTrainer, str | None] | None":
 
         write_report(arguments.runs, arguments.output)
         return print(arguments.output)
-    from opd_trainer.recipe import read_recipe
+    from opd_trainer.command.recipe import read_recipe
 
     values = read_recipe(arguments.command, arguments.recipe, texts)
     from opd_trainer.config import EvaluationConfig, stages

@@ -56,8 +56,8 @@ class Run:
 
     def config(self) -> Any:
         """Return the stage's config, read by the trainer's own loader."""
+        from opd_trainer.command.keys import STAGES
         from opd_trainer.config import load_config, stages
-        from opd_trainer.keys import STAGES
 
         changes = self.changes | {"output_dir": str(self.folder)}
         texts = {k: x if isinstance(x, str) else json.dumps(x) for k, x in changes.items()}

@@ -13,8 +13,8 @@ from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hin
 import pytest
 
 from opd_trainer.__main__ import main
+from opd_trainer.command.keys import STAGES
 from opd_trainer.config import stages
-from opd_trainer.keys import STAGES
 
 FREE_TEXT = {
     **dict.fromkeys(("model", "teacher", "train_data", "eval_data"), "checked when it is loaded"),

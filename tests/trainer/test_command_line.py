@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from opd_trainer.__main__ import EXTRAS, main
-from opd_trainer.command_line import split
+from opd_trainer.command.keys import STAGES, TRANSFORMERS, groups_of, keys_of
+from opd_trainer.command.line import split
 from opd_trainer.config import DistillationConfig, EvaluationConfig, load_config, stages
-from opd_trainer.keys import STAGES, TRANSFORMERS, groups_of, keys_of
 from tests.tiny_run import error_line, write_recipe
 
 # Runs command lines in one process, and prints how each ends.

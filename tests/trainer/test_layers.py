@@ -8,8 +8,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "trainer"
 LAYERS = (
-    "errors", "keys", "examples", "command_line", "recipe", "config", "data", "run", "models",
-    "measures", "stages", "requirements", "build", "__main__",
+    "errors", "command", "config", "data", "run", "models", "measures", "stages", "requirements",
+    "build", "__main__",
 )  # fmt: skip
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

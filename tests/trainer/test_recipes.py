@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file
 
 from opd_trainer.__main__ import main
+from opd_trainer.command.keys import STAGES
 from opd_trainer.config import load_config, stages
-from opd_trainer.keys import STAGES
 from tests.tiny_run import write_model
 
 RECIPES = {"demo": "distill", "sft": "sft", "rlvr": "rlvr", "evaluate": "evaluate"}

@@ -9,11 +9,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-from opd_trainer.command_line import split
+from opd_trainer.command.keys import STAGES
+from opd_trainer.command.line import split
+from opd_trainer.command.recipe import read_recipe
 from opd_trainer.config.base import StageConfig
 from opd_trainer.errors import convert_errors
-from opd_trainer.keys import STAGES
-from opd_trainer.recipe import read_recipe
 
 Stage = TypeVar("Stage", bound=StageConfig)
 Function = Callable[..., Any]

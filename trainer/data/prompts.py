@@ -9,6 +9,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from opd_trainer.command.recipe import describe
 from opd_trainer.config.base import StageConfig, TeacherConfig
 from opd_trainer.config.messages import Messages
 from opd_trainer.config.stages import DistillationConfig, EvaluationConfig, SFTConfig
@@ -16,7 +17,6 @@ from opd_trainer.data.columns import Row, parse_row
 from opd_trainer.data.sources import load_rows
 from opd_trainer.data.templates import ChatTemplate
 from opd_trainer.errors import convert_errors
-from opd_trainer.recipe import describe
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,5 @@
+"""The directory of a run, its checkpoints, and what it prints."""
+
 from pathlib import Path
 
 METRICS = "metrics.jsonl"  # the log of a run

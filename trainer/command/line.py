@@ -6,7 +6,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from opd_trainer.keys import STAGES, TRANSFORMERS, Key, groups_of, keys_of, refuse_unknown
+from opd_trainer.command.keys import STAGES, TRANSFORMERS, Key, groups_of, keys_of, refuse_unknown
 
 _ON_OFF = ("true", "false", "yes", "no", "on", "off", "1", "0")
 _REST = """Every key of transformers.TrainingArguments (precision, schedule, checkpoints, report_to)

@@ -10,8 +10,8 @@ from typing import Annotated, Any, ForwardRef, Literal  # noqa: F401, for the an
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError  # noqa: F401
 
+from opd_trainer.command.keys import STAGES, Key, keys_of, refuse_unknown, required_by
 from opd_trainer.errors import convert_errors
-from opd_trainer.keys import STAGES, Key, keys_of, refuse_unknown, required_by
 
 _FUNCTIONS = {"scorer", "objective"}
 _TEMPLATES = {"chat_template", "teacher_chat_template"}

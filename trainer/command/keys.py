@@ -22,7 +22,7 @@ STAGES = {
     "evaluate": "EvaluationConfig",
 }
 TRANSFORMERS = "TrainingArguments"
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 _SOURCES = [_PACKAGE / f"config/{name}.py" for name in ("stages", "base", "values")]
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-_RECIPES = Path(__file__).parent / "recipes"  # a link to the repository's recipes/
+_RECIPES = Path(__file__).parents[1] / "recipes"  # a link to the repository's recipes/
 
 
 def write_examples(directory: Path) -> str:
