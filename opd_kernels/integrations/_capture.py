@@ -1,8 +1,8 @@
 """The input and the operands of a model's head, taken from one forward pass of one thread.
 
-Hooks on the head store its input, let it compute no rows, and return a few probe values in place of
-logits. The model's output for the probes then shows its scale and softcap, for every architecture
-in the same way. A model that changes its logits in any other way is refused.
+Hooks on the head store its input, let it compute at most one row, and return a few probe values in
+place of logits. The model's output for the probes then shows its scale and softcap, for every
+architecture in the same way. A model that changes its logits in any other way is refused.
 
 No module changes: the hooks of a capture act in its own thread only, and until it is closed. Other
 threads use the model as before, also after an exception.
@@ -49,7 +49,10 @@ class _ProbeLogits(Tensor):
             if is_last and parts[-1] == slice(None, columns) and (columns or 0) > 0:
                 _thread.capture.columns = columns
                 args = (args[0], (*parts[:-1], slice(None)))
-        return super().__torch_function__(func, types, args, kwargs or {})
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        # A number that a hook computes has no columns, and a subclass could not be formatted.
+        is_number = isinstance(result, _ProbeLogits) and result.dim() == 0
+        return result.as_subclass(Tensor) if is_number else result
 
 
 @dataclass(eq=False)
@@ -136,7 +139,7 @@ class HeadCapture:
         return rows[0].double()
 
     def _store_input(self, head: nn.Module, args: Any, kwargs: Any = None) -> Any:
-        """Hook before the head: store its input, and pass on its first 0 rows. A thread that calls
+        """Hook before the head: store its input, and pass on 0 or 1 rows. A thread that calls
         the head while another one removes this hook passes no kwargs.
         """
         if not self.is_open:
@@ -150,11 +153,14 @@ class HeadCapture:
             torch.get_autocast_dtype(device_type),
             torch.is_autocast_enabled(device_type),
         )
+        # A product of one row reads the whole weight, so there is none. But hooks of others, such
+        # as those of transformers' debugger, may fail for an empty input, so they get one row.
         # With three dimensions, DTensors cannot restore the shape of a product without rows.
-        no_rows = hidden.reshape(-1, hidden.shape[-1])[:0]
+        has_other_hooks = len(head._forward_hooks) > 1
+        few_rows = hidden.reshape(-1, hidden.shape[-1])[: int(has_other_hooks)]
         if args:
-            return (no_rows, *args[1:]), kwargs
-        return args, kwargs | {next(iter(kwargs)): no_rows}
+            return (few_rows, *args[1:]), kwargs
+        return args, kwargs | {next(iter(kwargs)): few_rows}
 
     def _return_probes(self, head: nn.Module, args: Any, output: Any) -> Any:
         """Hook after the head: replace its output."""

@@ -96,6 +96,20 @@ def test_a_bias_of_the_logits_is_refused():
         lazy_logits(BartForConditionalGeneration(config), *tiny_batch())
 
 
+def test_hooks_of_others_on_the_head_get_a_row():
+    """transformers' debugger takes the minimum of each module's input, which fails for no rows."""
+    model, (ids, mask) = tiny_model("llama").eval(), tiny_batch()
+    expected = logits_of(model, ids, mask)
+    seen = []
+
+    def look(module, args, output):
+        seen.append(f"{args[0].min():8.2e} {output.abs().max():8.2e}")
+
+    model.get_output_embeddings().register_forward_hook(look)
+    assert_close(lazy_logits(model, ids, mask).materialize(), expected, rtol=1e-5, atol=1e-5)
+    assert seen == [f"{seen[0].split()[0]:>8} {2.0**20:8.2e}"]
+
+
 def test_a_cache_is_used():
     model, (ids, mask) = tiny_model("llama").eval(), tiny_batch()
     expected = logits_of(model, ids, mask)
