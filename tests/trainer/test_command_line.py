@@ -5,6 +5,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -253,3 +254,15 @@ def test_init_writes_recipes_that_load_from_anywhere(tmp_path, monkeypatch, caps
     assert error_line(capsys, "init", "mine") == (
         "error: init: mine/demo.yaml exists already; choose another directory"
     )
+
+
+def test_a_checkout_that_is_not_installed_runs(monkeypatch, capsys):
+    """As on a machine on which nothing can be installed: the version is then unknown."""
+
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("opd_trainer.command.line.version", version)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == "opd-train of a checkout that is not installed\n"

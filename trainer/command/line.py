@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,8 +22,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
     others, texts = split(stage, words[1:]) if stage else (words[1:], {})
     parser = argparse.ArgumentParser("opd-train", description="Run a recipe.", allow_abbrev=False)
-    installed = f"opd-train {version('opd-kernels')}"
-    parser.add_argument("--version", action="version", version=installed)
+    parser.add_argument("--version", action="version", version=f"opd-train {_version()}")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for name, config in STAGES.items():
         description = groups_of(config)[0].docstring
@@ -43,6 +42,13 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     command.add_argument("directory", type=Path, nargs="?", default=Path("recipes"),
                          help="where to write them; default recipes/")  # fmt: skip
     return parser.parse_args([*words[:1], *others]), texts
+
+
+def _version() -> str:
+    try:
+        return version("opd-kernels")
+    except PackageNotFoundError:
+        return "of a checkout that is not installed"
 
 
 def _add_keys(command: argparse.ArgumentParser, config: str) -> None:
