@@ -43,7 +43,7 @@ CHECKED := tests/loss tests/linear tests/backends/test_bindings.py tests/backend
 check: $(VENV)/installed lint
 	$(TEST_IN_PARALLEL) $(CHECKED) -m "not slow" -k "not triton and not cuda"
 
-# Lint, types and all tests that are not slow: 10 minutes on two cores. The first run takes longer, since it compiles the kernels for
+# Lint, types and all tests that are not slow: 15 minutes on two cores. The first run takes longer, since it compiles the kernels for
 # each GPU and for the emulator; build/ and Triton's cache keep the results.
 test: $(VENV)/installed lint
 	$(TEST_IN_PARALLEL) -m "not slow"
