@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # One worker per core, each with one thread: PyTorch's threads would compete for the cores. A worker that runs out of tests takes
 # over tests of another.
 TEST_IN_PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
-# --no-compile: pip would compile 17,000 modules, of which few are imported. The first import compiles those.
+# --no-compile: pip would compile 17,000 modules, and few of them are imported. The first import of a module compiles it.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 # Container images often set this variable. Then no import would keep its bytecode, and every process would compile it again.
 unexport PYTHONDONTWRITEBYTECODE

@@ -169,8 +169,9 @@ def _show(reader: PromptReader, prompts: list[Prompt]) -> None:
 def _load_teachers(
     config: StageConfig, student: Model, tokenizer: Tokenizer
 ) -> tuple[dict[str, Teacher], dict[str, Tokenizer]]:
-    """Return the teachers by the name that rows use, {} for a stage without teachers; and the
-    tokenizers of those that read a chat template of their own.
+    """Return the teachers, and the tokenizers of the teachers that have their own chat template.
+
+    Both are by the name that rows use, and {} for a stage without teachers.
     """
     if not isinstance(config, TeacherConfig):
         return {}, {}

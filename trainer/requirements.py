@@ -93,13 +93,11 @@ def _check_training(config: StageConfig) -> None:
             steps,
             config.lr_scheduler_kwargs,
         )
-    for key, given in (
-        ("activation_checkpointing_kwargs", config.activation_checkpointing_kwargs),
-        ("gradient_checkpointing_kwargs", config.gradient_checkpointing_kwargs),
-    ):
-        if unknown := (given or {}).keys() - _CHECKPOINTING:
-            expected = "expected options of torch.utils.checkpoint.checkpoint"
-            raise ValueError(f"{key}: {expected}, got {', '.join(sorted(unknown))}")
+    # TrainingArguments copies gradient_checkpointing_kwargs, the older name, into this key.
+    if unknown := (config.activation_checkpointing_kwargs or {}).keys() - _CHECKPOINTING:
+        expected = "expected options of torch.utils.checkpoint.checkpoint"
+        key = "activation_checkpointing_kwargs"
+        raise ValueError(f"{key}: {expected}, got {', '.join(sorted(unknown))}")
     with convert_errors("dataloader_num_workers: expected options of torch.utils.data.DataLoader"):
         DataLoader(
             [0],  # type: ignore[arg-type]

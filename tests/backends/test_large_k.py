@@ -8,7 +8,9 @@ from opd_kernels import LazyLogits, available_backends
 from opd_kernels.backends.epilogues import Epilogues
 from tests.reference import outside_lse, sorted_by_logit
 
-needs_cpu = pytest.mark.skipif("cpu" not in available_backends(), reason="not built")
+needs_cpu = pytest.mark.skipif(
+    "cpu" not in available_backends(), reason="the C++ backend is not built"
+)
 
 
 @needs_cpu

@@ -229,7 +229,7 @@ def test_paths_are_relative_to_the_recipe_first(tmp_path, monkeypatch):
     config = load_config(DistillationConfig, recipe, ["--teacher", "{a: there/model, b: other}"])
     assert config.eval_data == str(tmp_path / "held_out.jsonl")
     assert config.teacher == {"a": str(folder / "model"), "b": "other"}
-    # What is no path stays as it is: names of the hub, packages, generators, functions of modules.
+    # Names of the hub, generators, named scorers and functions of modules are not paths. They stay.
     names = {"model": "org/name", "train_data": "org/data?split=test", "scorer": "exact_match"}
     names |= {"eval_data": "reasoning_gym:chain_sum?size=2", "objective": "some.module:loss"}
     (folder / "exact_match").mkdir()

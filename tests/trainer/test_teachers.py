@@ -134,7 +134,7 @@ def test_reused_completions_are_learned_from_in_consecutive_steps(tmp_path):
 
 def test_repeated_batches_are_full_and_random(tmp_path):
     trainer = make_trainer(tmp_path, steps_per_rollout=2, per_device_train_batch_size=5)
-    order = trainer.repeated
+    order = trainer.order
     first = list(order)
     assert len(first) == len(order) == 20
     assert first[:5] == first[5:10]

@@ -23,8 +23,8 @@ _OF_TRAINING = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-5 as a number, as YAML 1.2 does; refuses nodes that contain themselves and duplicate
-    keys, of which YAML would take the last one.
+    """Reads 1e-5 as a number, as YAML 1.2 does. Refuses nodes that contain themselves. Refuses
+    duplicate keys too, where PyYAML would keep the last value without an error.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:

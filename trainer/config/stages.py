@@ -45,6 +45,16 @@ class DistillationConfig(TeacherConfig):
         return self.objective == "policy_gradient" or self.support == "sampled"
 
     @property
+    def loss_support(self) -> Literal["student", "teacher", "union", "intersection", "full"]:
+        """The loss's support: beside a forward KL, the student's top-K needs the teacher's too.
+
+        For "sampled", each step passes the sampled tokens instead.
+        """
+        if self.support == "student" and self.forward_kl_coef > 0:
+            return "union"
+        return "student" if self.support == "sampled" else self.support
+
+    @property
     def drops_mass(self) -> bool:
         """Whether the loss ignores the probability outside the support."""
         on_support = self.objective in OBJECTIVES and not self.takes_sampled_tokens

@@ -15,8 +15,8 @@ from transformers.utils import logging
 
 from opd_trainer.config import StageConfig
 
-# Columns by title: the metrics of which a stage has at most one, and the format. With the steps and
-# the time left, a line of 10,000 steps of distillation has 74 characters.
+# Columns by title: names of metrics, and a format. A stage logs at most one of the names. With the
+# steps and the time left, a line of 10,000 steps of distillation has 74 characters.
 _COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "loss": (("loss",), ""),
     "KL": (("reverse_kl", "kl_to_start"), ""),

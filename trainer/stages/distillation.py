@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from opd_trainer.stages.training import CompletionTrainer, MicroBatch, Part
 
 TEACHER = "teacher"  # folder in a checkpoint
 Objective = Callable[[SparseLogits, SparseLogits], Tensor]  # a loss per token
-Support = Literal["student", "teacher", "union", "intersection", "full"]
 OFF_POLICY = (
     "Completions are sampled at another temperature than the loss's, or with top_p below 1, so the "
     "loss is not computed for the distribution that they come from: leave out sampling_temperature "
@@ -82,7 +81,6 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
         options = {"denominator": batch.denominator}
         if is_sampled:
             options["support"] = ids[:, None]
-        loss_support = support_of(self.args)
 
         def loss_of(student: LazyLogits) -> Tensor:
             weights, now = batch.weights, None
@@ -93,7 +91,7 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
             output = self.loss(student, teacher, token_weights=weights, **options)
             s, t = output.student, output.teacher
             top = s
-            if is_sampled or loss_support not in ("student", "full"):
+            if is_sampled or self.args.loss_support not in ("student", "full"):
                 top = student.detach().topk(self.args.k, entropy=True)
             if is_sampled:  # report the mass on the top-K, not the sampled token's probability
                 s = top
@@ -125,16 +123,6 @@ class OnPolicyDistillationTrainer(CompletionTrainer):
             self.moving_teacher.model.load_state_dict(saved.state_dict())
 
 
-def support_of(config: DistillationConfig) -> Support:
-    """Return the loss's support: beside a forward KL, the student's top-K needs the teacher's too.
-
-    For "sampled", each step passes the sampled tokens instead.
-    """
-    if config.support == "student" and config.forward_kl_coef > 0:
-        return "union"
-    return "student" if config.support == "sampled" else config.support
-
-
 def build_loss(config: DistillationConfig) -> Callable[..., DistillationOutput]:
     """Return distillation_loss with the config's objective and support; it computes entropies."""
     objectives: dict[str, Objective] = {
@@ -153,7 +141,7 @@ def build_loss(config: DistillationConfig) -> Callable[..., DistillationOutput]:
     if config.max_token_loss is not None:
         objective = partial(clamp, objective, config.max_token_loss)
     options: dict[str, Any] = {"k": config.k, "missing": config.missing, "entropy": True}
-    loss = partial(distillation_loss, support=support_of(config), objective=objective, **options)
+    loss = partial(distillation_loss, support=config.loss_support, objective=objective, **options)
     if config.objective in objectives:
         return loss
     expected = f"objective: expected a loss per token of (student, teacher) from {config.objective}"

@@ -92,7 +92,7 @@ class CompletionTrainer(DurableTrainer):
             problem = f"expected at most the {len(data)} prompts with {why}, got {size}"
             raise ValueError(f"per_device_train_batch_size: {problem}; there would be no step")
         is_grouped = args.train_sampling_strategy == "group_by_length"
-        self.repeated = Order(self, data) if is_grouped or args.steps_per_rollout > 1 else None
+        self.order = Order(self, data) if is_grouped or args.steps_per_rollout > 1 else None
 
     def complete(self, prompts: list[Prompt]) -> list[Completion]:
         """Return the completions of a step's prompts."""
@@ -239,7 +239,7 @@ class CompletionTrainer(DurableTrainer):
             self.sums.add_engine((now.detach() - batch.sampled_log_probs(now)).abs())
 
     def _get_train_sampler(self, *arguments: Any) -> IndexSampler | None:
-        return self.repeated or super()._get_train_sampler(*arguments)
+        return self.order or super()._get_train_sampler(*arguments)
 
     def save_more(self, checkpoint: Path) -> None:
         """Save the held-out references, and each rank's rollout if later steps reuse it."""
